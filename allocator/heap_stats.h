@@ -1,0 +1,41 @@
+// What an ObjectHeap says about itself. Sums over threads that go on allocating: a hint while they do.
+#ifndef FREEHOLD_ALLOCATOR_HEAP_STATS_H_
+#define FREEHOLD_ALLOCATOR_HEAP_STATS_H_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "vm/units.h"
+
+namespace freehold::allocator {
+
+struct HeapStats {
+  // In objects that the program holds, at their size class's size. The free objects of the span that a thread
+  // allocates a size class from are counted as held, and so are objects on their way back to another thread.
+  vm::Bytes allocated;
+  vm::Bytes active;      // in spans that hold at least one object, and in large objects
+  vm::Bytes free_dirty;  // in free spans, possibly resident
+  vm::Bytes free_clean;  // in free spans, not resident
+  vm::Bytes mapped;      // taken from the address space: active + free_dirty + free_clean
+  vm::Bytes metadata;    // readable and writable for the heap's own records
+  vm::Bytes large;       // in large objects; part of allocated and active
+  std::uint64_t large_objects = 0;
+  std::uint64_t chunks = 0;
+  std::uint64_t threads = 0;        // attached
+  std::uint64_t orphans = 0;        // caches of threads that are gone, kept for threads to come
+  std::uint64_t purged_pages = 0;   // given back to the kernel so far
+
+  // An upper bound of the memory that the heap keeps resident, but for metadata.
+  vm::Bytes resident_estimate() const { return active + free_dirty; }
+};
+
+struct SizeClassStats {
+  std::size_t object_size = 0;
+  std::uint64_t spans = 0;
+  std::uint64_t capacity = 0;   // objects that the spans can hold
+  std::uint64_t allocated = 0;  // objects that the program holds, see HeapStats::allocated
+};
+
+}  // namespace freehold::allocator
+
+#endif  // FREEHOLD_ALLOCATOR_HEAP_STATS_H_

@@ -1,0 +1,158 @@
+#include "allocator/large_object.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "vm/os/check.h"
+#include "vm/page_range.h"
+
+namespace freehold::allocator {
+namespace {
+
+constexpr std::uint32_t kUnitPages = kUnitSize >> vm::kPageShift;
+
+std::uint32_t PagesOf(std::size_t size) { return static_cast<std::uint32_t>(vm::PagesFor({size}).value); }
+std::uint32_t UnitsOf(std::uint32_t pages) { return (pages + kUnitPages - 1) / kUnitPages; }
+
+vm::PageRange RangeOf(const Span* span, std::uint32_t first_page, std::uint32_t end_page) {
+  const vm::PageNumber start = vm::PageNumber::Of(reinterpret_cast<void*>(span->start));
+  return {start + vm::Pages{first_page}, start + vm::Pages{end_page}};
+}
+
+}  // namespace
+
+void MarkInterior(const SpanTable& spans, Span* span, unsigned first, unsigned end) {
+  for (unsigned unit = first; unit < end; ++unit) {
+    Span* interior = spans.At(span->start + unit * kUnitSize);
+    interior->units = unit;
+    interior->kind.store(SpanKind::kInterior, std::memory_order_relaxed);
+  }
+}
+
+bool LargeObjects::CanServe(std::size_t size) const {
+  return size < space_.reservation().bytes().value && size <= kMaxSize;
+}
+
+void* LargeObjects::Allocate(unsigned home, const Request& request) {
+  if (!CanServe(request.size) || !CanServe(request.alignment)) return nullptr;
+  const bool fits_run = request.size <= kMaxRunSize && request.alignment <= kUnitSize;
+  return fits_run ? AllocateRun(home, request) : AllocateMapped(request);
+}
+
+void* LargeObjects::AllocateRun(unsigned home, const Request& request) {
+  const std::uint32_t pages = std::max<std::uint32_t>(PagesOf(request.size), 1);
+  const std::uint32_t units = UnitsOf(pages);
+  const PageHeap::Run run = page_heap_.Allocate(home, units);
+  if (run.start == 0) return nullptr;
+  Span* span = metadata_.spans().At(run.start);
+  span->start = run.start;
+  span->units = units;
+  span->used_pages = pages;
+  span->kind.store(SpanKind::kRun, std::memory_order_relaxed);
+  MarkInterior(metadata_.spans(), span, 1, units);
+  count_.fetch_add(1, std::memory_order_relaxed);
+  pages_.fetch_add(pages, std::memory_order_relaxed);
+  void* object = reinterpret_cast<void*>(run.start);
+  if (request.zeroed && !run.clean) std::memset(object, 0, request.size);
+  return object;
+}
+
+void* LargeObjects::AllocateMapped(const Request& request) {
+  const std::uint32_t pages = std::max<std::uint32_t>(PagesOf(request.size), 1);
+  const vm::Pages alignment{std::max(request.alignment, kUnitSize) >> vm::kPageShift};
+  const vm::MapOptions options = {.alignment = alignment,
+                                  .content = request.zeroed ? vm::Content::kZeroed : vm::Content::kAnything};
+  // Room to grow as far again: it is not touched, so it costs nothing but addresses.
+  std::uint32_t mapped_pages = request.will_grow && request.size <= kMaxSize / 2 ? pages * 2 : pages;
+  vm::Result<vm::PageRange> mapped = space_.Map({mapped_pages}, options);
+  if (!mapped.ok() && mapped_pages != pages) {
+    mapped_pages = pages;
+    mapped = space_.Map({mapped_pages}, options);
+  }
+  if (!mapped.ok()) return nullptr;
+  const std::uintptr_t start = AddressOf(mapped->address());
+  Span* span = metadata_.spans().At(start);
+  if (!metadata_.Commit(span, sizeof(Span)).ok()) {
+    static_cast<void>(space_.Unmap(*mapped));  // nothing is lost but address space
+    return nullptr;
+  }
+  span->start = start;
+  span->used_pages = pages;
+  span->mapped_pages = mapped_pages;
+  span->kind.store(SpanKind::kMapped, std::memory_order_relaxed);
+  count_.fetch_add(1, std::memory_order_relaxed);
+  pages_.fetch_add(pages, std::memory_order_relaxed);
+  mapped_pages_.fetch_add(mapped_pages, std::memory_order_relaxed);
+  return mapped->address();
+}
+
+bool LargeObjects::Free(Span* span) {
+  // Whoever takes the kind away frees the object. From here on the record may be another object's as soon as
+  // the memory is back.
+  const std::uint32_t used = span->used_pages;
+  const std::uint32_t mapped = span->mapped_pages;
+  const std::uint32_t units = span->units;
+  const std::uintptr_t start = span->start;
+  const vm::PageRange range = RangeOf(span, 0, mapped);
+  const SpanKind kind = span->kind.exchange(SpanKind::kNone, std::memory_order_relaxed);
+  if (!IsLarge(kind)) return false;
+  count_.fetch_sub(1, std::memory_order_relaxed);
+  pages_.fetch_sub(used, std::memory_order_relaxed);
+  if (kind == SpanKind::kRun) {
+    page_heap_.Free(start, units);
+    return true;
+  }
+  mapped_pages_.fetch_sub(mapped, std::memory_order_relaxed);
+  // If the address space cannot unmap for want of metadata, the memory goes back to the kernel all the same,
+  // and the addresses are lost.
+  if (!space_.Unmap(range).ok()) static_cast<void>(space_.Discard({&range, 1}));
+  return true;
+}
+
+bool LargeObjects::Resize(Span* span, std::size_t size) {
+  if (!CanServe(size)) return false;
+  const std::uint32_t pages = std::max<std::uint32_t>(PagesOf(size), 1);
+  if (pages == span->used_pages) return true;
+  return span->kind.load(std::memory_order_relaxed) == SpanKind::kRun ? ResizeRun(span, pages)
+                                                                      : ResizeMapped(span, pages);
+}
+
+bool LargeObjects::ResizeRun(Span* span, std::uint32_t pages) {
+  const std::uint32_t units = UnitsOf(pages);
+  if (units > span->units) {
+    if (pages * vm::kPageSize > kMaxRunSize) return false;
+    if (!page_heap_.Extend(span->start, span->units, units - span->units)) return false;
+    MarkInterior(metadata_.spans(), span, span->units, units);
+  } else if (units < span->units) {
+    page_heap_.Free(span->start + units * kUnitSize, span->units - units);
+  }
+  span->units = units;
+  SetUsedPages(span, pages);
+  return true;
+}
+
+bool LargeObjects::ResizeMapped(Span* span, std::uint32_t pages) {
+  const std::uint32_t mapped = span->mapped_pages;
+  if (pages > mapped) {
+    const vm::PageRange more = RangeOf(span, mapped, pages);
+    const vm::Result<vm::PageRange> grown =
+        space_.Map(more.count(), {.placement = vm::Placement::kFixed,
+                                  .address = more.address(),
+                                  .content = vm::Content::kAnything});
+    if (!grown.ok()) return false;
+    span->mapped_pages = pages;
+  } else if (pages < span->used_pages) {
+    if (!space_.Unmap(RangeOf(span, pages, mapped)).ok()) return true;  // as it was, which is large enough
+    span->mapped_pages = pages;
+  }
+  mapped_pages_.fetch_add(std::uint64_t{span->mapped_pages} - mapped, std::memory_order_relaxed);
+  SetUsedPages(span, pages);
+  return true;
+}
+
+void LargeObjects::SetUsedPages(Span* span, std::uint32_t pages) {
+  pages_.fetch_add(std::uint64_t{pages} - span->used_pages, std::memory_order_relaxed);
+  span->used_pages = pages;
+}
+
+}  // namespace freehold::allocator

@@ -1,0 +1,639 @@
+#include "allocator/thread_cache.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "allocator/misuse.h"
+#include "allocator/object_heap.h"
+#include "vm/os/check.h"
+
+namespace freehold::allocator {
+namespace {
+
+const SizeClassInfo& InfoOf(const Span* span) { return kSizeClasses[span->size_class]; }
+
+FreeObject* ObjectAt(const Span* span, std::uint32_t index) {
+  return reinterpret_cast<FreeObject*>(span->start + std::size_t{index} * InfoOf(span).size);
+}
+
+}  // namespace
+
+ThreadCache::ThreadCache(ObjectHeap& heap, std::uint32_t id)
+    : spans_(heap.metadata_.spans()),
+      code_(heap.code_),
+      heap_(&heap),
+      id_(id),
+      remote_frees_(heap, heap.code_, heap.options_.remote_batch),
+      strays_(heap.code_.end()),
+      inbox_(heap.code_.end()) {
+  none_.free = code_.end();
+  none_.credits.Set(kNoEvent);
+  none_.carved = kSizeClasses[0].capacity;  // of class 0: nothing to carve
+  direct_.fill(&none_);
+  for (Bin& bin : bins_) bin.current = &none_;
+}
+
+// Fork: PrepareFork closes the gate (IsForking), then takes and releases each cache's lock, so that whoever
+// holds one afterwards sees the gate closed.
+template <typename Work>
+auto ThreadCache::InSlowPath(Work work) {
+  for (;;) {
+    {
+      vm::sync::SpinLockHolder holder(lock_);
+      if (ABSL_PREDICT_TRUE(!heap_->IsForking())) return work();
+    }
+    heap_->WaitForFork();
+  }
+}
+
+// ---- allocation ----
+
+// Every failure of Pop, told apart: no free object, the last one, and a link that the program overwrote.
+void* ThreadCache::PopAny(Span* span) const {
+  FreeObject* object = span->free;
+  if (object == code_.end()) return nullptr;
+  FreeObject* next = code_.Next(object);
+  const bool next_is_fine = next == code_.end() || IsObject(span, next);
+  if (ABSL_PREDICT_FALSE(!code_.IsTagged(object) || !next_is_fine)) heap_->StopOnCorruption(object);
+  span->free = next;
+  object->tag = 0;
+  return object;
+}
+
+void* ThreadCache::AllocateAboveDirect(std::size_t size) {
+  if (size > kMaxClassSize) return AllocateLarge(kMinAlignment, size, /*zeroed=*/false);
+  return AllocateClass(ClassOf(size));
+}
+
+void* ThreadCache::AllocateClass(SizeClass size_class) {
+  void* object = Pop(bins_[size_class].current, kChunkReach);
+  if (ABSL_PREDICT_TRUE(object != nullptr)) return object;
+  ClassRequest request{size_class};
+  return AllocateClassSlow(request);
+}
+
+void* ThreadCache::AllocateSlow(std::size_t size) {
+  ClassRequest request{ClassOf(size)};
+  return AllocateClassSlow(request);
+}
+
+void* ThreadCache::AllocateClassSlow(ClassRequest& request) {
+  Bin& bin = bins_[request.size_class];
+  if (void* object = PopAny(bin.current)) return object;
+  if (++slow_paths_ % kMaintenancePeriod == 0) Maintain();
+  // Memory that came back is used before memory that was not; then no list changes, and no lock is needed.
+  const bool none_came_back =
+      inbox_.load(std::memory_order_relaxed) == code_.end() && bin.available.empty();
+  if (none_came_back && !IsCarved(bin.current)) return PopCarved(bin.current, request);
+  return InSlowPath([&] {
+    lock_.AssertHeld();
+    return RefillLocked(request);
+  });
+}
+
+void* ThreadCache::RefillLocked(ClassRequest& request) {
+  Bin& bin = bins_[request.size_class];
+  if (inbox_.load(std::memory_order_relaxed) != code_.end()) {
+    DrainLocked();
+    if (void* object = PopAny(bin.current)) return object;
+  }
+  if (!FindSpanLocked(request.size_class)) return nullptr;
+  if (void* object = PopAny(bin.current)) return object;
+  return PopCarved(bin.current, request);
+}
+
+// Makes a span current that has a free object, or one to carve.
+bool ThreadCache::FindSpanLocked(SizeClass size_class) {
+  Bin& bin = bins_[size_class];
+  Span* span = TakeAvailableLocked(size_class);
+  if (span == nullptr) {
+    if (!IsCarved(bin.current)) return true;
+    if (Span* inherited = heap_->InheritSpan(size_class, this)) {
+      ++bin.spans;
+      AppendLocked(bin.available, inherited);
+      span = TakeAvailableLocked(size_class);
+    }
+  }
+  if (span == nullptr) span = NewSpanLocked(size_class);
+  if (span == nullptr) return false;
+  if (bin.current != &none_) RetireCurrentLocked(size_class, bin.current->carved);
+  SetCurrentLocked(size_class, span);
+  return true;
+}
+
+// Null when there is none, and when only spans are left that would take long to look through.
+Span* ThreadCache::TakeAvailableLocked(SizeClass size_class) {
+  SpanList& list = bins_[size_class].available;
+  for (int rebuilds = 0; !list.empty() && rebuilds < kMaxRebuilds; ++rebuilds) {
+    Span* span = spans_.Named(list.first);
+    RemoveLocked(list, span);
+    if (ABSL_PREDICT_TRUE(span->kind.load(std::memory_order_relaxed) != SpanKind::kSuspect)) return span;
+    const std::uint32_t used = RebuildLocked(span);
+    if (used < InfoOf(span).capacity) return span;
+    PlaceLocked(span, used);
+  }
+  return nullptr;
+}
+
+Span* ThreadCache::NewSpanLocked(SizeClass size_class) {
+  const SizeClassInfo& info = kSizeClasses[size_class];
+  PageHeap::Run run;
+  if (info.units == 1 && stash_size_ > 0) {
+    run.start = stash_[--stash_size_]->start;
+  } else {
+    run = heap_->page_heap_.Allocate(id_, info.units);
+    if (run.start == 0) return nullptr;
+  }
+  Span* span = spans_.At(run.start);
+  span->start = run.start;
+  span->reciprocal = info.reciprocal;
+  span->SetLimit(0);
+  span->free = code_.end();
+  span->carved = 0;
+  span->units = info.units;
+  span->size_class = size_class;
+  span->clean = run.clean;
+  MarkInterior(spans_, span, 1, info.units);
+  span->kind.store(SpanKind::kObjects, std::memory_order_relaxed);
+  span->owner.store(this, std::memory_order_relaxed);
+  ++bins_[size_class].spans;
+  return span;
+}
+
+// REQUIRES: `span` is current, is not carved up, and has no free object.
+void* ThreadCache::PopCarved(Span* span, ClassRequest& request) {
+  request.zero = span->clean;
+  const SizeClassInfo& info = InfoOf(span);
+  const std::uint32_t first = span->carved;
+  const std::uint32_t end = std::min(first + info.carve, info.capacity);
+  // In ascending order, which the hardware prefetches.
+  FreeObject* object = ObjectAt(span, first);
+  span->free = object;
+  for (std::uint32_t i = first + 1; i < end; ++i) {
+    FreeObject* next = ObjectAt(span, i);
+    code_.Link(object, next);
+    object = next;
+  }
+  code_.Link(object, code_.end());
+  span->carved = end;
+  span->SetLimit(end * info.excess);
+  bins_[span->size_class].held.Add(end - first);
+  return PopAny(span);
+}
+
+void* ThreadCache::AllocateZeroed(std::size_t size) {
+  if (size > kMaxClassSize) return AllocateLarge(kMinAlignment, size, /*zeroed=*/true);
+  if (size <= kMaxDirectSize) {
+    void* object = Allocate(size);
+    return object == nullptr ? nullptr : std::memset(object, 0, size);
+  }
+  const SizeClass size_class = ClassOf(size);
+  ClassRequest request{size_class};
+  void* object = Pop(bins_[size_class].current, kChunkReach);
+  if (object == nullptr) object = AllocateClassSlow(request);
+  return object == nullptr ? nullptr : std::memset(object, 0, request.zero ? kMinAlignment : size);
+}
+
+void* ThreadCache::AllocateAligned(std::size_t alignment, std::size_t size) {
+  if (alignment <= kMinAlignment) return Allocate(size);
+  // The largest class is a multiple of every alignment up to a unit.
+  if (size > kMaxClassSize || alignment > kUnitSize) return AllocateLarge(alignment, size, /*zeroed=*/false);
+  return AllocateClass(AlignedClassOf(alignment, size));
+}
+
+void* ThreadCache::AllocateLarge(std::size_t alignment, std::size_t size, bool zeroed) {
+  if (++slow_paths_ % kMaintenancePeriod == 0) Maintain();
+  return heap_->large_.Allocate(id_, {.size = size, .alignment = alignment, .zeroed = zeroed});
+}
+
+void* ThreadCache::Reallocate(void* p, std::size_t size) {
+  if (p == nullptr) return Allocate(size);
+  Span* span = heap_->CheckedSpan("realloc", p);
+  const bool is_large = IsLarge(span);
+  const std::size_t usable = is_large ? LargeObjects::UsableSize(span) : InfoOf(span).size;
+  if (is_large && size > kMaxClassSize) {
+    if (heap_->large_.Resize(span, size)) return p;
+  } else if (size <= usable && size > usable / 2) {
+    return p;
+  }
+  const bool grows = size > usable;
+  void* to = is_large && grows ? heap_->large_.Allocate(id_, {.size = size, .will_grow = true})
+                               : Allocate(size);
+  if (to == nullptr) return grows ? nullptr : p;
+  std::memcpy(to, p, std::min(size, usable));
+  Free(p);
+  return to;
+}
+
+// ---- spans ----
+
+bool ThreadCache::IsCarved(const Span* span) { return span->carved == InfoOf(span).capacity; }
+
+void ThreadCache::PlaceLocked(Span* span, std::uint32_t used) {
+  Bin& bin = bins_[span->size_class];
+  if (used == 0) return ReleaseLocked(span);
+  if (used == InfoOf(span).capacity) {
+    span->state = SpanState::kFull;
+    span->credits.Set(InfoOf(span).wake);
+    bin.held.Add(used);
+    return;
+  }
+  span->credits.Set(used);
+  AppendLocked(bin.available, span);
+}
+
+void ThreadCache::SetCurrentLocked(SizeClass size_class, Span* span) {
+  Bin& bin = bins_[size_class];
+  bin.current = span;
+  bin.credits_seen = 0;
+  if (span != &none_) {
+    span->state = SpanState::kCurrent;
+    span->credits.Set(kNoEvent);
+    bin.held.Add(span->carved);
+  }
+  const std::size_t size = kSizeClasses[size_class].size;
+  if (size > kMaxDirectSize) return;
+  const std::size_t below = size_class == 0 ? 0 : kSizeClasses[size_class - 1].size + kMinAlignment;
+  for (std::size_t i = below / kMinAlignment; i <= size / kMinAlignment; ++i) direct_[i] = span;
+}
+
+void ThreadCache::RetireCurrentLocked(SizeClass size_class, std::uint32_t used) {
+  Bin& bin = bins_[size_class];
+  Span* span = bin.current;
+  bin.held.Subtract(span->carved);
+  SetCurrentLocked(size_class, &none_);
+  PlaceLocked(span, used);
+}
+
+// Spans of one unit are kept at hand: a class that comes empty and is needed again takes no shared lock.
+void ThreadCache::ReleaseLocked(Span* span) {
+  --bins_[span->size_class].spans;
+  span->owner.store(nullptr, std::memory_order_relaxed);
+  span->kind.store(SpanKind::kNone, std::memory_order_relaxed);
+  const bool keep = span->units == 1 && stash_size_ < kStash &&
+                    state_.load(std::memory_order_relaxed) == State::kAttached;
+  if (keep) {
+    stash_[stash_size_++] = span;
+  } else {
+    heap_->page_heap_.Free(span->start, span->units);
+  }
+}
+
+void ThreadCache::EmptyStashLocked() {
+  while (stash_size_ > 0) heap_->page_heap_.Free(stash_[--stash_size_]->start, 1);
+}
+
+std::uint32_t ThreadCache::RebuildLocked(Span* span) {
+  std::uint32_t used = span->carved;
+  span->free = code_.end();
+  for (std::uint32_t i = span->carved; i > 0; --i) {
+    FreeObject* object = ObjectAt(span, i - 1);
+    if (!code_.IsTagged(object)) continue;
+    code_.Link(object, span->free);
+    span->free = object;
+    --used;
+  }
+  span->kind.store(SpanKind::kObjects, std::memory_order_relaxed);
+  return used;
+}
+
+void ThreadCache::AppendLocked(SpanList& list, Span* span) {
+  const std::uint32_t name = spans_.NameOf(span);
+  span->state = SpanState::kAvailable;
+  span->next = 0;
+  span->previous = list.last;
+  (list.last == 0 ? list.first : spans_.Named(list.last)->next) = name;
+  list.last = name;
+}
+
+void ThreadCache::RemoveLocked(SpanList& list, Span* span) {
+  (span->previous == 0 ? list.first : spans_.Named(span->previous)->next) = span->next;
+  (span->next == 0 ? list.last : spans_.Named(span->next)->previous) = span->previous;
+}
+
+void ThreadCache::HandleEvent(Span* span) {
+  InSlowPath([&] {
+    lock_.AssertHeld();
+    HandleEventLocked(span, 0);
+  });
+}
+
+void ThreadCache::HandleEventLocked(Span* span, std::uint32_t beyond) {
+  Bin& bin = bins_[span->size_class];
+  switch (span->state) {
+    case SpanState::kCurrent:
+      span->credits.Set(kNoEvent);
+      break;
+    case SpanState::kFull:
+      bin.held.Subtract(span->carved);
+      PlaceLocked(span, span->carved - InfoOf(span).wake - beyond);
+      break;
+    case SpanState::kAvailable:
+      RemoveLocked(bin.available, span);
+      PlaceLocked(span, span->kind.load(std::memory_order_relaxed) == SpanKind::kSuspect
+                            ? RebuildLocked(span)
+                            : 0);
+      break;
+  }
+}
+
+// ---- other threads ----
+
+// Whatever is not an own object that is found by its span's first unit.
+void ThreadCache::FreeSlow(void* p) {
+  Span* span = spans_.At(AddressOf(p));
+  const ThreadCache* owner = span->owner.load(std::memory_order_relaxed);
+  if (ABSL_PREDICT_TRUE(owner != nullptr && owner != this && heap_->IsObject(span, p) &&
+                        !heap_->HasSuspects())) {
+    return remote_frees_.Add(span, static_cast<FreeObject*>(p));
+  }
+  FreeChecked(p);
+}
+
+void ThreadCache::FreeChecked(void* p) {
+  if (p == nullptr) return;
+  Span* span = heap_->CheckedSpan("free", p);
+  auto* object = static_cast<FreeObject*>(p);
+  if (IsLarge(span)) {
+    if (!heap_->large_.Free(span)) heap_->StopOnWrongPointer("free", p, span);
+  } else if (span->owner.load(std::memory_order_relaxed) == this) {
+    if (Push(span, object)) HandleEvent(span);
+  } else if (!heap_->HasSuspects() || !heap_->FreeSuspect(span, object)) {
+    remote_frees_.Add(span, object);
+  }
+}
+
+void ThreadCache::FreeSizedSlow(void* p, std::size_t size) {
+  if (p == nullptr) return;
+  const std::size_t usable = heap_->UsableSizeOf(heap_->CheckedSpan("free", p));
+  if (size > usable) {
+    StopProgram(
+        {.what = Misuse::kSizeMismatch, .call = "free", .address = p, .object_size = usable, .size = size});
+  }
+  FreeSlow(p);
+}
+
+void ThreadCache::Receive(FreeObject* first, FreeObject* last) {
+  FreeObject* before = inbox_.load(std::memory_order_relaxed);
+  do {
+    code_.Link(last, before);
+    // Releases the objects to the exchange in DrainLocked. Sequentially consistent with the load of state_, as
+    // BecomeOrphan's store of state_ is with its look at inbox_: one of both sees the other's store.
+  } while (!inbox_.compare_exchange_weak(before, first, std::memory_order_seq_cst,
+                                         std::memory_order_relaxed));
+  if (ABSL_PREDICT_FALSE(state_.load(std::memory_order_seq_cst) == State::kOrphan)) DrainIfOrphan();
+}
+
+bool ThreadCache::NeedsLockToFree(const Span* span) const {
+  return span->kind.load(std::memory_order_relaxed) == SpanKind::kSuspect ||
+         state_.load(std::memory_order_relaxed) == State::kFrozen;
+}
+
+bool ThreadCache::FreeSuspect(Span* span, FreeObject* object) {
+  return InSlowPath([&] {
+    lock_.AssertHeld();
+    const bool suspect = span->owner.load(std::memory_order_relaxed) == this && NeedsLockToFree(span);
+    if (suspect) object->tag = code_.Tag(object);
+    return suspect;
+  });
+}
+
+void ThreadCache::DrainLocked() {
+  // Pairs with the release in Receive.
+  FreeObject* message = inbox_.exchange(code_.end(), std::memory_order_acquire);
+  while (message != code_.end()) {
+    FreeObject* next = code_.Next(message);
+    __builtin_prefetch(next, 1);
+    const bool next_is_fine = next == code_.end() || heap_->Owns(next);
+    if (ABSL_PREDICT_FALSE(!code_.IsTagged(message) || !next_is_fine)) heap_->StopOnCorruption(message);
+    Span* span = heap_->SpanOf(message);
+    if (ABSL_PREDICT_TRUE(span->owner.load(std::memory_order_relaxed) == this)) {
+      TakeInLocked(span, message);
+    } else {
+      code_.Link(message, strays_);
+      strays_ = message;
+    }
+    message = next;
+  }
+}
+
+void ThreadCache::TakeInLocked(Span* span, FreeObject* message) {
+  const ObjectChain chain = OpenMessage(code_, span, message);
+  if (ABSL_PREDICT_FALSE(chain.count == 0)) heap_->StopOnCorruption(message);
+  code_.Link(chain.last, span->free);
+  span->free = chain.first;
+  const std::uint32_t credits = span->credits.Get();
+  if (credits > chain.count) {
+    span->credits.Set(credits - chain.count);
+  } else {
+    HandleEventLocked(span, chain.count - credits);
+  }
+}
+
+void ThreadCache::DrainIfOrphan() {
+  const bool drained = InSlowPath([&] {
+    lock_.AssertHeld();
+    if (state_.load(std::memory_order_relaxed) != State::kOrphan) return false;
+    DrainLocked();
+    UpdateOrphanClassesLocked();
+    return true;
+  });
+  if (drained) ForwardStrays();
+}
+
+void ThreadCache::ForwardStrays() {
+  FreeObject* message = InSlowPath([&] {
+    lock_.AssertHeld();
+    return std::exchange(strays_, code_.end());
+  });
+  while (message != code_.end()) {
+    FreeObject* next = code_.Next(message);
+    heap_->SpanOf(message)->owner.load(std::memory_order_relaxed)->Receive(message, message);
+    message = next;
+  }
+}
+
+void ThreadCache::Maintain() {
+  heap_->Tick(heap_->space_.kernel().Now());
+  remote_frees_.HandOverAll();
+  ForwardStrays();
+  InSlowPath([&] {
+    lock_.AssertHeld();
+    ReleaseIdleLocked();
+  });
+}
+
+// A current span whose objects all came free stays where it is, in case its class is used again. Here go those
+// of which nothing came free since the last time.
+void ThreadCache::ReleaseIdleLocked() {
+  for (unsigned size_class = 0; size_class < kSizeClassCount; ++size_class) {
+    Bin& bin = bins_[size_class];
+    const std::uint32_t credits = bin.current->credits.Get();
+    if (credits == kNoEvent || std::exchange(bin.credits_seen, credits) != credits) continue;
+    if (CountFree(bin.current) == bin.current->carved) {
+      RetireCurrentLocked(static_cast<SizeClass>(size_class), 0);
+    } else {
+      bin.current->credits.Set(kNoEvent);
+    }
+  }
+}
+
+// ---- for ObjectHeap ----
+
+void ThreadCache::BecomeOrphan() {
+  remote_frees_.HandOverAll();
+  InSlowPath([&] {
+    lock_.AssertHeld();
+    DrainLocked();
+    for (unsigned size_class = 0; size_class < kSizeClassCount; ++size_class) {
+      const Span* span = bins_[size_class].current;
+      if (span == &none_) continue;
+      RetireCurrentLocked(static_cast<SizeClass>(size_class), span->carved - CountFree(span));
+    }
+    EmptyStashLocked();
+    state_.store(State::kOrphan, std::memory_order_seq_cst);
+    if (inbox_.load(std::memory_order_seq_cst) != code_.end()) DrainLocked();
+    UpdateOrphanClassesLocked();
+  });
+  ForwardStrays();
+}
+
+void ThreadCache::BecomeAttached() {
+  InSlowPath([&] {
+    lock_.AssertHeld();
+    if (state_.load(std::memory_order_relaxed) == State::kFrozen) ThawLocked();
+    state_.store(State::kAttached, std::memory_order_relaxed);
+  });
+}
+
+// The lists of a cache whose thread a fork left behind are consistent (H3), its free lists may not be: fork
+// copied the thread's pages one after the other while it ran. What the tags say is true, see README.md.
+void ThreadCache::ThawLocked() {
+  remote_frees_.Forget();
+  strays_ = code_.end();
+  inbox_.store(code_.end(), std::memory_order_relaxed);
+  for (unsigned size_class = 0; size_class < kSizeClassCount; ++size_class) {
+    Bin& bin = bins_[size_class];
+    bin.available = {};
+    bin.spans = 0;
+    bin.held.Set(0);
+    SetCurrentLocked(static_cast<SizeClass>(size_class), &none_);
+  }
+  heap_->page_heap_.ForEachUsedUnit(
+      [](void* context, std::uintptr_t unit) {
+        auto* self = static_cast<ThreadCache*>(context);
+        self->lock_.AssertHeld();
+        Span* span = self->spans_.At(unit);
+        if (span->owner.load(std::memory_order_relaxed) != self) return;
+        span->kind.store(SpanKind::kSuspect, std::memory_order_relaxed);
+        span->free = self->code_.end();
+        span->credits.Set(1);
+        Bin& bin = self->bins_[span->size_class];
+        ++bin.spans;
+        self->AppendLocked(bin.available, span);
+      },
+      this);
+}
+
+void ThreadCache::EmptyStash() {
+  InSlowPath([&] {
+    lock_.AssertHeld();
+    EmptyStashLocked();
+  });
+}
+
+void ThreadCache::FinishSlowPath(bool drain) {
+  vm::sync::SpinLockHolder holder(lock_);
+  if (drain) DrainLocked();
+}
+
+void ThreadCache::Freeze() {
+  lock_.ReinitAfterFork();
+  state_.store(State::kFrozen, std::memory_order_relaxed);
+}
+
+// What other threads sent since FinishSlowPath may have come through half, and what is gathered for them they
+// will know by its tags.
+void ThreadCache::ForgetOthers() {
+  inbox_.store(code_.end(), std::memory_order_relaxed);
+  strays_ = code_.end();
+  remote_frees_.Forget();
+}
+
+void ThreadCache::UpdateOrphanClassesLocked() {
+  std::array<std::uint64_t, 2> classes = {};
+  for (unsigned i = 0; i < kSizeClassCount; ++i) {
+    if (!bins_[i].available.empty()) classes[i / 64] |= std::uint64_t{1} << i % 64;
+  }
+  for (unsigned i = 0; i < 2; ++i) orphan_classes_[i].store(classes[i], std::memory_order_relaxed);
+}
+
+bool ThreadCache::HasAvailable(SizeClass size_class) const {
+  const std::uint64_t classes = orphan_classes_[size_class / 64].load(std::memory_order_relaxed);
+  return (classes >> size_class % 64 & 1) != 0;
+}
+
+Span* ThreadCache::GiveAvailable(SizeClass size_class, ThreadCache* heir) {
+  vm::sync::SpinLockTryHolder holder(lock_);
+  if (!holder.owns()) return nullptr;
+  lock_.AssertHeld();
+  Bin& bin = bins_[size_class];
+  if (state_.load(std::memory_order_relaxed) != State::kOrphan || bin.available.empty()) return nullptr;
+  Span* span = spans_.Named(bin.available.first);
+  RemoveLocked(bin.available, span);
+  --bin.spans;
+  if (bin.available.empty()) UpdateOrphanClassesLocked();
+  span->owner.store(heir, std::memory_order_relaxed);
+  return span;
+}
+
+void ThreadCache::AddStats(std::array<SizeClassStats, kSizeClassCount>& stats) {
+  vm::sync::SpinLockHolder holder(lock_);
+  for (unsigned i = 0; i < kSizeClassCount; ++i) {
+    const Bin& bin = bins_[i];
+    stats[i].spans += bin.spans;
+    stats[i].capacity += std::uint64_t{bin.spans} * kSizeClasses[i].capacity;
+    stats[i].allocated += bin.held.Get();
+    for (std::uint32_t name = bin.available.first; name != 0; name = spans_.Named(name)->next) {
+      stats[i].allocated += spans_.Named(name)->credits.Get();
+    }
+  }
+}
+
+std::uint32_t ThreadCache::CountFree(const Span* span) const {
+  std::uint32_t count = 0;
+  for (const FreeObject* object = span->free; object != code_.end(); object = code_.Next(object)) {
+    const FreeObject* next = code_.Next(object);
+    const bool next_is_fine = next == code_.end() || IsObject(span, next);
+    if (!code_.IsTagged(object) || !next_is_fine || ++count > span->carved) heap_->StopOnCorruption(object);
+  }
+  return count;
+}
+
+void ThreadCache::CheckInvariants() {
+  vm::sync::SpinLockHolder holder(lock_);
+  if (state_.load(std::memory_order_relaxed) == State::kFrozen) return;
+  for (unsigned i = 0; i < kSizeClassCount; ++i) {
+    const Bin& bin = bins_[i];
+    if (bin.current != &none_) {
+      FREEHOLD_CHECK(bin.current->owner.load(std::memory_order_relaxed) == this);
+      FREEHOLD_CHECK(bin.current->state == SpanState::kCurrent && bin.current->size_class == i);
+      CountFree(bin.current);
+    }
+    std::uint32_t previous = 0;
+    for (std::uint32_t name = bin.available.first; name != 0; name = spans_.Named(name)->next) {
+      const Span* span = spans_.Named(name);
+      FREEHOLD_CHECK(span->owner.load(std::memory_order_relaxed) == this);
+      FREEHOLD_CHECK(span->state == SpanState::kAvailable && span->size_class == i);
+      FREEHOLD_CHECK(span->previous == previous);
+      if (span->kind.load(std::memory_order_relaxed) == SpanKind::kObjects) {
+        FREEHOLD_CHECK(span->credits.Get() == span->carved - CountFree(span));
+      }
+      previous = name;
+    }
+    FREEHOLD_CHECK(bin.available.last == previous);
+  }
+}
+
+}  // namespace freehold::allocator

@@ -1,0 +1,48 @@
+#include "runtime/fork.h"
+
+#include <pthread.h>
+
+#include "runtime/keeper.h"
+#include "runtime/message.h"
+#include "runtime/runtime.h"
+#include "runtime/thread.h"
+#include "vm/os/thread_id.h"
+
+namespace freehold::runtime {
+namespace {
+
+bool Serves() { return process_runtime.server() == Server::kFreehold; }
+
+// In lock order: the heap, which calls into the space, and then the space.
+void PrepareFork() {
+  if (!Serves()) return;
+  process_runtime.heap().PrepareFork(CurrentThreadCache());
+  process_runtime.space().PrepareFork();
+}
+
+void ParentAfterFork() {
+  if (!Serves()) return;
+  process_runtime.space().ParentAfterFork();
+  process_runtime.heap().ParentAfterFork(CurrentThreadCache());
+}
+
+void ChildAfterFork() {
+  if (!Serves()) return;
+  vm::os::ForgetThreadIdAfterFork();
+  process_runtime.space().ChildAfterFork();
+  process_runtime.heap().ChildAfterFork(CurrentThreadCache());
+  ForgetOtherThreads();
+  process_keeper.ChildAfterFork();
+}
+
+}  // namespace
+
+void RegisterForkHandlers() {
+  if (pthread_atfork(PrepareFork, ParentAfterFork, ChildAfterFork) != 0) {
+    Message()
+        .Append("cannot register fork handlers; a child of a program with threads may hang")
+        .Report();
+  }
+}
+
+}  // namespace freehold::runtime

@@ -1,0 +1,132 @@
+#include "runtime/shim/allocate.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "allocator/chunk.h"
+#include "runtime/keeper.h"
+#include "runtime/runtime.h"
+#include "runtime/shim/libc_malloc.h"
+
+namespace freehold::runtime::shim {
+namespace {
+
+using allocator::ThreadCache;
+
+bool LibcServes() { return process_runtime.EnsureStarted() == Server::kLibc; }
+
+// Calls `call` with a cache, for a thread that has none.
+template <typename Call>
+void* WithLease(Call call) {
+  const CacheLease lease;
+  return lease.get() != nullptr ? call(*lease.get()) : nullptr;
+}
+
+// An object of the bootstrap buffer moves to the malloc that was found meanwhile.
+void* MoveFromBootstrap(const LibcMalloc& libc, const void* p, std::size_t size) {
+  void* moved = libc.malloc(size);
+  if (moved != nullptr) std::memcpy(moved, p, std::min(size, LibcMalloc::BootstrapReadable(p)));
+  return moved;
+}
+
+// Whether a free of `p`, the start of a unit, nudges even in a small process: one unit in a chunk,
+// so that many small objects are noticed in proportion to their memory, and a program that uses one
+// object again and again is not slowed down. Not the first unit of a chunk, which holds the first
+// objects of all.
+bool IsSampled(const void* p) {
+  constexpr std::uintptr_t kSampledUnit = allocator::kChunkSize / 2;
+  return (reinterpret_cast<std::uintptr_t>(p) & (allocator::kChunkSize - 1)) == kSampledUnit;
+}
+
+// After a free. The address is only looked at.
+void NoticeFree(const void* p, const void* caller) {
+  if (process_keeper.WantsNudges() || IsSampled(p)) process_keeper.Nudge(caller);
+}
+
+void FreeToLibc(void* p) {
+  if (LibcMalloc::IsBootstrap(p)) return;
+  // Without libc's functions nothing was allocated that could be freed, but for the buffer.
+  if (const LibcMalloc* libc = LibcMalloc::Get()) libc->free(p);
+}
+
+}  // namespace
+
+void* AllocateCold(std::size_t size) {
+  if (LibcServes()) {
+    const LibcMalloc* libc = LibcMalloc::Get();
+    return libc != nullptr ? libc->malloc(size)
+                           : LibcMalloc::BootstrapAllocate(allocator::kMinAlignment, size);
+  }
+  return WithLease([=](ThreadCache& cache) { return cache.Allocate(size); });
+}
+
+void* AllocateZeroedCold(std::size_t size) {
+  if (LibcServes()) {
+    const LibcMalloc* libc = LibcMalloc::Get();
+    return libc != nullptr ? libc->calloc(1, size)
+                           : LibcMalloc::BootstrapAllocate(allocator::kMinAlignment, size);
+  }
+  return WithLease([=](ThreadCache& cache) { return cache.AllocateZeroed(size); });
+}
+
+void* AllocateAlignedCold(std::size_t alignment, std::size_t size) {
+  if (LibcServes()) {
+    const LibcMalloc* libc = LibcMalloc::Get();
+    return libc != nullptr ? libc->memalign(alignment, size)
+                           : LibcMalloc::BootstrapAllocate(alignment, size);
+  }
+  return WithLease([=](ThreadCache& cache) { return cache.AllocateAligned(alignment, size); });
+}
+
+void* ReallocateCold(void* p, std::size_t size) {
+  if (p == nullptr) return AllocateCold(size);
+  if (LibcServes()) {
+    const LibcMalloc* libc = LibcMalloc::Get();
+    if (libc == nullptr) {
+      return std::memmove(LibcMalloc::BootstrapAllocate(allocator::kMinAlignment, size), p,
+                          std::min(size, LibcMalloc::BootstrapReadable(p)));
+    }
+    return LibcMalloc::IsBootstrap(p) ? MoveFromBootstrap(*libc, p, size) : libc->realloc(p, size);
+  }
+  return WithLease([=](ThreadCache& cache) { return cache.Reallocate(p, size); });
+}
+
+void* AllocateLarge(ThreadCache& cache, std::size_t size, const void* caller) {
+  void* p = cache.Allocate(size);
+  NoticeLarge(caller);
+  return p;
+}
+
+void NoticeLarge(const void* caller) { process_keeper.NudgeOnGrowth(caller); }
+
+void FreeCold(void* p, const void* caller) {
+  if (p == nullptr) return;
+  if (ThreadCache* cache = CurrentThreadCache()) {
+    cache->Free(p);
+  } else if (LibcServes()) {
+    return FreeToLibc(p);
+  } else {
+    // Also for a thread that only frees: through a cache it hands over whole batches.
+    const CacheLease lease;
+    lease.get() != nullptr ? lease.get()->Free(p) : process_runtime.heap().Free(p);
+  }
+  if (IsUnitStart(p)) NoticeFree(p, caller);
+}
+
+void FreeSizedCold(void* p, std::size_t size, const void* caller) {
+  ThreadCache* cache = CurrentThreadCache();
+  if (cache == nullptr || p == nullptr) return FreeCold(p, caller);
+  cache->FreeSized(p, size);
+  NoticeFree(p, caller);
+}
+
+std::size_t UsableSize(const void* p) {
+  if (p == nullptr) return 0;
+  if (!LibcServes()) return process_runtime.heap().UsableSize(p);
+  const LibcMalloc* libc = LibcMalloc::Get();
+  return libc != nullptr && !LibcMalloc::IsBootstrap(p)
+             ? libc->malloc_usable_size(const_cast<void*>(p))
+             : 0;
+}
+
+}  // namespace freehold::runtime::shim

@@ -1,0 +1,23 @@
+#include "runtime/shim/startup.h"
+
+#include "runtime/fork.h"
+#include "runtime/keeper.h"
+#include "runtime/runtime.h"
+#include "runtime/shim/malloc_report.h"
+
+namespace freehold::runtime::shim {
+namespace {
+
+// After the program's atexit handlers and destructors: libc runs those of a library it loaded early
+// late.
+__attribute__((destructor)) void OnProcessExit() { ReportAtExit(); }
+
+}  // namespace
+
+void OnProcessStart(const char* const* environment) {
+  if (process_runtime.EnsureStarted(environment) != Server::kFreehold) return;
+  process_keeper.PrepareToStart();
+  RegisterForkHandlers();
+}
+
+}  // namespace freehold::runtime::shim

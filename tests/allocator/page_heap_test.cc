@@ -1,0 +1,271 @@
+#include "allocator/page_heap.h"
+
+#include <cstring>
+#include <map>
+#include <optional>
+#include <random>
+#include <set>
+#include <vector>
+
+#include "gtest/gtest.h"
+#include "tests/allocator/heap_fixture.h"
+#include "vm/os/fake_kernel.h"
+
+namespace freehold::allocator {
+namespace {
+
+using Operation = vm::os::FakeKernel::Operation;
+
+class PageHeapTest : public testing::Test {
+ protected:
+  void SetUp() override { Make(1); }
+  void TearDown() override { Drop(); }
+
+  void Make(unsigned shards) {
+    Drop();
+    const auto space =
+        vm::AddressSpace::Create(kernel_, {.reserve = vm::GiB(4), .min_reserve = vm::MiB(64)});
+    ASSERT_TRUE(space.ok());
+    space_ = *space;
+    const auto metadata = HeapMetadata::Create(*space_, {.header_bytes = 4096, .cache_bytes = 4096});
+    ASSERT_TRUE(metadata.ok());
+    metadata_ = *metadata;
+    heap_.emplace(*space_, metadata_, shards);
+  }
+  void Drop() {
+    if (space_ == nullptr) return;
+    heap_->CheckInvariants();
+    heap_.reset();
+    metadata_.Release();
+    vm::AddressSpace::Destroy(space_);
+    space_ = nullptr;
+  }
+  static void Dirty(std::uintptr_t start, unsigned units) {
+    std::memset(reinterpret_cast<void*>(start), 0xab, units * kUnitSize);
+  }
+  vm::Pages Resident(std::uintptr_t start, unsigned units) {
+    return *kernel_.CountResident(
+        vm::PageRange::FromBytes(reinterpret_cast<void*>(start), {units * kUnitSize}));
+  }
+
+  vm::os::FakeKernel kernel_;
+  vm::AddressSpace* space_ = nullptr;
+  HeapMetadata metadata_;
+  std::optional<PageHeap> heap_;
+};
+
+TEST_F(PageHeapTest, FreshMemoryIsCleanAndItsRecordsAreWritable) {
+  const PageHeap::Run run = heap_->Allocate(0, 5);
+  ASSERT_NE(run.start, 0u);
+  EXPECT_EQ(run.start % kUnitSize, 0u);
+  EXPECT_TRUE(run.clean);
+  EXPECT_TRUE(IsZero(reinterpret_cast<void*>(run.start), 5 * kUnitSize));
+  for (unsigned i = 0; i < 5; ++i) metadata_.spans().At(run.start + i * kUnitSize)->units = 1;
+  EXPECT_EQ(heap_->GetStats().chunks, 1u);
+  EXPECT_EQ(heap_->GetStats().free_units, kChunkUnits - 5);
+}
+
+TEST_F(PageHeapTest, FreedMemoryIsUsedAgainBeforeFreshMemory) {
+  const PageHeap::Run first = heap_->Allocate(0, 3);
+  const PageHeap::Run second = heap_->Allocate(0, 3);
+  heap_->Free(second.start, 3);
+  EXPECT_EQ(heap_->GetStats().dirty_units, 3u);
+  const PageHeap::Run again = heap_->Allocate(0, 2);
+  EXPECT_EQ(again.start, second.start);
+  EXPECT_FALSE(again.clean);
+  EXPECT_NE(first.start, second.start);
+}
+
+TEST_F(PageHeapTest, TightestRunIsTaken) {
+  //   | a:4 | b:1 | c:2 | d:1 | rest
+  const std::uintptr_t a = heap_->Allocate(0, 4).start;
+  heap_->Allocate(0, 1);
+  const std::uintptr_t c = heap_->Allocate(0, 2).start;
+  heap_->Allocate(0, 1);
+  heap_->Free(a, 4);
+  heap_->Free(c, 2);
+  EXPECT_EQ(heap_->Allocate(0, 3).start, a);
+  EXPECT_EQ(heap_->Allocate(0, 2).start, c);
+}
+
+TEST_F(PageHeapTest, FullerChunksFillUpFirst) {
+  const std::uintptr_t full = heap_->Allocate(0, kChunkUnits - 1).start;
+  const std::uintptr_t other = heap_->Allocate(0, kChunkUnits).start;
+  heap_->Free(other, kChunkUnits);
+  heap_->Trim();
+  const std::uintptr_t unit = heap_->Allocate(0, 1).start;
+  EXPECT_EQ(unit, full + (kChunkUnits - 1) * kUnitSize);
+}
+
+TEST_F(PageHeapTest, NeighboursMerge) {
+  const std::uintptr_t start = heap_->Allocate(0, kChunkUnits).start;
+  for (unsigned i = 0; i < kChunkUnits; i += 2) heap_->Free(start + i * kUnitSize, 1);
+  for (unsigned i = 1; i < kChunkUnits; i += 2) heap_->Free(start + i * kUnitSize, 1);
+  EXPECT_EQ(heap_->Allocate(0, kChunkUnits).start, start);
+}
+
+TEST_F(PageHeapTest, ExtendTakesWhatIsFreeBehind) {
+  const std::uintptr_t start = heap_->Allocate(0, 4).start;
+  EXPECT_TRUE(heap_->Extend(start, 4, 2));
+  const std::uintptr_t next = heap_->Allocate(0, 1).start;
+  EXPECT_EQ(next, start + 6 * kUnitSize);
+  EXPECT_FALSE(heap_->Extend(start, 6, 1));
+  EXPECT_FALSE(heap_->Extend(next, 1, kChunkUnits));
+}
+
+TEST_F(PageHeapTest, AgeGivesBackWhatStayedFree) {
+  const std::uintptr_t start = heap_->Allocate(0, 8).start;
+  const std::uintptr_t rest = heap_->Allocate(0, 8).start;
+  Dirty(start, 8);
+  Dirty(rest, 8);
+  heap_->Free(start, 8);
+  EXPECT_EQ(heap_->Age().value, 0u);  // free for less than a period
+  EXPECT_EQ(Resident(start, 8), vm::PagesFor({8 * kUnitSize}));
+  EXPECT_EQ(heap_->Age(), vm::PagesFor({8 * kUnitSize}));
+  EXPECT_EQ(Resident(start, 8).value, 0u);
+  EXPECT_EQ(Resident(rest, 8), vm::PagesFor({8 * kUnitSize}));
+  const PageHeap::Run again = heap_->Allocate(0, 8);
+  EXPECT_EQ(again.start, start);
+  EXPECT_TRUE(again.clean);
+  EXPECT_TRUE(IsZero(reinterpret_cast<void*>(start), 8 * kUnitSize));
+}
+
+TEST_F(PageHeapTest, MemoryInUseBetweenTwoTicksIsKept) {
+  const std::uintptr_t start = heap_->Allocate(0, 8).start;
+  for (int i = 0; i < 5; ++i) {
+    heap_->Free(start, 8);
+    EXPECT_EQ(heap_->Age().value, 0u);
+    ASSERT_EQ(heap_->Allocate(0, 8).start, start);
+  }
+}
+
+TEST_F(PageHeapTest, TrimGivesBackEverything) {
+  std::vector<std::uintptr_t> units;
+  for (unsigned i = 0; i < 5 * kChunkUnits; ++i) units.push_back(heap_->Allocate(0, 1).start);
+  for (const std::uintptr_t unit : units) Dirty(unit, 1);
+  for (std::size_t i = 0; i < units.size(); i += 2) heap_->Free(units[i], 1);
+  const vm::Pages given = heap_->Trim();
+  EXPECT_EQ(given, vm::PagesFor({units.size() / 2 * kUnitSize}));
+  for (std::size_t i = 0; i < units.size(); i += 2) EXPECT_EQ(Resident(units[i], 1).value, 0u);
+  for (std::size_t i = 1; i < units.size(); i += 2) heap_->Free(units[i], 1);
+  heap_->Trim();
+  EXPECT_EQ(heap_->GetStats().chunks, 0u);  // and address space goes back as well
+  EXPECT_EQ(space_->Stats().mapped.value, 0u);
+}
+
+TEST_F(PageHeapTest, IdleChunksAreUnmappedByAge) {
+  const std::uintptr_t start = heap_->Allocate(0, kChunkUnits).start;
+  heap_->Free(start, kChunkUnits);
+  heap_->Age();  // ages
+  heap_->Age();  // gives pages back
+  EXPECT_EQ(heap_->GetStats().chunks, 1u);
+  heap_->Age();
+  heap_->Age();
+  EXPECT_EQ(heap_->GetStats().chunks, 0u);
+}
+
+TEST_F(PageHeapTest, ShardsKeepApartAndHelpOut) {
+  Make(2);
+  const std::uintptr_t zero = heap_->Allocate(0, 1).start;
+  const std::uintptr_t one = heap_->Allocate(1, 1).start;
+  // The second one came from shard 0 as long as that had memory.
+  EXPECT_EQ(heap_->GetStats().chunks, 1u);
+  heap_->Free(zero, 1);
+  EXPECT_EQ(heap_->Allocate(1, 1).start, zero);
+  EXPECT_NE(zero, one);
+}
+
+TEST_F(PageHeapTest, FailedDiscardLeavesMemoryDirty) {
+  const std::uintptr_t start = heap_->Allocate(0, 8).start;
+  Dirty(start, 8);
+  heap_->Free(start, 8);
+  kernel_.FailNth(Operation::kDiscard, 1, EAGAIN);
+  EXPECT_EQ(heap_->Trim().value, 0u);
+  EXPECT_EQ(heap_->GetStats().dirty_units, 8u);
+  EXPECT_FALSE(heap_->Allocate(0, 8).clean);
+}
+
+TEST_F(PageHeapTest, OutOfMemoryLeavesTheHeapAsItWas) {
+  for (std::size_t n = 1; n <= 4; ++n) {
+    kernel_.FailNth(Operation::kProtect, n, ENOMEM);
+    std::vector<std::uintptr_t> chunks;
+    for (int i = 0; i < 40; ++i) {
+      const PageHeap::Run run = heap_->Allocate(0, kChunkUnits);
+      if (run.start != 0) chunks.push_back(run.start);
+    }
+    heap_->CheckInvariants();
+    for (const std::uintptr_t chunk : chunks) heap_->Free(chunk, kChunkUnits);
+    heap_->Trim();
+    EXPECT_EQ(space_->Stats().mapped.value, 0u);
+    kernel_.StopFailing();
+  }
+}
+
+TEST_F(PageHeapTest, AllocatesUntilTheSpaceIsFull) {
+  std::vector<std::uintptr_t> chunks;
+  for (;;) {
+    const PageHeap::Run run = heap_->Allocate(0, kChunkUnits);
+    if (run.start == 0) break;
+    chunks.push_back(run.start);
+  }
+  EXPECT_GT(chunks.size(), 64u);
+  EXPECT_EQ(heap_->Allocate(0, 1).start, 0u);
+  heap_->Free(chunks.back(), kChunkUnits);
+  EXPECT_NE(heap_->Allocate(0, 1).start, 0u);
+}
+
+TEST_F(PageHeapTest, ForEachUsedUnitVisitsWhatIsNotFree) {
+  const std::uintptr_t start = heap_->Allocate(0, 4).start;
+  heap_->Free(start + kUnitSize, 1);
+  std::set<std::uintptr_t> seen;
+  heap_->ForEachUsedUnit(
+      [](void* context, std::uintptr_t unit) { static_cast<std::set<std::uintptr_t>*>(context)->insert(unit); },
+      &seen);
+  EXPECT_EQ(seen, (std::set<std::uintptr_t>{start, start + 2 * kUnitSize, start + 3 * kUnitSize}));
+}
+
+// Seeded operations against a map of runs: nothing overlaps, clean means zero, sums hold.
+TEST_F(PageHeapTest, RandomOperationsKeepRunsApart) {
+  for (unsigned seed = 1; seed <= 3; ++seed) {
+    SCOPED_TRACE(seed);
+    Make(seed % 3 + 1);
+    std::mt19937 random(seed);
+    std::map<std::uintptr_t, unsigned> runs;
+    for (int step = 0; step < 4000; ++step) {
+      const unsigned choice = random() % 100;
+      if (choice < 50) {
+        const unsigned units = random() % 10 == 0 ? 1 + random() % kChunkUnits : 1 + random() % 8;
+        const PageHeap::Run run = heap_->Allocate(random(), units);
+        ASSERT_NE(run.start, 0u);
+        const auto next = runs.lower_bound(run.start);
+        if (next != runs.end()) {
+          ASSERT_LE(run.start + units * kUnitSize, next->first);
+        }
+        if (next != runs.begin()) {
+          const auto before = std::prev(next);
+          ASSERT_LE(before->first + before->second * kUnitSize, run.start);
+        }
+        auto* words = reinterpret_cast<std::uint64_t*>(run.start);
+        for (unsigned i = 0; i < units; ++i) {
+          if (run.clean) {
+            ASSERT_EQ(words[i * (kUnitSize / 8)], 0u);
+          }
+          words[i * (kUnitSize / 8)] = 1;
+        }
+        runs[run.start] = units;
+      } else if (choice < 95 && !runs.empty()) {
+        const auto it = std::next(runs.begin(), random() % runs.size());
+        heap_->Free(it->first, it->second);
+        runs.erase(it);
+      } else if (choice < 98) {
+        heap_->Age();
+      } else {
+        heap_->Trim();
+      }
+      if (step % 100 == 0) heap_->CheckInvariants();
+    }
+  }
+}
+
+}  // namespace
+}  // namespace freehold::allocator

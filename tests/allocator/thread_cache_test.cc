@@ -1,0 +1,238 @@
+#include "allocator/thread_cache.h"
+
+#include <cerrno>
+#include <set>
+#include <thread>
+#include <vector>
+
+#include "allocator/misuse.h"
+#include "gtest/gtest.h"
+#include "tests/allocator/heap_fixture.h"
+
+namespace freehold::allocator {
+namespace {
+
+class ThreadCacheTest : public testing::Test {
+ protected:
+  void SetUp() override { ASSERT_TRUE(heap_.ok() && cache_.get() != nullptr); }
+
+  std::uint64_t Spans(std::size_t object_size) {
+    struct Query {
+      std::size_t size;
+      std::uint64_t spans;
+    } query{object_size, 0};
+    heap_->ForEachSizeClass(
+        [](void* context, const SizeClassStats& stats) {
+          auto* query = static_cast<Query*>(context);
+          if (stats.object_size == query->size) query->spans = stats.spans;
+        },
+        &query);
+    return query.spans;
+  }
+
+  TestHeap heap_;
+  AttachedThread cache_{*heap_};
+};
+
+TEST_F(ThreadCacheTest, ObjectsOfEverySizeKeepTheirContent) {
+  std::vector<std::pair<void*, std::size_t>> objects;
+  for (std::size_t size = 0; size <= 2 * kMaxClassSize; size += size < 4096 ? 1 : 509) {
+    void* p = cache_->Allocate(size);
+    ASSERT_NE(p, nullptr);
+    ASSERT_TRUE(IsAligned(p, kMinAlignment));
+    ASSERT_GE(heap_->UsableSize(p), size);
+    ASSERT_TRUE(heap_->Owns(p));
+    Fill(p, size, size);
+    objects.emplace_back(p, size);
+  }
+  for (const auto& [p, size] : objects) {
+    ASSERT_TRUE(HasContent(p, size, size)) << size;
+    cache_->Free(p);
+  }
+}
+
+TEST_F(ThreadCacheTest, ObjectsDoNotOverlap) {
+  std::set<std::uintptr_t> starts;
+  for (int i = 0; i < 20000; ++i) {
+    const auto start = reinterpret_cast<std::uintptr_t>(cache_->Allocate(48));
+    const auto next = starts.lower_bound(start);
+    if (next != starts.end()) {
+      ASSERT_GE(*next, start + 48);
+    }
+    if (next != starts.begin()) {
+      ASSERT_LE(*std::prev(next) + 48, start);
+    }
+    starts.insert(start);
+  }
+}
+
+TEST_F(ThreadCacheTest, FreedObjectIsTheNextOneAllocated) {
+  void* p = cache_->Allocate(100);
+  cache_->Free(p);
+  EXPECT_EQ(cache_->Allocate(100), p);
+}
+
+TEST_F(ThreadCacheTest, FreeOfNull) {
+  cache_->Free(nullptr);
+  cache_->FreeSized(nullptr, 100);
+  heap_->Free(nullptr);
+  EXPECT_EQ(heap_->UsableSize(nullptr), 0u);
+}
+
+TEST_F(ThreadCacheTest, ErrnoIsNeverTouched) {
+  errno = 77;
+  EXPECT_EQ(cache_->Allocate(SIZE_MAX), nullptr);
+  void* p = cache_->Allocate(1000);
+  p = cache_->Reallocate(p, 5 << 20);
+  cache_->Free(p);
+  EXPECT_EQ(errno, 77);
+}
+
+TEST_F(ThreadCacheTest, ZeroedObjectsAreZeroWhateverWasThereBefore) {
+  for (const std::size_t size : {1, 16, 17, 100, 1024, 1025, 3000, 5000, 9000, 40000, 131072}) {
+    std::vector<void*> objects;
+    for (int round = 0; round < 3; ++round) {
+      for (int i = 0; i < 100; ++i) {
+        void* p = cache_->AllocateZeroed(size);
+        ASSERT_TRUE(IsZero(p, size)) << size;
+        Fill(p, size, 0xff);
+        objects.push_back(p);
+      }
+      for (void* p : objects) cache_->Free(p);
+      objects.clear();
+    }
+  }
+}
+
+TEST_F(ThreadCacheTest, EveryAlignment) {
+  std::vector<void*> objects;
+  for (std::size_t alignment = 1; alignment <= kUnitSize; alignment *= 2) {
+    for (std::size_t size = 0; size <= kMaxClassSize; size += 1021) {
+      void* p = cache_->AllocateAligned(alignment, size);
+      ASSERT_TRUE(IsAligned(p, alignment)) << alignment << " " << size;
+      ASSERT_GE(heap_->UsableSize(p), size);
+      Fill(p, size, alignment + size);
+      objects.push_back(p);
+    }
+    for (void* p : objects) cache_->Free(p);
+    objects.clear();
+  }
+}
+
+TEST_F(ThreadCacheTest, ReallocateKeepsContent) {
+  for (const std::size_t from : {1, 16, 100, 1000, 10000, 100000, 200000, 2000000}) {
+    for (const std::size_t to : {1, 16, 100, 1000, 10000, 100000, 200000, 2000000}) {
+      void* p = cache_->Allocate(from);
+      Fill(p, from, 11);
+      void* q = cache_->Reallocate(p, to);
+      ASSERT_NE(q, nullptr);
+      ASSERT_TRUE(HasContent(q, std::min(from, to), 11)) << from << " to " << to;
+      ASSERT_GE(heap_->UsableSize(q), to);
+      Fill(q, to, 12);
+      cache_->Free(q);
+    }
+  }
+  EXPECT_EQ(heap_->Stats().large_objects, 0u);
+}
+
+TEST_F(ThreadCacheTest, ReallocateInPlaceWhereItFits) {
+  void* p = cache_->Allocate(100);
+  EXPECT_EQ(cache_->Reallocate(p, 112), p);
+  EXPECT_EQ(cache_->Reallocate(p, 60), p);
+  void* smaller = cache_->Reallocate(p, 20);  // too much would be wasted
+  EXPECT_NE(smaller, p);
+  EXPECT_LT(heap_->UsableSize(smaller), 60u);
+  EXPECT_EQ(heap_->UsableSize(cache_->Reallocate(nullptr, 100)), 112u);
+}
+
+TEST_F(ThreadCacheTest, FreeSized) {
+  for (const std::size_t size : {1, 100, 5000, 100000, 300000, 3000000}) {
+    cache_->FreeSized(cache_->Allocate(size), size);
+  }
+}
+
+TEST_F(ThreadCacheTest, EmptySpansGoBack) {
+  std::vector<void*> objects;
+  for (int i = 0; i < 100000; ++i) objects.push_back(cache_->Allocate(64));
+  EXPECT_EQ(Spans(64), (100000 + 1023) / 1024u);
+  for (void* p : objects) cache_->Free(p);
+  EXPECT_LE(Spans(64), 1u);
+  EXPECT_GE(heap_->Stats().free_dirty.value, 90 * kUnitSize);
+}
+
+TEST_F(ThreadCacheTest, FullSpansServeAgainOnceEnoughCameFree) {
+  constexpr std::size_t kPerSpan = kUnitSize / 64;
+  std::vector<void*> objects;
+  for (std::size_t i = 0; i < 20 * kPerSpan; ++i) objects.push_back(cache_->Allocate(64));
+  const std::uint64_t spans = Spans(64);
+  // An eighth of every span: no new one is needed for as many objects.
+  for (std::size_t i = 0; i < objects.size(); i += 8) cache_->Free(objects[i]);
+  for (std::size_t i = 0; i < objects.size(); i += 8) objects[i] = cache_->Allocate(64);
+  EXPECT_LE(Spans(64), spans + 1);
+  for (void* p : objects) cache_->Free(p);
+}
+
+TEST_F(ThreadCacheTest, MemoryIsTouchedOnlyWhenItIsUsed) {
+  void* p = cache_->Allocate(16);
+  const auto resident = heap_.space().kernel().CountResident(
+      vm::PageRange::FromBytes(reinterpret_cast<void*>(AddressOf(p) & ~(kUnitSize - 1)), {kUnitSize}));
+  ASSERT_TRUE(resident.ok());
+  EXPECT_LE(resident->value, 1u);
+}
+
+TEST_F(ThreadCacheTest, ClassesThatAreIdleGiveTheirSpanBack) {
+  std::vector<void*> objects;
+  for (int i = 0; i < 50; ++i) objects.push_back(cache_->Allocate(40000));
+  for (void* p : objects) cache_->Free(p);
+  EXPECT_GE(Spans(40960), 1u);
+  for (int i = 0; i < 2000; ++i) {  // slow paths of another class
+    for (int k = 0; k < 20; ++k) objects[k] = cache_->Allocate(30000);
+    for (int k = 0; k < 20; ++k) cache_->Free(objects[k]);
+  }
+  EXPECT_EQ(Spans(40960), 0u);
+}
+
+// ---- other threads ----
+
+TEST_F(ThreadCacheTest, ObjectsFreedElsewhereComeBackToTheirThread) {
+  std::vector<void*> objects;
+  for (int round = 0; round < 50; ++round) {
+    for (int i = 0; i < 10000; ++i) objects.push_back(cache_->Allocate(128));
+    std::thread([&] {
+      AttachedThread other(*heap_);
+      for (void* p : objects) other->Free(p);
+    }).join();
+    objects.clear();
+  }
+  EXPECT_LE(Spans(128), 3 * 10000 * 128 / kUnitSize);
+}
+
+TEST_F(ThreadCacheTest, BatchesOfOtherThreadsAreBounded) {
+  void* p[64];
+  for (void*& object : p) object = cache_->Allocate(8192);
+  std::thread([&] {
+    AttachedThread other(*heap_);
+    for (void* object : p) other->Free(object);  // 512 KiB: many batches
+    const std::size_t held = heap_->Stats().allocated.value;
+    EXPECT_GE(held, 0u);
+  }).join();
+  // What is left in the inbox is taken in by the next slow path.
+  for (int i = 0; i < 200; ++i) cache_->Free(cache_->Allocate(9000 + i * 100));
+  EXPECT_LE(Spans(8192), 9u);
+}
+
+TEST_F(ThreadCacheTest, ThreadWithoutCacheCanFree) {
+  std::vector<void*> objects;
+  for (int i = 0; i < 5000; ++i) objects.push_back(cache_->Allocate(i % 3 == 0 ? 100 : 20000));
+  objects.push_back(cache_->Allocate(1 << 20));
+  objects.push_back(cache_->Allocate(5 << 20));
+  std::thread([&] {
+    for (void* p : objects) heap_->Free(p);
+  }).join();
+  EXPECT_EQ(heap_->Stats().large_objects, 0u);
+  for (int i = 0; i < 5000; ++i) objects[i] = cache_->Allocate(100);
+  for (int i = 0; i < 5000; ++i) cache_->Free(objects[i]);
+}
+
+}  // namespace
+}  // namespace freehold::allocator

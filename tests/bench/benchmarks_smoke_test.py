@@ -1,0 +1,136 @@
+#!/usr/bin/env python3
+"""Runs every case of every benchmark with hardly any work: all run, under the names tools rely on."""
+
+import json
+import os
+import subprocess
+import tempfile
+import unittest
+
+BENCH = "bench"  # tests run in the root of the source tree
+QUICK = ("--smoke", "--threads=1,2", "--benchmark_min_time=0.001")
+STALL = ("--ranges=2", "--range_mib=8", "--min_seconds=0")
+
+SPACES = ("freehold", "coarse", "kernel")
+ALLOCATORS = ("freehold", "glibc", "mimalloc")
+
+
+def names(template, implementations, threads=(1, 2)):
+    return {template.format(implementation) + f"/threads:{count}"
+            for implementation in implementations for count in threads}
+
+
+def stall_names():
+    return set().union(
+        *(names("populate_stall/{}/" + how, ("kernel",))
+          for how in ("populate", "madvise", "touch", "touch_huge")),
+        names("populate_stall/{}/populate", ("freehold", "coarse")),
+        names("populate_stall/{}/populate_huge", ("freehold",)))
+
+
+def map_names():
+    cycles = [f"{operation}/{{}}/{size}"
+              for operation in ("map_unmap", "map_touch4_unmap", "map_touch_all_unmap")
+              for size in ("16KiB", "64KiB", "1MiB")]
+    others = ["map_populate_unmap/{}/1MiB", "map_mixed/{}/live64", "populate/{}/2MiB",
+              "populate/{}/64MiB", "protect/{}/4KiB", "lookup/{}/1000"]
+    return set().union(*(names(template, SPACES) for template in cycles + others))
+
+
+def malloc_names():
+    any_threads = ["small_lifo/{}/64B", "small_lifo/{}/mixed", "small_fifo/{}", "mixed_random/{}",
+                   "burst/{}/lifo", "burst/{}/fifo", "burst/{}/random", "thread_churn/{}",
+                   "successor_threads/{}", "calloc/{}/64B", "calloc/{}/4KiB", "calloc/{}/1MiB",
+                   "large_buffers/{}/5-25MiB", "realloc_growth/{}/1MiB"]
+    two_threads = ["producer_consumer/{}", "exchange/{}"]
+    one_thread = ["realloc_growth/{}/1GiB", "idle_rss/{}/1GiB"]
+    return set().union(*(names(template, ALLOCATORS) for template in any_threads),
+                       *(names(template, ALLOCATORS, (2,)) for template in two_threads),
+                       *(names(template, ALLOCATORS, (1,)) for template in one_thread))
+
+
+# What a kernel or a system may lack, by how the note on standard error begins.
+OPTIONAL = {
+    "populate_stall/kernel/madvise": {"populate_stall/kernel/madvise"},
+    "populate_stall with huge pages": {"populate_stall/kernel/touch_huge",
+                                       "populate_stall/freehold/populate_huge"},
+    "populate/kernel": {"populate/kernel/2MiB", "populate/kernel/64MiB"},
+    "lookup/kernel": {"lookup/kernel/1000"},
+}
+
+
+def left_out(standard_error):
+    """The cases, without thread counts, that the benchmark said it leaves out."""
+    lines = [line for line in standard_error.splitlines() if line.startswith("left out: ")]
+    return set().union(*(OPTIONAL[line.split(": ")[1]] for line in lines))
+
+
+class BenchmarksSmokeTest(unittest.TestCase):
+    maxDiff = None
+
+    def run_benchmark(self, name, expected, *flags):
+        """Runs it, checks its names, and returns its JSON."""
+        result = subprocess.run([os.path.join(BENCH, name), *QUICK, *flags, "--benchmark_format=json"],
+                                capture_output=True, text=True, check=False)
+        self.assertEqual(result.returncode, 0, result.stdout[-2000:] + result.stderr)
+        document = json.loads(result.stdout)
+        absent = left_out(result.stderr)
+        self.assertEqual({run["name"] for run in document["benchmarks"]},
+                         {case for case in expected if case.rsplit("/", 1)[0] not in absent})
+        for run in document["benchmarks"]:
+            self.assertGreater(run["real_time"], 0, run["name"])
+        return document
+
+    def measured_targets(self, document):
+        """The targets that bench/compare finds a value for in `document`; those without a gap."""
+        with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
+            json.dump(document, file)
+            file.flush()
+            result = subprocess.run([os.path.join(BENCH, "compare"), "--json", file.name],
+                                    capture_output=True, text=True, check=False)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        rows = json.loads(result.stdout)
+        unmeasured = {row["target"] for row in rows if row["value"] is None}
+        measured = {row["target"] for row in rows if row["value"] is not None}
+        return measured, measured - unmeasured
+
+    def test_stall_benchmark(self):
+        document = self.run_benchmark("stall_benchmark", stall_names(), *STALL)
+        for run in document["benchmarks"]:
+            counters = {"a_seconds", "rounds"}
+            if run["name"].endswith("/threads:2"):
+                counters |= {"calls", "calls_per_second", "p50_us", "p99_us", "p999_us", "worst_us"}
+            self.assertLessEqual(counters, set(run), run["name"])
+            self.assertAlmostEqual(run["real_time"], run["a_seconds"], delta=run["a_seconds"] * 0.01)
+        self.assertEqual(self.measured_targets(document), ({"P1"}, {"P1"}))
+
+    def test_stall_benchmark_prints_its_table(self):
+        result = subprocess.run([os.path.join(BENCH, "stall_benchmark"), *QUICK, *STALL,
+                                 "--benchmark_filter=freehold/populate/"],
+                                capture_output=True, text=True, check=True)
+        (row,) = [line for line in result.stdout.splitlines() if line.startswith("freehold/populate ")]
+        self.assertRegex(row, r"freehold/populate +\d+ +\d+( +[0-9.]+ (us|ms|s)){4} +[0-9.]+ +[0-9.]+")
+
+    def test_stall_benchmark_refuses_what_does_not_fit(self):
+        result = subprocess.run([os.path.join(BENCH, "stall_benchmark"), "--range_mib=1000000000"],
+                                capture_output=True, text=True, check=False)
+        self.assertEqual(result.returncode, 1)
+        self.assertIn("choose a smaller --range_mib", result.stderr)
+
+    def test_map_benchmark(self):
+        document = self.run_benchmark("map_benchmark", map_names())
+        self.assertEqual(self.measured_targets(document), ({"P2", "P3"}, {"P2", "P3"}))
+
+    def test_malloc_benchmark(self):
+        document = self.run_benchmark("malloc_benchmark", malloc_names())
+        # P10 has peers that this benchmark does not measure.
+        self.assertEqual(self.measured_targets(document), ({"P10", "P11", "P12"}, {"P11", "P12"}))
+
+    def test_filter_without_a_match_is_an_error(self):
+        result = subprocess.run([os.path.join(BENCH, "map_benchmark"), "--benchmark_filter=absent"],
+                                capture_output=True, text=True, check=False)
+        self.assertEqual(result.returncode, 1)
+
+
+if __name__ == "__main__":
+    unittest.main()

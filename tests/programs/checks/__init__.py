@@ -1,0 +1,19 @@
+"""The checks, a module for each program. Their order is the order in which they run."""
+
+import importlib
+
+import harness
+
+MODULES = ("invocation", "shell", "sqlite", "python", "perl", "git", "compiler", "xz", "sort", "node",
+           "memcached", "redis")
+
+for module in MODULES:
+    importlib.import_module(f"{__name__}.{module}")
+
+
+def names():
+    return list(harness.registered_checks())
+
+
+def summary(name):
+    return (harness.registered_checks()[name].__doc__ or "").split("\n")[0]

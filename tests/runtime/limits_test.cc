@@ -1,0 +1,117 @@
+// Programs whose address space, or the machine's memory, is limited.
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <fstream>
+#include <string>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "tests/runtime/subprocess.h"
+
+namespace freehold::testing {
+namespace {
+
+using ::testing::HasSubstr;
+
+constexpr rlim_t kMiB = 1 << 20;
+
+class LimitsTest : public ::testing::Test {
+ protected:
+  void SetUp() override { FREEHOLD_SKIP_WITH_SANITIZER(); }
+
+  static Outcome Exhaust(rlim_t limit, const std::string& size) {
+    return RunProgram(UnderShim({.argv = {BuiltFile("tests/runtime/programs/exhaust"), size},
+                                 .address_space_limit = limit}));
+  }
+};
+
+// The program gets a good part of what it may have, is told ENOMEM at the end, and can go on.
+TEST_F(LimitsTest, WorksUnderAnAddressSpaceLimit) {
+  for (const rlim_t limit : {4096 * kMiB, 2048 * kMiB, 512 * kMiB, 200 * kMiB}) {
+    for (const char* size : {"1000", "100000", "5000000"}) {
+      const Outcome outcome = Exhaust(limit, size);
+      EXPECT_EQ(outcome.status, 0) << limit << " " << size << outcome.err;
+      EXPECT_EQ(outcome.err, "");
+      EXPECT_GE(std::atol(outcome.out.c_str()), static_cast<long>(limit / kMiB / 6))
+          << limit << " " << size;
+    }
+  }
+}
+
+TEST_F(LimitsTest, FallsBackToLibcWhereThereIsNoRoom) {
+  const Outcome outcome = Exhaust(50 * kMiB, "1000");
+  EXPECT_EQ(outcome.status, 0);
+  EXPECT_THAT(outcome.err, HasSubstr("freehold: cannot reserve address space: "));
+  EXPECT_THAT(
+      outcome.err,
+      HasSubstr("the process may have 50M in all (ulimit -v); libc serves malloc instead\n"));
+  EXPECT_EQ(outcome.err.find('\n'), outcome.err.size() - 1) << "one line";
+  EXPECT_GE(std::atol(outcome.out.c_str()), 30);
+}
+
+TEST_F(LimitsTest, RealProgramsUnderAnAddressSpaceLimit) {
+  for (const rlim_t limit : {2048 * kMiB, 512 * kMiB}) {
+    const Outcome outcome = RunProgram(
+        UnderShim({.argv = {"python3", "-c",
+                            "import threading\n"
+                            "data = [str(i) * 10 for i in range(100000)]\n"
+                            "threads = [threading.Thread(target=lambda: [bytearray(1000) for _ in "
+                            "range(1000)]) for _ in range(8)]\n"
+                            "[t.start() for t in threads]; [t.join() for t in threads]\n"
+                            "print(len(data))"},
+                   .address_space_limit = limit}));
+    EXPECT_EQ(outcome.status, 0);
+    EXPECT_EQ(outcome.out, "100000\n");
+    EXPECT_EQ(outcome.err, "");
+  }
+}
+
+TEST_F(LimitsTest, TheReservationCanBeChosen) {
+  for (const char* reserve : {"64M", "256M", "1G", "64G", "1T"}) {
+    const Outcome outcome = RunProgram(
+        UnderShim({.argv = {"/bin/sh", "-c", "echo hello | sort"},
+                   .environment = {{"FREEHOLD_RESERVE", reserve}, {"FREEHOLD_VERBOSE", "1"}}}));
+    EXPECT_EQ(outcome.out, "hello\n");
+    EXPECT_THAT(outcome.err, HasSubstr(std::string(": reserved ") + reserve + " at 0x"));
+  }
+}
+
+// Sets a file under /proc/sys while in scope.
+class KernelSetting {
+ public:
+  KernelSetting(const std::string& path, const std::string& value) : path_(path) {
+    std::ifstream(path) >> before_;
+    std::ofstream file(path);
+    file << value << std::flush;
+    set_ = file.good();
+  }
+  ~KernelSetting() {
+    if (set_) std::ofstream(path_) << before_ << std::flush;
+  }
+  bool set() const { return set_; }
+
+ private:
+  std::string path_;
+  std::string before_;
+  bool set_ = false;
+};
+
+// The whole machine's setting: the test must run alone.
+TEST_F(LimitsTest, EveryOvercommitMode) {
+  for (const char* mode : {"0", "1", "2"}) {
+    const KernelSetting overcommit("/proc/sys/vm/overcommit_memory", mode);
+    if (!overcommit.set()) GTEST_SKIP() << "not permitted to change vm.overcommit_memory";
+    const Outcome outcome =
+        RunProgram(UnderShim({.argv = {BuiltFile("tests/runtime/programs/burst"), "90", "0"}}));
+    EXPECT_EQ(outcome.status, 0) << "mode " << mode << ": " << outcome.err;
+    EXPECT_EQ(outcome.err, "");
+    const Outcome sort =
+        RunProgram(UnderShim({.argv = {"/bin/sh", "-c", "seq 200000 | sort -n | tail -1"}}));
+    EXPECT_EQ(sort.out, "200000\n") << "mode " << mode << ": " << sort.err;
+  }
+}
+
+}  // namespace
+}  // namespace freehold::testing

@@ -1,0 +1,514 @@
+// Every kernel call of every verb fails once, and then all of a kind fail. Either the verb reports it and left
+// the space as it was, or the failure was harmless; the same verb then succeeds.
+#include <cerrno>
+#include <cstdint>
+#include <cstdio>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "gtest/gtest.h"
+#include "tests/vm/space_fixture.h"
+#include "vm/address_space.h"
+#include "vm/os/fake_kernel.h"
+
+namespace freehold::vm {
+namespace {
+
+using namespace test;  // NOLINT: the fixture's words
+using os::FakeKernel;
+using os::Protection;
+
+constexpr int kErrnos[] = {ENOMEM, EINVAL, EAGAIN};
+
+bool Readable(Protection protection) { return protection != Protection::kNone && protection != Protection::kExec; }
+
+// All that a user of the space can see.
+struct Snapshot {
+  struct Mapping {
+    VmaInfo vma;
+    std::string content;
+  };
+  std::vector<Mapping> mappings;
+  Bytes mapped;
+  std::uint64_t vmas = 0;
+
+  static Snapshot Of(const AddressSpace& space) {
+    Snapshot snapshot;
+    for (const VmaInfo& vma : Vmas(space)) {
+      std::string content;
+      if (Readable(vma.protection)) {
+        content.assign(reinterpret_cast<const char*>(vma.range.address()), vma.range.bytes().value);
+      }
+      snapshot.mappings.push_back({vma, std::move(content)});
+    }
+    snapshot.mapped = space.Stats().mapped;
+    snapshot.vmas = space.Stats().vmas;
+    return snapshot;
+  }
+};
+
+enum class Compare { kAll, kNotContent };
+
+void ExpectSame(const Snapshot& before, const Snapshot& after, Compare compare = Compare::kAll) {
+  EXPECT_EQ(after.mapped, before.mapped);
+  EXPECT_EQ(after.vmas, before.vmas);
+  ASSERT_EQ(after.mappings.size(), before.mappings.size());
+  for (std::size_t i = 0; i < before.mappings.size(); ++i) {
+    const VmaInfo& a = after.mappings[i].vma;
+    const VmaInfo& b = before.mappings[i].vma;
+    SCOPED_TRACE("VMA " + std::to_string(i) + " " + testing::PrintToString(b.range));
+    EXPECT_EQ(a.range, b.range);
+    EXPECT_EQ(a.protection, b.protection);
+    EXPECT_EQ(a.zone, b.zone);
+    EXPECT_EQ(a.generation, b.generation);
+    if (compare == Compare::kAll) {
+      EXPECT_TRUE(after.mappings[i].content == before.mappings[i].content) << "content changed";
+    }
+  }
+}
+
+// A space of 16 MiB (four regions of 4 MiB) on a kernel of its own, with a scene of mappings in each zone:
+//
+//   plain, from page 0   AAAAAAAA BBBB....cccc DDDD cached (dirty) EEEEEEEE
+//   mapping zone         a: read-only, b: no access, c: read-write-exec
+class Scene {
+ public:
+  explicit Scene(AddressSpaceOptions options) {
+    options.reserve = MiB(16);
+    const Result<AddressSpace*> created = AddressSpace::Create(kernel, options);
+    if (!created.ok()) throw std::runtime_error("Create");
+    space_ = *created;
+    MustMapAt(*space_, P(0, 8));
+    MustMapAt(*space_, P(8, 4));
+    MustMapAt(*space_, P(16, 4));
+    MustMapAt(*space_, P(20, 4));
+    MustMapAt(*space_, P(24, 8));
+    MustMapAt(*space_, P(32, 8));
+    MustMapAt(*space_, P(100, 200));
+    for (const PageRange range : {P(0, 12), P(16, 24), P(100, 200)}) Fill(range, 0xaa);
+    if (!space_->Protect(P(16, 4), Protection::kRead).ok()) throw std::runtime_error("Protect");
+    if (!space_->Unmap(P(24, 8)).ok()) throw std::runtime_error("Unmap");
+    MustMapAt(*space_, M(0, 4), Protection::kRead);
+    MustMapAt(*space_, M(4, 4), Protection::kNone);
+    MustMapAt(*space_, M(8, 8), Protection::kReadWriteExec);
+    Fill(M(8, 8), 0xaa);
+    kernel.ClearCalls();
+  }
+  ~Scene() { AddressSpace::Destroy(space_); }
+  Scene(const Scene&) = delete;
+  Scene& operator=(const Scene&) = delete;
+
+  AddressSpace* operator->() const { return space_; }
+  AddressSpace& space() const { return *space_; }
+  // Pages of the first plain region, of the mapping zone.
+  PageRange P(std::size_t first, std::size_t count) const { return Part(space_->reservation(), first, count); }
+  PageRange M(std::size_t first, std::size_t count) const {
+    return Part(ZoneRange(*space_, Zone::kMapping), first, count);
+  }
+
+  // Each mapped page has the protection that its VMA says, in the kernel too.
+  void CheckProtections() const {
+    for (const VmaInfo& vma : Vmas(*space_)) {
+      for (PageNumber page = vma.range.first; page < vma.range.end; page = page + Pages{1}) {
+        ASSERT_EQ(kernel.At(page).protection, vma.protection)
+            << "page " << (page - space_->reservation().first).value;
+      }
+    }
+  }
+
+  // Nothing old shows in what is mapped from here on: all pages that the scene and the verbs used are given
+  // out again.
+  void CheckFreeMemory() {
+    ASSERT_TRUE(space_->Unmap(space_->reservation()).ok());
+    const PageRange dense = ZoneRange(*space_, Zone::kDense);
+    for (const PageRange used : {P(0, 40), P(40, 280), Part(dense, 0, 512), M(0, 40)}) {
+      MustMapAt(*space_, used, used == M(0, 40) ? Protection::kReadWriteExec : Protection::kReadWrite);
+      ASSERT_TRUE(IsZero(used)) << testing::PrintToString(used);
+    }
+    Fill(P(0, 40), 0xbb);
+    Fill(M(0, 40), 0xbb);
+    space_->CheckInvariants();
+  }
+
+  FakeKernel kernel;
+
+ private:
+  AddressSpace* space_;
+};
+
+struct Verb {
+  const char* name;
+  std::function<Error(Scene&)> perform;
+  // Prepares what the scene lacks; may be null.
+  std::function<void(Scene&)> prepare = nullptr;
+  // A failed discard may have dropped content.
+  Compare compare = Compare::kAll;
+};
+
+Error MapIn(Scene& scene, std::size_t pages, const MapOptions& options) {
+  const Result<PageRange> range = scene->Map({pages}, options);
+  if (!range.ok()) return range.error();
+  EXPECT_EQ(Draw(scene.space(), *range).find('.'), std::string::npos);
+  const bool zeroed = options.content == Content::kZeroed && Readable(options.protection);
+  EXPECT_TRUE(!zeroed || IsZero(*range));
+  return Error::Ok();
+}
+
+Error MapInAt(Scene& scene, PageRange range, Placement placement, Protection protection = Protection::kReadWrite) {
+  return MapIn(scene, range.count().value, At(range.first, placement, protection));
+}
+
+std::vector<Verb> Verbs() {
+  return {
+      // ---- Map ----
+      {"map anywhere, cached and dirty", [](Scene& s) { return MapIn(s, 8, {}); }},
+      {"map anywhere, clean", [](Scene& s) { return MapIn(s, 40, {}); }},
+      {"map anywhere, first of its region",
+       [](Scene& s) { return MapIn(s, 512, {.huge_pages = os::HugePages::kPrefer}); }},
+      {"map anywhere, populated", [](Scene& s) { return MapIn(s, 20, {.populate = true}); }},
+      {"map anywhere, dense and populated", [](Scene& s) { return MapIn(s, 512, {.populate = true}); }},
+      {"map anywhere, aligned", [](Scene& s) { return MapIn(s, 8, {.alignment = {128}}); }},
+      {"map read-only", [](Scene& s) { return MapIn(s, 6, {.protection = Protection::kRead}); }},
+      {"map without access", [](Scene& s) { return MapIn(s, 6, {.protection = Protection::kNone}); }},
+      {"map read-write-exec", [](Scene& s) { return MapIn(s, 6, {.protection = Protection::kReadWriteExec}); }},
+      {"map when room is short",
+       [](Scene& s) { return MapIn(s, s->reservation().count().value / 4, {}); },
+       [](Scene& s) {
+         // Both plain regions in cached extents of odd sizes.
+         ASSERT_TRUE(s->Unmap(Part(s->reservation(), 0, s->reservation().count().value / 2)).ok());
+         for (std::size_t i = 0; s->Map({i % 7 + 1}).ok();) ++i;
+         ASSERT_TRUE(s->Unmap(Part(s->reservation(), 0, s->reservation().count().value / 2)).ok());
+       }},
+      {"map fixed, fresh", [](Scene& s) { return MapInAt(s, s.P(50, 10), Placement::kFixed); }},
+      {"map fixed, over a cached extent", [](Scene& s) { return MapInAt(s, s.P(24, 8), Placement::kFixed); }},
+      {"map fixed, over part of a cached extent", [](Scene& s) { return MapInAt(s, s.P(26, 3), Placement::kFixed); }},
+      {"map fixed, read-only in the heap",
+       [](Scene& s) { return MapInAt(s, s.P(25, 3), Placement::kFixed, Protection::kRead); }},
+      {"map fixed, first of its region",
+       [](Scene& s) { return MapInAt(s, Part(ZoneRange(s.space(), Zone::kDense), 5, 10), Placement::kFixed); }},
+      {"map fixed, in the mapping zone",
+       [](Scene& s) { return MapInAt(s, s.M(30, 4), Placement::kFixed, Protection::kRead); }},
+      {"map fixed, read-write in the mapping zone",
+       [](Scene& s) { return MapInAt(s, s.M(30, 4), Placement::kFixed); }},
+      {"replace the middle of one", [](Scene& s) { return MapInAt(s, s.P(2, 4), Placement::kReplace); }},
+      {"replace mappings, holes and cached", [](Scene& s) { return MapInAt(s, s.P(4, 32), Placement::kReplace); }},
+      {"replace by read-only", [](Scene& s) { return MapInAt(s, s.P(4, 32), Placement::kReplace, Protection::kRead); }},
+      {"replace by no access", [](Scene& s) { return MapInAt(s, s.P(4, 32), Placement::kReplace, Protection::kNone); }},
+      {"replace much", [](Scene& s) { return MapInAt(s, s.P(110, 150), Placement::kReplace); }},
+      {"replace in the mapping zone",
+       [](Scene& s) { return MapInAt(s, s.M(2, 10), Placement::kReplace, Protection::kReadExec); }},
+      {"replace by read-write in the mapping zone",
+       [](Scene& s) { return MapInAt(s, s.M(2, 10), Placement::kReplace); }},
+      {"replace by no access in the mapping zone",
+       [](Scene& s) { return MapInAt(s, s.M(2, 10), Placement::kReplace, Protection::kNone); }},
+      {"replace without zeroing",
+       [](Scene& s) {
+         MapOptions options = At(s.P(4, 1).first, Placement::kReplace);
+         options.content = Content::kAnything;
+         return MapIn(s, 32, options);
+       }},
+      // ---- Unmap ----
+      {"unmap one", [](Scene& s) { return s->Unmap(s.P(0, 8)); }},
+      {"unmap the middle", [](Scene& s) { return s->Unmap(s.P(2, 3)); }},
+      {"unmap mappings and holes", [](Scene& s) { return s->Unmap(s.P(5, 31)); }},
+      {"unmap a protected one", [](Scene& s) { return s->Unmap(s.P(16, 4)); }},
+      {"unmap part of a protected one", [](Scene& s) { return s->Unmap(s.P(17, 2)); }},
+      {"unmap in the mapping zone", [](Scene& s) { return s->Unmap(s.M(8, 8)); }},
+      {"unmap part in the mapping zone", [](Scene& s) { return s->Unmap(s.M(10, 2)); }},
+      {"unmap no access in the mapping zone", [](Scene& s) { return s->Unmap(s.M(5, 2)); }},
+      {"unmap several in the mapping zone", [](Scene& s) { return s->Unmap(s.M(2, 8)); }},
+      // ---- Protect ----
+      {"protect one", [](Scene& s) { return s->Protect(s.P(0, 8), Protection::kRead); }},
+      {"protect the middle", [](Scene& s) { return s->Protect(s.P(3, 2), Protection::kNone); }},
+      {"protect several", [](Scene& s) { return s->Protect(s.P(5, 6), Protection::kReadExec); }},
+      {"protect back", [](Scene& s) { return s->Protect(s.P(16, 4), Protection::kReadWrite); }},
+      {"protect some alike and some not", [](Scene& s) { return s->Protect(s.P(17, 5), Protection::kRead); }},
+      {"protect in the mapping zone", [](Scene& s) { return s->Protect(s.M(2, 10), Protection::kRead); }},
+      {"protect by no access in the mapping zone", [](Scene& s) { return s->Protect(s.M(2, 10), Protection::kNone); }},
+      // ---- The rest ----
+      {"populate", [](Scene& s) { return s->Populate(s.P(100, 200)).error(); }},
+      {"discard one",
+       [](Scene& s) {
+         const PageRange range = s.P(2, 4);
+         return s->Discard({&range, 1});
+       },
+       nullptr, Compare::kNotContent},
+      {"discard several",
+       [](Scene& s) {
+         const PageRange ranges[] = {s.P(2, 4), s.P(8, 2), s.P(110, 50)};
+         return s->Discard(ranges);
+       },
+       nullptr, Compare::kNotContent},
+  };
+}
+
+struct Config {
+  const char* name;
+  sync::LockPolicy policy;
+  bool strict_unmap;
+};
+
+class FailureTest : public testing::TestWithParam<Config> {
+ protected:
+  static AddressSpaceOptions Options() {
+    AddressSpaceOptions options = SmallOptions(GetParam().policy);
+    options.strict_unmap = GetParam().strict_unmap;
+    return options;
+  }
+
+  // After a failure and its end: sound, the same verb works, and free memory is zero.
+  static void ExpectRecovery(const Verb& verb, Scene& scene) {
+    scene->CheckInvariants();
+    EXPECT_EQ(verb.perform(scene), Error::Ok()) << "the same verb, afterwards";
+    scene->CheckInvariants();
+    scene.CheckProtections();
+    scene.CheckFreeMemory();
+  }
+};
+
+TEST_P(FailureTest, OfTheNthCallLeavesTheSpaceAsItWas) {
+  std::size_t failed = 0, harmless = 0;
+  for (const Verb& verb : Verbs()) {
+    for (const int sys_errno : kErrnos) {
+      for (std::size_t n = 1;; ++n) {
+        SCOPED_TRACE(std::string(verb.name) + ", call " + std::to_string(n) + ", errno " + std::to_string(sys_errno));
+        Scene scene(Options());
+        if (verb.prepare) verb.prepare(scene);
+        const Snapshot before = Snapshot::Of(scene.space());
+        const std::size_t injected = scene.kernel.InjectedFailures();
+        scene.kernel.FailNthOfAny(n, sys_errno);
+        const Error error = verb.perform(scene);
+        scene.kernel.StopFailing();
+        if (scene.kernel.InjectedFailures() == injected) {
+          EXPECT_EQ(error, Error::Ok());
+          break;  // it makes fewer calls than that
+        }
+        if (error.ok()) {
+          ++harmless;
+          scene->CheckInvariants();
+          scene.CheckProtections();
+          scene.CheckFreeMemory();
+        } else {
+          ++failed;
+          EXPECT_EQ(error, Error::System(sys_errno));
+          ExpectSame(before, Snapshot::Of(scene.space()), verb.compare);
+          scene.CheckProtections();
+          ExpectRecovery(verb, scene);
+        }
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+  std::printf("%zu failures reported, %zu harmless\n", failed, harmless);
+  EXPECT_GT(failed, 60u) << "the verbs make calls that can fail";
+}
+
+// Also while the verb tries to take its steps back. Protections may then be others than the VMA says.
+TEST_P(FailureTest, OfEveryCallOfAKindLeavesTheSpaceSound) {
+  for (const Verb& verb : Verbs()) {
+    for (const Operation operation :
+         {Operation::kProtect, Operation::kReset, Operation::kDiscard, Operation::kCountResident,
+          Operation::kInstallGuard, Operation::kRemoveGuard}) {
+      SCOPED_TRACE(std::string(verb.name) + ", every " + ToString(operation));
+      Scene scene(Options());
+      if (verb.prepare) verb.prepare(scene);
+      const Snapshot before = Snapshot::Of(scene.space());
+      scene.kernel.FailAlways(operation, ENOMEM);
+      const Error error = verb.perform(scene);
+      if (!error.ok()) {
+        // Room may be short as long as nothing can be purged.
+        EXPECT_TRUE(error == Error::System(ENOMEM) || error.code == ErrorCode::kNoRoom)
+            << testing::PrintToString(error);
+        ExpectSame(before, Snapshot::Of(scene.space()), Compare::kNotContent);
+      }
+      // More verbs while the kernel still refuses.
+      (void)scene->Map({8});
+      (void)scene->Unmap(scene.P(0, 40));
+      (void)scene->Purge(PurgeScope::kAll);
+      scene->CheckInvariants();
+      scene.kernel.StopFailing();
+      scene.CheckFreeMemory();
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
+// ---- Purges cannot fail, but they can achieve nothing ----
+
+TEST_P(FailureTest, OfAPurgeLosesNothing) {
+  for (const int sys_errno : kErrnos) {
+    for (std::size_t n = 1;; ++n) {
+      SCOPED_TRACE("call " + std::to_string(n) + ", errno " + std::to_string(sys_errno));
+      Scene scene(Options());
+      ASSERT_TRUE(scene->Unmap(scene.P(0, 300)).ok());
+      const Snapshot before = Snapshot::Of(scene.space());
+      const Bytes free_resident = scene->Stats().free_resident;
+      const std::size_t injected = scene.kernel.InjectedFailures();
+      scene.kernel.FailNthOfAny(n, sys_errno);
+      const Pages purged = scene->Purge(PurgeScope::kAll);
+      scene.kernel.StopFailing();
+      const bool last = scene.kernel.InjectedFailures() == injected;
+      EXPECT_EQ(scene->Stats().free_resident + purged.bytes(), free_resident);
+      ExpectSame(before, Snapshot::Of(scene.space()));
+      scene->CheckInvariants();
+      (void)scene->Purge(PurgeScope::kAll);
+      EXPECT_EQ(scene->Stats().free_resident, Bytes{0});
+      EXPECT_EQ(scene.kernel.ResidentPages(scene.P(0, 300)), Pages{0});
+      scene.CheckFreeMemory();
+      if (HasFatalFailure() || last) break;
+    }
+  }
+}
+
+// ---- Create ----
+
+TEST_P(FailureTest, OfCreateLeavesNothingReserved) {
+  AddressSpaceOptions options = Options();
+  options.regions_per_zone = 4;
+  std::size_t failed = 0;
+  for (const int sys_errno : kErrnos) {
+    for (std::size_t n = 1;; ++n) {
+      SCOPED_TRACE("call " + std::to_string(n) + ", errno " + std::to_string(sys_errno));
+      FakeKernel kernel;
+      // The last size that may be tried: nothing to fall back to.
+      options.min_reserve = options.reserve;
+      kernel.FailNthOfAny(n, sys_errno);
+      const Result<AddressSpace*> space = AddressSpace::Create(kernel, options);
+      kernel.StopFailing();
+      const bool last = kernel.InjectedFailures() == 0;
+      if (space.ok()) {
+        EXPECT_TRUE((*space)->Map({512}, {.populate = true}).ok());
+        (*space)->CheckInvariants();
+        AddressSpace::Destroy(*space);
+      } else {
+        ++failed;
+        EXPECT_EQ(space.error(), Error::System(sys_errno));
+      }
+      EXPECT_EQ(kernel.ReservedPages(), Pages{0});
+      if (last) break;
+    }
+  }
+  EXPECT_GT(failed, 0u);
+}
+
+// With something to fall back to, a smaller space comes out, and nothing of the larger one stays.
+TEST_P(FailureTest, OfCreateFallsBackToASmallerSpace) {
+  for (std::size_t n = 1; n <= 3; ++n) {
+    FakeKernel kernel;
+    kernel.FailNthOfAny(n, ENOMEM);
+    const Result<AddressSpace*> space = AddressSpace::Create(kernel, Options());
+    ASSERT_TRUE(space.ok()) << "call " << n;
+    EXPECT_EQ((*space)->reservation().bytes(), MiB(128)) << "call " << n;
+    EXPECT_LE(kernel.ReservedPages().bytes(), MiB(128 + 16));
+    AddressSpace::Destroy(*space);
+    EXPECT_EQ(kernel.ReservedPages(), Pages{0});
+  }
+}
+
+// ---- Metadata ----
+
+class NoMetadataTest : public PolicyTest {
+ protected:
+  PageRange P(std::size_t first, std::size_t count) const { return Part(space_->reservation(), first, count); }
+
+  // Calls `verb(i)` for i = 0, 1, ... while the kernel gives no more memory for metadata, until that is
+  // missed. The verb that misses it must leave all as it was, and succeed once there is some.
+  void ExpectNoMetadata(const std::function<Error(std::size_t i)>& verb) {
+    kernel_.FailProtectBeyond(kernel_.CommittedPages().bytes());
+    for (std::size_t i = 0;; ++i) {
+      const std::string line = Draw(*space_, P(4 * i, 8));
+      const AddressSpaceStats stats = space_->Stats();
+      const Error error = verb(i);
+      if (error.ok()) continue;
+      EXPECT_EQ(error.code, ErrorCode::kNoMetadata) << i;
+      EXPECT_GT(i, 10u);
+      EXPECT_EQ(Draw(*space_, P(4 * i, 8)), line);
+      EXPECT_EQ(space_->Stats().vmas, stats.vmas);
+      EXPECT_EQ(space_->Stats().mapped, stats.mapped);
+      space_->CheckInvariants();
+      EXPECT_EQ(verb(i).code, ErrorCode::kNoMetadata) << "again";
+      kernel_.StopFailing();
+      EXPECT_EQ(verb(i), Error::Ok());
+      return;
+    }
+  }
+
+  FakeKernel kernel_;
+  TestSpace space_{kernel_, Options()};
+};
+
+TEST_P(NoMetadataTest, ForAFixedMap) {
+  MustMap(*space_, kSmallRegionPages);  // all of it committed
+  ASSERT_TRUE(space_->Unmap(P(0, kSmallRegionPages)).ok());
+  (void)space_->Purge(PurgeScope::kAll);
+  ExpectNoMetadata([&](std::size_t i) { return space_->Map({1}, At(P(4 * i, 1).first)).error(); });
+}
+
+TEST_P(NoMetadataTest, ForAReplacement) {
+  MustMap(*space_, kSmallRegionPages);
+  ExpectNoMetadata(
+      [&](std::size_t i) { return space_->Map({1}, At(P(4 * i + 1, 1).first, Placement::kReplace)).error(); });
+}
+
+TEST_P(NoMetadataTest, ForAMapAnywhere) {
+  MustMap(*space_, kSmallRegionPages);
+  ASSERT_TRUE(space_->Unmap(P(0, kSmallRegionPages)).ok());
+  (void)space_->Purge(PurgeScope::kAll);
+  ExpectNoMetadata([&](std::size_t) { return space_->Map({2}).error(); });
+}
+
+TEST_P(NoMetadataTest, ForAPartialUnmap) {
+  MustMap(*space_, kSmallRegionPages);
+  ExpectNoMetadata([&](std::size_t i) { return space_->Unmap(P(4 * i + 1, 1)); });
+}
+
+TEST_P(NoMetadataTest, ForAPartialProtect) {
+  MustMap(*space_, kSmallRegionPages);
+  ExpectNoMetadata([&](std::size_t i) { return space_->Protect(P(4 * i + 1, 1), Protection::kRead); });
+}
+
+// The arena itself has an end. What is there goes on working, and room that is given back serves again.
+TEST_P(NoMetadataTest, ForGood) {
+  std::vector<PageRange> mapped;
+  Error error;
+  for (std::size_t page = 0; page < 2 * kSmallRegionPages; page += 2) {
+    const Result<PageRange> range = space_->Map({1}, At(P(page, 1).first));
+    if (range.ok()) {
+      mapped.push_back(*range);
+    } else {
+      error = range.error();
+      break;
+    }
+  }
+  for (std::size_t page = 2 * kSmallRegionPages; error.ok() && page < 4 * kSmallRegionPages; page += 2) {
+    const Result<PageRange> range = space_->Map({1}, At(P(page, 1).first, Placement::kFixed, Protection::kNone));
+    if (range.ok()) {
+      mapped.push_back(*range);
+    } else {
+      error = range.error();
+    }
+  }
+  EXPECT_EQ(error.code, ErrorCode::kNoMetadata);
+  EXPECT_GT(mapped.size(), 10'000u);
+  space_->CheckInvariants();
+  const PageRange last = mapped.back();
+  ASSERT_TRUE(space_->Lookup(last.first).ok());
+  // Whole mappings can be unmapped without metadata.
+  for (const PageRange range : mapped) ASSERT_EQ(space_->Unmap(range), Error::Ok());
+  (void)space_->Purge(PurgeScope::kAll);
+  EXPECT_TRUE(Vmas(*space_).empty());
+  for (int i = 0; i < 100; ++i) EXPECT_TRUE(IsZero(MustMap(*space_, 3)));
+}
+
+constexpr Config kConfigs[] = {{"tree", sync::LockPolicy::kTree, false},
+                               {"treeStrict", sync::LockPolicy::kTree, true},
+                               {"coarse", sync::LockPolicy::kCoarse, false},
+                               {"coarseStrict", sync::LockPolicy::kCoarse, true}};
+INSTANTIATE_TEST_SUITE_P(Configs, FailureTest, testing::ValuesIn(kConfigs),
+                         [](const testing::TestParamInfo<Config>& info) { return std::string(info.param.name); });
+FREEHOLD_INSTANTIATE_POLICIES(NoMetadataTest);
+
+}  // namespace
+}  // namespace freehold::vm

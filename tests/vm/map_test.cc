@@ -1,0 +1,677 @@
+// AddressSpace::Map: every placement, option and error, with the address line before and after.
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <random>
+#include <set>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "gtest/gtest.h"
+#include "tests/vm/space_fixture.h"
+#include "vm/address_space.h"
+#include "vm/os/fake_kernel.h"
+
+namespace freehold::vm {
+namespace {
+
+using namespace test;  // NOLINT: the fixture's words
+using os::FakeKernel;
+using os::Protection;
+
+constexpr Protection kUnusual[] = {Protection::kNone,     Protection::kRead,     Protection::kWrite,
+                                   Protection::kExec,     Protection::kReadExec, Protection::kReadWriteExec};
+
+class MapTest : public PolicyTest {
+ protected:
+  // Pages of the first plain region.
+  PageRange P(std::size_t first, std::size_t count) const { return Part(space_->reservation(), first, count); }
+  std::string Line(std::size_t count) const { return Draw(*space_, P(0, count)); }
+  Error MapError(std::size_t pages, const MapOptions& options = {}) {
+    const Result<PageRange> range = space_->Map({pages}, options);
+    EXPECT_FALSE(range.ok());
+    return range.error();
+  }
+
+  FakeKernel kernel_;
+  TestSpace space_{kernel_, Options()};
+};
+
+// ---- Anywhere ----
+
+TEST_P(MapTest, GivesZeroedWritablePages) {
+  const PageRange range = MustMap(*space_, 5);
+  EXPECT_EQ(range.count(), Pages{5});
+  EXPECT_TRUE(space_->reservation().Contains(range));
+  EXPECT_TRUE(IsZero(range));
+  Fill(range, 0xaa);
+  EXPECT_TRUE(IsFilledWith(range, 0xaa));
+}
+
+TEST_P(MapTest, IsFoundByLookups) {
+  const PageRange range = MustMap(*space_, 5);
+  for (PageNumber page = range.first; page < range.end; page = page + Pages{1}) {
+    const Result<VmaInfo> vma = space_->Lookup(page);
+    ASSERT_TRUE(vma.ok());
+    EXPECT_EQ(vma->range, range);
+    EXPECT_EQ(vma->protection, Protection::kReadWrite);
+    EXPECT_EQ(vma->zone, Zone::kPlain);
+    EXPECT_NE(vma->generation, 0u);
+  }
+  EXPECT_EQ(space_->Lookup(range.end).error().code, ErrorCode::kNotMapped);
+  EXPECT_EQ(space_->Lookup(space_->reservation().end).error().code, ErrorCode::kOutsideReservation);
+  EXPECT_EQ(space_->Lookup(PageNumber{0}).error().code, ErrorCode::kOutsideReservation);
+}
+
+TEST_P(MapTest, NeverGivesAPageTwice) {
+  constexpr unsigned kSeed = 11;
+  SCOPED_TRACE("seed " + std::to_string(kSeed));
+  std::mt19937 random(kSeed);
+  std::vector<PageRange> ranges;
+  std::set<std::uint64_t> generations;
+  for (int i = 0; i < 1000; ++i) {
+    ranges.push_back(MustMap(*space_, 1 + random() % 20));
+    generations.insert(space_->Lookup(ranges.back().first)->generation);
+    Fill(Part(ranges.back(), 0, 1), i % 255 + 1);
+  }
+  for (int i = 0; i < 1000; ++i) {
+    EXPECT_TRUE(IsFilledWith(Part(ranges[static_cast<std::size_t>(i)], 0, 1), i % 255 + 1)) << i;
+  }
+  std::sort(ranges.begin(), ranges.end(), [](PageRange a, PageRange b) { return a.first < b.first; });
+  for (std::size_t i = 1; i < ranges.size(); ++i) ASSERT_LE(ranges[i - 1].end, ranges[i].first);
+  EXPECT_EQ(generations.size(), 1000u) << "each mapping of a region has a generation of its own";
+}
+
+TEST_P(MapTest, RefusesNothingAndTooMuch) {
+  EXPECT_EQ(MapError(0).code, ErrorCode::kEmpty);
+  EXPECT_EQ(MapError(kSmallRegionPages + 1).code, ErrorCode::kNoRoom);
+  EXPECT_EQ(MapError(4 * kSmallRegionPages).code, ErrorCode::kNoRoom);
+  EXPECT_EQ(MapError(4 * kSmallRegionPages + 1).code, ErrorCode::kNoRoom);
+  EXPECT_EQ(MapError(SIZE_MAX).code, ErrorCode::kNoRoom);
+  EXPECT_EQ(MapError(SIZE_MAX >> kPageShift).code, ErrorCode::kNoRoom);
+  EXPECT_EQ(space_->Stats().maps, 0u);
+  EXPECT_TRUE(Vmas(*space_).empty());
+}
+
+TEST_P(MapTest, FillsARegionToTheLastPage) {
+  const PageRange whole = MustMap(*space_, kSmallRegionPages);
+  EXPECT_EQ((whole.first - space_->reservation().first).value % kSmallRegionPages, 0u);
+  Fill(Part(whole, 0, 1), 1);
+  Fill(Part(whole, kSmallRegionPages - 1, 1), 2);
+}
+
+// ---- Alignment ----
+
+TEST_P(MapTest, AlignsTheStart) {
+  MustMap(*space_, 1);
+  for (std::size_t alignment = 1; alignment <= kSmallRegionPages; alignment *= 2) {
+    SCOPED_TRACE("alignment " + std::to_string(alignment));
+    const PageRange range = MustMap(*space_, 3, {.alignment = {alignment}});
+    EXPECT_EQ(range.first.value % alignment, 0u);
+    EXPECT_TRUE(IsZero(range));
+    EXPECT_TRUE(space_->Unmap(range).ok());
+    // Cached now, and served again.
+    const PageRange again = MustMap(*space_, 3, {.alignment = {alignment}});
+    EXPECT_EQ(again.first.value % alignment, 0u);
+  }
+}
+
+TEST_P(MapTest, RefusesAlignmentsThatAreNoPowersOfTwo) {
+  for (const std::size_t alignment : {std::size_t{0}, std::size_t{3}, std::size_t{6}, SIZE_MAX}) {
+    EXPECT_EQ(MapError(1, {.alignment = {alignment}}).code, ErrorCode::kUnaligned) << alignment;
+  }
+}
+
+TEST_P(MapTest, RefusesAlignmentsThatNoPageHas) {
+  EXPECT_EQ(MapError(1, {.alignment = {std::size_t{1} << 50}}).code, ErrorCode::kNoRoom);
+  EXPECT_EQ(MapError(1, {.alignment = {std::size_t{1} << 63}}).code, ErrorCode::kNoRoom);
+}
+
+//   before   A...A...A...    every gap is long enough, and none is aligned
+//   after    A...A...A... and the new one after them
+TEST_P(MapTest, SkipsGapsThatAreMisaligned) {
+  const std::size_t shift = space_->reservation().first.value % 4;
+  ASSERT_EQ(shift, 0u);
+  for (std::size_t page = 0; page < 64; page += 4) MustMapAt(*space_, P(page, 1));
+  EXPECT_EQ(Line(12), "A...B...C...");
+  const PageRange range = MustMap(*space_, 3, {.alignment = {4}});
+  EXPECT_GE(range.first, P(64, 1).first);
+  EXPECT_EQ(range.first.value % 4, 0u);
+  EXPECT_EQ(Line(12), "A...B...C...");
+}
+
+// ---- Protections and zones ----
+
+TEST_P(MapTest, ReadWriteIsPlain) {
+  const PageRange range = MustMap(*space_, 700);
+  EXPECT_EQ(space_->Lookup(range.first)->zone, Zone::kPlain);
+  EXPECT_TRUE(ZoneRange(*space_, Zone::kPlain).Contains(range));
+}
+
+TEST_P(MapTest, OtherProtectionsAreInTheMappingZone) {
+  for (const Protection protection : kUnusual) {
+    SCOPED_TRACE("protection " + std::to_string(static_cast<int>(protection)));
+    const PageRange range = MustMap(*space_, 5, {.protection = protection});
+    const Result<VmaInfo> vma = space_->Lookup(range.first);
+    ASSERT_TRUE(vma.ok());
+    EXPECT_EQ(vma->zone, Zone::kMapping);
+    EXPECT_EQ(vma->protection, protection);
+    EXPECT_TRUE(ZoneRange(*space_, Zone::kMapping).Contains(range));
+    for (std::size_t i = 0; i < 5; ++i) EXPECT_EQ(kernel_.At(Part(range, i, 1).first).protection, protection);
+  }
+  EXPECT_EQ(space_->Stats().heap_splits, 0u);
+}
+
+TEST_P(MapTest, ReadOnlyReadsAsZero) {
+  const PageRange range = MustMap(*space_, 5, {.protection = Protection::kRead});
+  EXPECT_TRUE(IsZero(range));
+}
+
+TEST_P(MapTest, LargePopulatedOrHugeIsDense) {
+  struct Case {
+    std::size_t pages;
+    os::HugePages huge_pages;
+    bool populate;
+    Zone zone;
+  };
+  for (const Case c : {Case{kPagesPerHugePage, os::HugePages::kAvoid, true, Zone::kDense},
+                       Case{kPagesPerHugePage + 100, os::HugePages::kPrefer, false, Zone::kDense},
+                       Case{kPagesPerHugePage, os::HugePages::kAvoid, false, Zone::kPlain},
+                       Case{kPagesPerHugePage - 1, os::HugePages::kPrefer, true, Zone::kPlain}}) {
+    SCOPED_TRACE(std::to_string(c.pages) + (c.populate ? " populated" : ""));
+    const PageRange range =
+        MustMap(*space_, c.pages, {.huge_pages = c.huge_pages, .populate = c.populate});
+    EXPECT_EQ(space_->Lookup(range.first)->zone, c.zone);
+    EXPECT_TRUE(ZoneRange(*space_, c.zone).Contains(range));
+    EXPECT_TRUE(c.zone != Zone::kDense || range.first.value % kPagesPerHugePage == 0);
+    EXPECT_TRUE(IsZero(range));
+  }
+}
+
+TEST_P(MapTest, OnlyTheDenseZoneIsAdvised) {
+  if (!kernel_.features().huge_pages) GTEST_SKIP() << "no huge pages by advice here";
+  using Advice = os::PageState::Advice;
+  const PageRange dense = ZoneRange(*space_, Zone::kDense);
+  EXPECT_EQ(kernel_.At(dense.first).advice, Advice::kPreferHuge);
+  EXPECT_EQ(kernel_.At(PageNumber{dense.end.value - 1}).advice, Advice::kPreferHuge);
+  EXPECT_EQ(kernel_.At(PageNumber{dense.first.value - 1}).advice, Advice::kNone);
+  EXPECT_EQ(kernel_.At(dense.end).advice, Advice::kNone);
+}
+
+TEST_P(MapTest, DenseOverflowsIntoPlain) {
+  const std::size_t pages = kSmallRegionPages / 2;
+  for (int i = 0; i < 2; ++i) {
+    const PageRange range = MustMap(*space_, pages, {.huge_pages = os::HugePages::kPrefer});
+    EXPECT_EQ(space_->Lookup(range.first)->zone, Zone::kDense);
+  }
+  const PageRange range = MustMap(*space_, pages, {.huge_pages = os::HugePages::kPrefer});
+  EXPECT_EQ(space_->Lookup(range.first)->zone, Zone::kPlain);
+}
+
+// ---- Content ----
+
+// Whatever the size, and whatever way it takes: memset, a discard, or a fresh extent.
+TEST_P(MapTest, ZeroedIsZeroAfterDirtyUse) {
+  for (const std::size_t pages : {1, 2, 4, 63, 64, 65, 200, 512, 1000, 5000}) {
+    SCOPED_TRACE(std::to_string(pages) + " pages");
+    for (int round = 0; round < 12; ++round) {
+      const PageRange range = MustMap(*space_, pages);
+      ASSERT_TRUE(IsZero(range)) << "round " << round;
+      // Users of every kind: all of it, one page, nothing.
+      if (round % 3 == 0) Fill(range, 0xaa);
+      if (round % 3 == 1) Fill(Part(range, pages / 2, 1), 0xaa);
+      ASSERT_TRUE(space_->Unmap(range).ok());
+    }
+  }
+}
+
+TEST_P(MapTest, ZeroedIsZeroWhateverTheExtentWas) {
+  constexpr unsigned kSeed = 5;
+  SCOPED_TRACE("seed " + std::to_string(kSeed));
+  std::mt19937 random(kSeed);
+  std::vector<PageRange> live;
+  for (int step = 0; step < (kSanitized ? 1500 : 6000); ++step) {
+    if (live.size() < 20 || random() % 2 == 0) {
+      const std::size_t pages = 1 + random() % 80;
+      const PageRange range = MustMap(*space_, pages, {.alignment = {std::size_t{1} << random() % 4}});
+      ASSERT_TRUE(IsZero(range)) << "step " << step;
+      if (random() % 2 == 0) Fill(range, 0xaa);
+      live.push_back(range);
+    } else {
+      std::swap(live[random() % live.size()], live.back());
+      const PageRange range = live.back();
+      live.pop_back();
+      // In two parts, now and then: extents of sizes that nobody mapped.
+      const std::size_t cut = random() % range.count().value;
+      ASSERT_TRUE(cut == 0 || space_->Unmap(Part(range, 0, cut)).ok());
+      ASSERT_TRUE(space_->Unmap({range.first + Pages{cut}, range.end}).ok());
+    }
+    if (step % 500 == 0) (void)space_->Purge(PurgeScope::kAll);
+  }
+}
+
+TEST_P(MapTest, ReadOnlyIsZeroAfterDirtyUse) {
+  const PageRange range = MustMap(*space_, 8, {.protection = Protection::kReadWriteExec});
+  Fill(range, 0xaa);
+  ASSERT_TRUE(space_->Unmap(range).ok());
+  const PageRange again = MustMap(*space_, 8, {.protection = Protection::kRead});
+  EXPECT_EQ(again, range);
+  EXPECT_TRUE(IsZero(again));
+}
+
+TEST_P(MapTest, AnythingSparesTheZeroing) {
+  const PageRange range = MustMap(*space_, 8);
+  Fill(range, 0xaa);
+  ASSERT_TRUE(space_->Unmap(range).ok());
+  kernel_.ClearCalls();
+  const PageRange again = MustMap(*space_, 8, {.content = Content::kAnything});
+  EXPECT_EQ(again, range) << "the resident extent serves best";
+  EXPECT_TRUE(IsFilledWith(again, 0xaa));
+  EXPECT_EQ(kernel_.CallCount(), 0u);
+  EXPECT_EQ(space_->Stats().zeroed_pages, 0u);
+}
+
+// An extent that was dirtied by a user of kAnything is not clean for the next.
+TEST_P(MapTest, ZeroedAfterAnything) {
+  PageRange range = MustMap(*space_, 8, {.content = Content::kAnything});
+  Fill(range, 0xaa);
+  ASSERT_TRUE(space_->Unmap(range).ok());
+  range = MustMap(*space_, 8, {.content = Content::kAnything});
+  ASSERT_TRUE(space_->Unmap(range).ok());
+  for (int i = 0; i < 3; ++i) EXPECT_TRUE(IsZero(MustMap(*space_, 8)));
+}
+
+TEST_P(MapTest, FreshMemoryIsNotZeroedAgain) {
+  MustMap(*space_, 100);
+  kernel_.ClearCalls();
+  MustMap(*space_, 100);
+  EXPECT_EQ(kernel_.CallCount(), 0u) << "committed ahead, and clean";
+  EXPECT_EQ(space_->Stats().zeroed_pages, 0u);
+}
+
+TEST_P(MapTest, ReuseOfTouchedMemoryIsAMemset) {
+  const PageRange range = MustMap(*space_, 8);
+  Fill(range, 0xaa);
+  ASSERT_TRUE(space_->Unmap(range).ok());
+  kernel_.ClearCalls();
+  EXPECT_EQ(MustMap(*space_, 8), range);
+  EXPECT_EQ(kernel_.CallCount(), 1u);
+  EXPECT_EQ(kernel_.CallCount(Operation::kZero), 1u);
+  EXPECT_EQ(space_->Stats().zeroed_pages, 8u);
+  EXPECT_EQ(space_->Stats().reuses, 1u);
+}
+
+// ---- Populate ----
+
+TEST_P(MapTest, PopulatedIsResident) {
+  for (const std::size_t pages : {1, 100, 512, 1300}) {
+    const PageRange range = MustMap(*space_, pages, {.populate = true});
+    EXPECT_EQ(kernel_.ResidentPages(range), Pages{pages});
+    EXPECT_EQ(kernel_.CountResident(range)->value, pages);
+    EXPECT_TRUE(IsZero(range));
+  }
+}
+
+TEST_P(MapTest, PopulateOfReadOnlyStopsQuietly) {
+  const PageRange range = MustMap(*space_, 8, {.protection = Protection::kRead, .populate = true});
+  EXPECT_EQ(kernel_.ResidentPages(range), Pages{0});
+}
+
+TEST_P(MapTest, PopulatesFixedAndReplaced) {
+  MustMapAt(*space_, P(0, 4));
+  MapOptions options = At(P(2, 4).first, Placement::kReplace);
+  options.populate = true;
+  MustMap(*space_, 4, options);
+  EXPECT_EQ(Line(8), "AABBBB..");
+  EXPECT_EQ(kernel_.ResidentPages(P(2, 4)), Pages{4});
+}
+
+// ---- Fixed ----
+
+TEST_P(MapTest, FixedIsExactlyThere) {
+  EXPECT_EQ(Line(16), "................");
+  EXPECT_EQ(*space_->Map({3}, At(P(5, 3).first)), P(5, 3));
+  EXPECT_EQ(Line(16), ".....AAA........");
+  EXPECT_TRUE(IsZero(P(5, 3)));
+  EXPECT_EQ(*space_->Map({2}, At(P(8, 2).first)), P(8, 2));
+  EXPECT_EQ(Line(16), ".....AAABB......");
+  EXPECT_EQ(*space_->Map({5}, At(P(0, 5).first)), P(0, 5));
+  EXPECT_EQ(Line(16), "AAAAABBBCC......");
+  EXPECT_EQ(*space_->Map({1}, At(P(15, 1).first)), P(15, 1));
+  EXPECT_EQ(Line(16), "AAAAABBBCC.....D");
+}
+
+TEST_P(MapTest, FixedWorksAtTheEndsOfEveryRegion) {
+  for (std::size_t region = 0; region < 4; ++region) {
+    MustMapAt(*space_, P(region * kSmallRegionPages, 2));
+    MustMapAt(*space_, P((region + 1) * kSmallRegionPages - 2, 2));
+    MustMapAt(*space_, P(region * kSmallRegionPages + 2, kSmallRegionPages - 4));
+  }
+  EXPECT_EQ(Vmas(*space_).size(), 12u);
+  EXPECT_EQ(space_->Stats().mapped, space_->reservation().bytes());
+}
+
+TEST_P(MapTest, FixedTakesAnyProtectionInAnyZone) {
+  for (const Zone zone : {Zone::kPlain, Zone::kDense, Zone::kMapping}) {
+    std::size_t page = 100;
+    for (const Protection protection : {Protection::kReadWrite, Protection::kNone, Protection::kRead,
+                                        Protection::kReadExec, Protection::kReadWriteExec}) {
+      SCOPED_TRACE(std::to_string(static_cast<int>(zone)) + "/" + std::to_string(static_cast<int>(protection)));
+      const PageRange range = Part(ZoneRange(*space_, zone), page += 10, 4);
+      MustMapAt(*space_, range, protection);
+      EXPECT_EQ(space_->Lookup(range.first)->protection, protection);
+      EXPECT_EQ(space_->Lookup(range.first)->zone, zone);
+      for (std::size_t i = 0; i < 4; ++i) {
+        EXPECT_EQ(kernel_.At(Part(range, i, 1).first).protection, protection);
+      }
+      EXPECT_TRUE(protection != Protection::kReadWrite || IsZero(range));
+    }
+  }
+}
+
+TEST_P(MapTest, FixedRefusesWhatIsNotInOneRegion) {
+  const PageRange all = space_->reservation();
+  const auto error_at = [&](PageNumber page, std::size_t pages) { return MapError(pages, At(page)).code; };
+  EXPECT_EQ(error_at(PageNumber{all.first.value - 1}, 1), ErrorCode::kOutsideReservation);
+  EXPECT_EQ(error_at(PageNumber{all.first.value - 1}, 2), ErrorCode::kOutsideReservation);
+  EXPECT_EQ(error_at(all.end, 1), ErrorCode::kOutsideReservation);
+  EXPECT_EQ(error_at(PageNumber{all.end.value - 1}, 2), ErrorCode::kOutsideReservation);
+  EXPECT_EQ(error_at(P(kSmallRegionPages - 1, 1).first, 2), ErrorCode::kOutsideReservation);
+  EXPECT_EQ(error_at(PageNumber{0}, 1), ErrorCode::kOutsideReservation);
+  EXPECT_EQ(error_at(PageNumber{SIZE_MAX >> kPageShift}, 1), ErrorCode::kOutsideReservation);
+  EXPECT_EQ(error_at(PageNumber{SIZE_MAX >> kPageShift}, 100), ErrorCode::kOutsideReservation);
+  EXPECT_TRUE(Vmas(*space_).empty());
+}
+
+TEST_P(MapTest, FixedRefusesUnalignedAddresses) {
+  std::byte* address = P(4, 1).address();
+  for (const std::size_t offset : {1, 8, 4095}) {
+    MapOptions options = At(P(4, 1).first);
+    options.address = address + offset;
+    EXPECT_EQ(MapError(1, options).code, ErrorCode::kUnaligned);
+    options.placement = Placement::kReplace;
+    EXPECT_EQ(MapError(1, options).code, ErrorCode::kUnaligned);
+  }
+}
+
+TEST_P(MapTest, FixedRefusesToOverlap) {
+  MustMapAt(*space_, P(4, 4));
+  Fill(P(4, 4), 0xaa);
+  const std::uint64_t generation = space_->Lookup(P(4, 1).first)->generation;
+  struct Case {
+    std::size_t first, count;
+  };
+  // Before, within, after, around, exactly; each meets at least one page.
+  for (const Case c : {Case{2, 3}, Case{5, 2}, Case{7, 4}, Case{0, 12}, Case{4, 4}}) {
+    EXPECT_EQ(Line(12), "....AAAA....");
+    EXPECT_EQ(MapError(c.count, At(P(c.first, 1).first)).code, ErrorCode::kOverlap) << c.first;
+    EXPECT_EQ(Line(12), "....AAAA....");
+  }
+  EXPECT_EQ(space_->Lookup(P(4, 1).first)->generation, generation);
+  EXPECT_EQ(space_->Lookup(P(4, 1).first)->range, P(4, 4)) << "still one VMA";
+  EXPECT_TRUE(IsFilledWith(P(4, 4), 0xaa));
+}
+
+// ---- Replace ----
+
+TEST_P(MapTest, ReplaceCutsTheMiddleOut) {
+  MustMapAt(*space_, P(0, 12));
+  Fill(P(0, 12), 0xaa);
+  const std::uint64_t old = space_->Lookup(P(0, 1).first)->generation;
+  EXPECT_EQ(Line(12), "AAAAAAAAAAAA");
+  EXPECT_EQ(*space_->Map({4}, At(P(4, 4).first, Placement::kReplace)), P(4, 4));
+  EXPECT_EQ(Line(12), "AAAABBBBAAAA");
+  EXPECT_TRUE(IsZero(P(4, 4)));
+  EXPECT_TRUE(IsFilledWith(P(0, 4), 0xaa));
+  EXPECT_TRUE(IsFilledWith(P(8, 4), 0xaa));
+  EXPECT_EQ(space_->Lookup(P(0, 1).first)->generation, old) << "parts keep it";
+  EXPECT_EQ(space_->Lookup(P(8, 1).first)->generation, old);
+  EXPECT_NE(space_->Lookup(P(4, 1).first)->generation, old);
+  EXPECT_EQ(space_->Stats().vmas, 3u);
+  EXPECT_EQ(space_->Stats().mapped, Pages{12}.bytes());
+}
+
+TEST_P(MapTest, ReplaceGoesOverMappingsHolesAndFreeExtents) {
+  MustMapAt(*space_, P(2, 3));
+  MustMapAt(*space_, P(5, 2));
+  MustMapAt(*space_, P(9, 2), Protection::kRead);
+  MustMapAt(*space_, P(13, 3));
+  MustMapAt(*space_, P(17, 3));
+  for (const PageRange dirty : {P(2, 3), P(5, 2), P(13, 3), P(17, 3)}) Fill(dirty, 0xaa);
+  ASSERT_TRUE(space_->Unmap(P(13, 3)).ok());  // cached, dirty
+  EXPECT_EQ(Line(24), "..AAABB..cc......DDD....");
+  MustMap(*space_, 14, At(P(4, 14).first, Placement::kReplace));
+  EXPECT_EQ(Line(24), "..AABBBBBBBBBBBBBBCC....");
+  EXPECT_TRUE(IsZero(P(4, 14)));
+  EXPECT_TRUE(IsFilledWith(P(2, 2), 0xaa));
+  EXPECT_TRUE(IsFilledWith(P(18, 2), 0xaa));
+  EXPECT_EQ(space_->Lookup(P(4, 1).first)->range, P(4, 14));
+  Fill(P(4, 14), 0xbb);
+  EXPECT_EQ(space_->Stats().vmas, 3u);
+}
+
+TEST_P(MapTest, ReplaceOfNothingIsFixed) {
+  EXPECT_EQ(Line(8), "........");
+  MustMap(*space_, 4, At(P(2, 4).first, Placement::kReplace));
+  EXPECT_EQ(Line(8), "..AAAA..");
+}
+
+TEST_P(MapTest, ReplaceSeveralTimesOver) {
+  for (int round = 0; round < 20; ++round) {
+    MustMap(*space_, 8, At(P(4, 8).first, Placement::kReplace));
+    ASSERT_TRUE(IsZero(P(4, 8))) << round;
+    Fill(P(4, 8), 0xaa);
+    EXPECT_EQ(Line(16), "....AAAAAAAA....");
+    space_->CheckInvariants();
+  }
+  EXPECT_EQ(space_->Stats().vmas, 1u);
+}
+
+TEST_P(MapTest, ReplaceChangesProtections) {
+  MustMapAt(*space_, P(0, 8));
+  Fill(P(0, 8), 0xaa);
+  MustMap(*space_, 4, At(P(2, 4).first, Placement::kReplace, Protection::kRead));
+  EXPECT_EQ(Line(8), "AAbbbbAA");
+  EXPECT_TRUE(IsZero(P(2, 4)));
+  EXPECT_EQ(kernel_.At(P(1, 1).first).protection, Protection::kReadWrite);
+  EXPECT_EQ(kernel_.At(P(2, 1).first).protection, Protection::kRead);
+  EXPECT_EQ(kernel_.At(P(6, 1).first).protection, Protection::kReadWrite);
+  MustMap(*space_, 4, At(P(2, 4).first, Placement::kReplace));
+  EXPECT_EQ(Line(8), "AABBBBAA");
+  Fill(P(2, 4), 0xbb);
+  EXPECT_EQ(kernel_.At(P(2, 1).first).protection, Protection::kReadWrite);
+}
+
+TEST_P(MapTest, ReplaceWorksInTheMappingZone) {
+  const PageRange zone = ZoneRange(*space_, Zone::kMapping);
+  const auto line = [&] { return Draw(*space_, Part(zone, 0, 12)); };
+  MustMapAt(*space_, Part(zone, 0, 8), Protection::kReadWriteExec);
+  Fill(Part(zone, 0, 8), 0xaa);
+  EXPECT_EQ(line(), "aaaaaaaa....");
+  MustMap(*space_, 6, At(Part(zone, 4, 6).first, Placement::kReplace, Protection::kRead));
+  EXPECT_EQ(line(), "aaaabbbbbb..");
+  EXPECT_TRUE(IsZero(Part(zone, 4, 6)));
+  EXPECT_TRUE(IsFilledWith(Part(zone, 0, 4), 0xaa));
+  MustMap(*space_, 2, At(Part(zone, 6, 2).first, Placement::kReplace, Protection::kNone));
+  EXPECT_EQ(line(), "aaaabb33bb..");
+}
+
+// Large content goes by discard, not by memset.
+TEST_P(MapTest, ReplaceOfMuchIsZero) {
+  const PageRange range = P(100, 3000);
+  MustMapAt(*space_, range);
+  Fill(range, 0xaa);
+  kernel_.ClearCalls();
+  MustMap(*space_, 3000, At(range.first, Placement::kReplace));
+  EXPECT_TRUE(IsZero(range));
+  EXPECT_EQ(kernel_.CallCount(Operation::kZero), 0u);
+  EXPECT_GE(kernel_.CallCount(Operation::kDiscard), 1u);
+}
+
+TEST_P(MapTest, ReplaceWithAnythingKeepsPages) {
+  MustMapAt(*space_, P(0, 4));
+  Fill(P(0, 4), 0xaa);
+  MapOptions options = At(P(0, 4).first, Placement::kReplace);
+  options.content = Content::kAnything;
+  kernel_.ClearCalls();
+  MustMap(*space_, 4, options);
+  EXPECT_EQ(kernel_.CallCount(Operation::kZero), 0u);
+  EXPECT_EQ(kernel_.CallCount(Operation::kDiscard), 0u);
+  // The next one is zeroed all the same.
+  ASSERT_TRUE(space_->Unmap(P(0, 4)).ok());
+  MustMapAt(*space_, P(0, 4));
+  EXPECT_TRUE(IsZero(P(0, 4)));
+}
+
+TEST_P(MapTest, ReplaceOfDirtyByNoAccessIsZeroLater) {
+  const PageRange zone = ZoneRange(*space_, Zone::kMapping);
+  const PageRange range = Part(zone, 0, 4);
+  MustMapAt(*space_, range, Protection::kReadWriteExec);
+  Fill(range, 0xaa);
+  MapOptions options = At(range.first, Placement::kReplace, Protection::kNone);
+  options.content = Content::kAnything;
+  MustMap(*space_, 4, options);
+  ASSERT_TRUE(space_->Unmap(range).ok());
+  MustMapAt(*space_, range, Protection::kRead);
+  EXPECT_TRUE(IsZero(range));
+}
+
+// Atomic to lookups: a page that is replaced over and over is mapped at every moment.
+TEST_P(MapTest, ReplacedIsNeverSeenUnmapped) {
+  MustMapAt(*space_, P(0, 8));
+  std::atomic<bool> stop{false};
+  std::atomic<std::uint64_t> lookups{0};
+  std::thread reader([&] {
+    std::mt19937 random(1);
+    std::uint64_t newest = 0;
+    while (!stop.load()) {
+      const PageNumber page = P(random() % 8, 1).first;
+      const Result<VmaInfo> vma = space_->Lookup(page);
+      ASSERT_TRUE(vma.ok()) << "page " << (page - P(0, 1).first).value;
+      ASSERT_TRUE(vma->range.Contains(page));
+      if (page == P(3, 1).first) {
+        ASSERT_GE(vma->generation, newest) << "one page never goes back";
+        newest = vma->generation;
+      }
+      lookups.fetch_add(1);
+    }
+  });
+  while (lookups.load() == 0) std::this_thread::yield();
+  std::mt19937 random(2);
+  for (int i = 0; i < (kSanitized ? 1000 : 5000); ++i) {
+    const std::size_t first = random() % 8;
+    const std::size_t count = 1 + random() % (8 - first);
+    const Protection protection = random() % 4 == 0 ? Protection::kRead : Protection::kReadWrite;
+    MustMap(*space_, count, At(P(first, 1).first, Placement::kReplace, protection));
+  }
+  stop.store(true);
+  reader.join();
+}
+
+// ---- Regions, CPUs, room ----
+
+class MapRoomTest : public PolicyTest {
+ protected:
+  // Two CPUs: zones of 4, 2 and 2 regions of 8 MiB.
+  static AddressSpaceOptions TwoCpus() {
+    AddressSpaceOptions options = Options();
+    options.reserve = MiB(64);
+    options.regions_per_zone = 2;
+    return options;
+  }
+  static constexpr std::size_t kRegionPages = MiB(8).value / kPageSize;
+  ~MapRoomTest() override { FakeKernel::SetCpu(0); }
+
+  std::size_t RegionOf(PageRange range) const {
+    return (range.first - space_->reservation().first).value / kRegionPages;
+  }
+
+  FakeKernel kernel_;
+  TestSpace space_{kernel_, TwoCpus()};
+};
+
+TEST_P(MapRoomTest, CpusMapFromRegionsOfTheirOwn) {
+  std::set<std::size_t> regions;
+  for (unsigned cpu = 0; cpu < 4; ++cpu) {
+    FakeKernel::SetCpu(cpu);
+    const std::size_t region = RegionOf(MustMap(*space_, 4));
+    regions.insert(region);
+    EXPECT_EQ(RegionOf(MustMap(*space_, 40)), region) << "cpu " << cpu;
+  }
+  EXPECT_EQ(regions, (std::set<std::size_t>{0, 1, 2, 3}));
+  FakeKernel::SetCpu(1000 * 4 + 1);
+  EXPECT_EQ(RegionOf(MustMap(*space_, 4)), 1u) << "CPUs that came later share";
+}
+
+TEST_P(MapRoomTest, FullRegionsOverflowIntoOthers) {
+  std::set<std::size_t> regions;
+  for (int i = 0; i < 4; ++i) regions.insert(RegionOf(MustMap(*space_, kRegionPages)));
+  EXPECT_EQ(regions.size(), 4u);
+  EXPECT_EQ(space_->Map({1}).error().code, ErrorCode::kNoRoom);
+  // Other zones are not what they overflow into.
+  EXPECT_TRUE(space_->Map({1}, {.protection = Protection::kRead}).ok());
+  EXPECT_TRUE(space_->Map({512}, {.huge_pages = os::HugePages::kPrefer}).ok());
+}
+
+//   all of a zone in small cached extents:  |c|c|c|c|c|c|c|c|...
+//   one large map:                          |mmmmmmmmmmmmmmmm...
+TEST_P(MapRoomTest, CachedExtentsMergeWhenRoomIsShort) {
+  std::vector<PageRange> ranges;
+  for (;;) {
+    const Result<PageRange> range = space_->Map({16});
+    if (!range.ok()) break;
+    Fill(Part(*range, 0, 1), 0xaa);
+    ranges.push_back(*range);
+  }
+  EXPECT_EQ(ranges.size(), 4 * kRegionPages / 16);
+  for (const PageRange range : ranges) ASSERT_TRUE(space_->Unmap(range).ok());
+  const PageRange large = MustMap(*space_, kRegionPages);
+  EXPECT_TRUE(IsZero(large));
+  for (int i = 0; i < 3; ++i) MustMap(*space_, kRegionPages);
+  EXPECT_EQ(space_->Map({1}).error().code, ErrorCode::kNoRoom);
+  ASSERT_TRUE(space_->Unmap(Part(large, 5, 1)).ok());
+  EXPECT_EQ(MustMap(*space_, 1), Part(large, 5, 1)) << "the one page there is";
+}
+
+TEST_P(MapRoomTest, NoRoomChangesNothing) {
+  for (int i = 0; i < 4; ++i) MustMap(*space_, kRegionPages - 1);
+  const AddressSpaceStats before = space_->Stats();
+  for (int i = 0; i < 10; ++i) EXPECT_EQ(space_->Map({2}).error().code, ErrorCode::kNoRoom);
+  EXPECT_EQ(space_->Stats().mapped, before.mapped);
+  EXPECT_EQ(space_->Stats().vmas, before.vmas);
+  space_->CheckInvariants();
+  for (int i = 0; i < 4; ++i) MustMap(*space_, 1);
+}
+
+// ---- Strict overcommit ----
+
+TEST_P(MapTest, CommitsAheadInLargeSteps) {
+  EXPECT_EQ(space_->Stats().committed, Bytes{0});
+  MustMap(*space_, 1);
+  const Bytes first = space_->Stats().committed;
+  EXPECT_GE(first, MiB(4));
+  kernel_.ClearCalls();
+  // To the end of the region, a page at a time, is few calls.
+  for (std::size_t i = 0; i < kSmallRegionPages / 64 - 1; ++i) MustMap(*space_, 64);
+  EXPECT_LE(kernel_.CallCount(Operation::kProtect), 2u);
+  EXPECT_EQ(space_->Stats().committed, MiB(64));
+}
+
+// The kernel counts committed memory and refuses the large step: the small one serves.
+TEST_P(MapTest, ServesUnderAStrictLimit) {
+  const Pages committed = kernel_.CommittedPages();
+  kernel_.FailProtectBeyond(committed.bytes() + MiB(8));
+  MustMap(*space_, MiB(4).value / kPageSize);
+  MustMap(*space_, MiB(4).value / kPageSize);
+  EXPECT_EQ(MapError(MiB(4).value / kPageSize), Error::System(ENOMEM));
+  space_->CheckInvariants();
+  kernel_.StopFailing();
+  MustMap(*space_, MiB(4).value / kPageSize);
+}
+
+FREEHOLD_INSTANTIATE_POLICIES(MapTest);
+FREEHOLD_INSTANTIATE_POLICIES(MapRoomTest);
+
+}  // namespace
+}  // namespace freehold::vm

@@ -1,0 +1,271 @@
+#include "vm/address_space.h"
+
+#include <algorithm>
+#include <bit>
+#include <new>
+
+#include "vm/metadata_arena.h"
+#include "vm/os/check.h"
+#include "vm/purge_stage.h"
+#include "vm/region.h"
+#include "vm/sync/range_lock.h"
+
+namespace freehold::vm {
+namespace {
+
+// A unit of the coarse clock: about 17 ms.
+constexpr unsigned kClockShift = 24;
+
+// Below this many pages a region is not worth having: a small reservation gets fewer regions.
+constexpr std::size_t kMinRegionPages = MiB(4).value / kPageSize;
+
+// Metadata takes a two-hundredth of the space in the worst case (every page an extent needs more, and then
+// Map says kNoMetadata); reserving it costs nothing.
+constexpr std::size_t kMetadataShare = 32;
+constexpr std::size_t kMinMetadataPages = MiB(8).value / kPageSize;
+
+bool IsAligned(const void* address) {
+  return (reinterpret_cast<std::uintptr_t>(address) & (kPageSize - 1)) == 0;
+}
+
+}  // namespace
+
+Result<AddressSpace*> AddressSpace::Create(os::Kernel& kernel, const AddressSpaceOptions& options) {
+  if (options.reserve.value == 0) return ErrorCode::kEmpty;
+  // Regions are powers of two, in fours: two parts plain, one dense, one mapping.
+  Error last = {ErrorCode::kNoRoom};
+  for (std::size_t bytes = std::bit_floor(options.reserve.value);
+       bytes >= options.min_reserve.value && bytes >= 4 * kMinRegionPages * kPageSize; bytes /= 2) {
+    const Pages size = PagesFor({bytes});
+    const Result<PageRange> reservation = kernel.Reserve(size, {kPagesPerHugePage});
+    if (!reservation.ok()) {
+      last = reservation.error();
+      continue;
+    }
+    const Result<MetadataArena*> arena = MetadataArena::Create(
+        kernel, {std::max(size.value / kMetadataShare, kMinMetadataPages)});
+    if (!arena.ok()) {
+      last = arena.error();
+      (void)kernel.Release(*reservation);
+      continue;
+    }
+    void* memory = (*arena)->Allocate({sizeof(AddressSpace)}, alignof(AddressSpace));
+    last = {ErrorCode::kNoMetadata};
+    if (memory != nullptr) {
+      AddressSpace* space = new (memory) AddressSpace(kernel, options);
+      last = space->Init(*reservation, *arena);
+      if (last.ok()) return space;
+    }
+    MetadataArena::Destroy(*arena);
+    (void)kernel.Release(*reservation);
+    // Metadata was refused, not address space: a smaller space would fare no better.
+    return last;
+  }
+  return last;
+}
+
+Error AddressSpace::Init(PageRange reservation, MetadataArena* arena) {
+  reservation_ = reservation;
+  arena_ = arena;
+  clock_.store(static_cast<std::uint32_t>(kernel_->Now().value >> kClockShift),
+               std::memory_order_relaxed);
+  void* stage = arena->Allocate({sizeof(PurgeStage)}, alignof(PurgeStage));
+  if (stage == nullptr) return {ErrorCode::kNoMetadata};
+  purge_stage_ = new (stage) PurgeStage(*kernel_);
+
+  const std::size_t pages = reservation.count().value;
+  const std::size_t wanted = options_.regions_per_zone != 0 ? options_.regions_per_zone
+                                                            : kernel_->CpuCount();
+  const std::size_t per_zone =
+      std::min({std::bit_ceil(std::max<std::size_t>(wanted, 1)), kMaxRegions / 4,
+                std::bit_floor(pages / 4 / kMinRegionPages)});
+  region_count_ = 4 * per_zone;
+  region_shift_ = static_cast<unsigned>(std::countr_zero(pages / region_count_));
+  zone_begin_[1] = 2 * per_zone;
+  zone_begin_[2] = 3 * per_zone;
+  zone_begin_[3] = 4 * per_zone;
+
+  const std::size_t lock_count = options_.lock_policy == sync::LockPolicy::kCoarse ? 1 : region_count_;
+  void* locks = arena->Allocate({lock_count * sizeof(PaddedRangeLock)}, alignof(PaddedRangeLock));
+  void* memory = arena->Allocate({region_count_ * sizeof(Region)}, alignof(Region));
+  regions_ = arena->New<Region*>(region_count_);
+  if (locks == nullptr || memory == nullptr || regions_ == nullptr) return {ErrorCode::kNoMetadata};
+  range_locks_ = static_cast<PaddedRangeLock*>(locks);
+  for (std::size_t i = 0; i < lock_count; ++i) new (range_locks_ + i) PaddedRangeLock(options_.lock_policy);
+
+  const Region::Shared shared{kernel_, arena_, purge_stage_, &options_, &clock_};
+  const Pages region_pages = {std::size_t{1} << region_shift_};
+  for (std::size_t i = 0; i < region_count_; ++i) {
+    const Zone zone = i < zone_begin_[1] ? Zone::kPlain : i < zone_begin_[2] ? Zone::kDense : Zone::kMapping;
+    const PageRange range = PageRange::Of(reservation.first + Pages{i * region_pages.value}, region_pages);
+    regions_[i] = new (static_cast<Region*>(memory) + i)
+        Region(shared, zone, range, range_locks_[lock_count == 1 ? 0 : i].lock);
+    if (const Error error = regions_[i]->Init(); !error.ok()) return error;
+  }
+  // Advice belongs to kernel VMAs and would split them later: it is given once, to the zone as a whole. A
+  // kernel without huge pages serves the zone as well, in small ones.
+  if (kernel_->features().huge_pages) {
+    const absl::Span<Region* const> dense = RegionsOf(Zone::kDense);
+    (void)kernel_->AdviseHugePages({dense.front()->range().first, dense.back()->range().end},
+                                   os::HugePages::kPrefer);
+  }
+  return InitFork();
+}
+
+void AddressSpace::Destroy(AddressSpace* space) {
+  os::Kernel& kernel = space->kernel();
+  const PageRange reservation = space->reservation();
+  MetadataArena* arena = space->arena_;
+  // Everything else lies in the arena and owns nothing outside it.
+  space->~AddressSpace();
+  MetadataArena::Destroy(arena);
+  (void)kernel.Release(reservation);
+}
+
+absl::Span<Region* const> AddressSpace::RegionsOf(Zone zone) const {
+  const auto index = static_cast<std::size_t>(zone);
+  return {regions_ + zone_begin_[index], zone_begin_[index + 1] - zone_begin_[index]};
+}
+
+Error AddressSpace::CheckRange(PageRange range) const {
+  if (range.first == range.end) return {ErrorCode::kEmpty};
+  if (range.first > range.end) return {ErrorCode::kOverflow};
+  if (!reservation_.Contains(range)) return {ErrorCode::kOutsideReservation};
+  return Error::Ok();
+}
+
+Result<PageRange> AddressSpace::Map(Pages count, const MapOptions& options) {
+  if (count.value == 0) return ErrorCode::kEmpty;
+  if (count.value > reservation_.count().value) return ErrorCode::kNoRoom;
+  const std::size_t alignment = options.alignment.value;
+  if (alignment == 0 || (alignment & (alignment - 1)) != 0) return ErrorCode::kUnaligned;
+
+  Result<PageRange> mapped = ErrorCode::kNoRoom;
+  if (options.placement != Placement::kAnywhere) {
+    mapped = MapAt(count, options);
+  } else if (options.protection != os::Protection::kReadWrite) {
+    mapped = MapInZone(Zone::kMapping, count, options);
+  } else if (count.value >= kPagesPerHugePage &&
+             (options.populate || options.huge_pages == os::HugePages::kPrefer)) {
+    MapOptions dense = options;
+    dense.alignment = {std::max(options.alignment.value, kPagesPerHugePage)};
+    mapped = MapInZone(Zone::kDense, count, dense);
+    if (!mapped.ok() && mapped.error().code == ErrorCode::kNoRoom) {
+      mapped = MapInZone(Zone::kPlain, count, options);
+    }
+  } else {
+    mapped = MapInZone(Zone::kPlain, count, options);
+  }
+  if (mapped.ok() && options.populate) {
+    // As in Linux, an error here is not the map's: a later fault reports it.
+    const Result<VmaInfo> vma = Lookup(mapped->first);
+    if (vma.ok()) (void)PopulateVma(*mapped, vma->generation, {}, {0});
+  }
+  return mapped;
+}
+
+// The region of this CPU, then the others; at last with all free memory given back, so that address space
+// merges.
+Result<PageRange> AddressSpace::MapInZone(Zone zone, Pages count, const MapOptions& options) {
+  const absl::Span<Region* const> regions = RegionsOf(zone);
+  if (count.value > regions[0]->range().count().value) return ErrorCode::kNoRoom;
+  const auto pages = static_cast<RegionPage>(count.value);
+  const std::size_t own = kernel_->CurrentCpu() & (regions.size() - 1);
+  Result<PageRange> mapped = regions[own]->MapAnywhere(pages, options);
+  for (std::size_t i = 1; !mapped.ok() && mapped.error().code == ErrorCode::kNoRoom && i < 2 * regions.size();
+       ++i) {
+    Region* region = regions[(own + i) & (regions.size() - 1)];
+    if (i >= regions.size()) (void)region->PurgeFree(UINT32_MAX, {0});
+    mapped = region->MapAnywhere(pages, options);
+  }
+  if (!mapped.ok() && mapped.error().code == ErrorCode::kNoRoom) {
+    (void)regions[own]->PurgeFree(UINT32_MAX, {0});
+    mapped = regions[own]->MapAnywhere(pages, options);
+  }
+  return mapped;
+}
+
+Result<PageRange> AddressSpace::MapAt(Pages count, const MapOptions& options) {
+  if (!IsAligned(options.address)) return ErrorCode::kUnaligned;
+  const PageRange range = PageRange::Of(PageNumber::Of(options.address), count);
+  if (const Error error = CheckRange(range); !error.ok()) return error;
+  Region* region = RegionOf(range.first);
+  if (!region->range().Contains(range)) return ErrorCode::kOutsideReservation;
+  return region->MapFixed(range, options);
+}
+
+Error AddressSpace::Unmap(PageRange range) {
+  if (const Error error = CheckRange(range); !error.ok()) return error;
+  for (PageNumber page = range.first; page < range.end;) {
+    Region* region = RegionOf(page);
+    const PageRange part = region->range().Intersect(range);
+    if (const Error error = region->Unmap(part); !error.ok()) return error;
+    page = part.end;
+  }
+  return Error::Ok();
+}
+
+Error AddressSpace::Protect(PageRange range, os::Protection protection) {
+  if (const Error error = CheckRange(range); !error.ok()) return error;
+  for (PageNumber page = range.first; page < range.end;) {
+    Region* region = RegionOf(page);
+    const PageRange part = region->range().Intersect(range);
+    if (const Error error = region->Protect(part, protection); !error.ok()) return error;
+    page = part.end;
+  }
+  return Error::Ok();
+}
+
+Result<VmaInfo> AddressSpace::Lookup(PageNumber page) const {
+  if (!reservation_.Contains(page)) return ErrorCode::kOutsideReservation;
+  VmaState state;
+  const VmaInfo info = RegionOf(page)->LookupExtent(page, state);
+  if (state != VmaState::kMapped) return ErrorCode::kNotMapped;
+  return info;
+}
+
+Pages AddressSpace::Purge(PurgeScope scope) {
+  std::uint32_t until = UINT32_MAX;
+  if (scope == PurgeScope::kDecayed) {
+    const std::uint64_t now = kernel_->Now().value;
+    const std::uint64_t then = now > options_.decay.value ? now - options_.decay.value : 0;
+    // What was freed since the last Tick bears its time: it may be younger than it looks.
+    const std::uint32_t last_tick = clock_.load(std::memory_order_relaxed);
+    until = std::min(static_cast<std::uint32_t>(then >> kClockShift), last_tick - std::min(last_tick, 1u));
+  }
+  Pages purged;
+  for (Region* region : regions()) purged += region->PurgeFree(until, {0});
+  return purged;
+}
+
+void AddressSpace::Tick() {
+  (void)Purge(PurgeScope::kDecayed);
+  clock_.store(static_cast<std::uint32_t>(kernel_->Now().value >> kClockShift), std::memory_order_relaxed);
+}
+
+AddressSpaceStats AddressSpace::Stats() const {
+  AddressSpaceStats stats;
+  for (const Region* region : regions()) region->AddStats(stats);
+  stats.purge_calls = purge_stage_->calls();
+  stats.purged_pages = purge_stage_->pages();
+  return stats;
+}
+
+void AddressSpace::ForEachVma(void (*visit)(void* context, const VmaInfo& vma), void* context) const {
+  constexpr std::size_t kBatch = 64;
+  for (const Region* region : regions()) {
+    for (PageNumber from = region->range().first; from < region->range().end;) {
+      VmaInfo vmas[kBatch];
+      const std::size_t size = region->CopyVmas(from, vmas, kBatch);
+      for (std::size_t i = 0; i < size; ++i) visit(context, vmas[i]);
+      if (size < kBatch) break;
+      from = vmas[size - 1].range.end;
+    }
+  }
+}
+
+void AddressSpace::CheckInvariants() const {
+  for (const Region* region : regions()) region->CheckInvariants();
+}
+
+}  // namespace freehold::vm

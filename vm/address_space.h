@@ -1,0 +1,235 @@
+// An address space that the process owns: one large reservation, cut into zones and regions, with its own
+// VMA tree, range locks, populate and purge. `vm/README.md` teaches how the parts play together.
+//
+// Two verbs wait for each other only when they touch the same pages. What a verb promises about memory holds
+// when it returns; what races with it on the same pages sees the state before or after, never between.
+// It does not protect the *content* of a mapping: that is the user's, as with mmap(2).
+//
+// Thread safety:  thread-safe. Not async-signal-safe.
+// Lock order:     LockRank::kRange, then kPurge, then kRegion; see vm/sync/README.md.
+// Allocation:     metadata comes from the space's own arena, never from malloc.
+// Units:          pages; ranges are half-open and absolute.
+// Errors:         values (vm/result.h). A verb that fails leaves the space as it was.
+// Invariants:     A1. In every region the extents of the tree tile the region: no holes, no overlaps.
+//                 A2. A page is handed out by Map only while its extent is free or cached and no one else
+//                     holds its range lock.
+//                 A3. A page that is free and `kClean` reads as zero and is not resident.
+//                 A4. No system call, page touch or wait happens under a region's tree lock.
+#ifndef FREEHOLD_VM_ADDRESS_SPACE_H_
+#define FREEHOLD_VM_ADDRESS_SPACE_H_
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+#include "absl/types/span.h"
+#include "vm/os/kernel.h"
+#include "vm/page_range.h"
+#include "vm/result.h"
+#include "vm/sync/range_lock.h"
+#include "vm/sync/spin_lock.h"
+#include "vm/units.h"
+
+namespace freehold::vm {
+
+class MetadataArena;
+class PurgeStage;
+class Region;
+
+// Where an extent lives, and so how the kernel sees it (DESIGN §3).
+enum class Zone : std::uint8_t {
+  kPlain,    // anonymous read-write memory in 4 KiB pages
+  kDense,    // the same, advised for huge pages: populated and large dense ranges
+  kMapping,  // whatever needs kernel VMAs of its own: unusual protections
+};
+inline constexpr std::size_t kZoneCount = 3;
+
+struct AddressSpaceOptions {
+  // Address space to reserve; halved until the kernel grants it, but not below `min_reserve`.
+  Bytes reserve = TiB(16);
+  Bytes min_reserve = GiB(64);
+  // kTree: one interval tree of held ranges per region. kCoarse: one reader-writer lock for the whole space,
+  // the mmap_sem model and baseline.
+  sync::LockPolicy lock_policy = sync::LockPolicy::kTree;
+  // Regions per zone; 0 chooses one per CPU, fewer when the reservation is small.
+  unsigned regions_per_zone = 0;
+  // Unmapped pages trap at once instead of staying resident for re-use. For debugging; slow.
+  bool strict_unmap = false;
+  // Free memory that stays resident at most, per region, before it is purged at once.
+  Bytes free_resident_limit = MiB(256);
+  // How long free memory stays resident before Tick() purges it.
+  Nanoseconds decay = Milliseconds(1000);
+};
+
+enum class Placement : std::uint8_t {
+  kAnywhere,  // `address` is ignored
+  kFixed,     // exactly at `address`; kOverlap when something is mapped there
+  kReplace,   // exactly at `address`; what is mapped there is unmapped, atomically to lookups
+};
+
+enum class Content : std::uint8_t {
+  kZeroed,   // as mmap(2): reads as zero
+  kAnything  // may hold old data of this process; spares the zeroing when the caller overwrites it anyway
+};
+
+struct MapOptions {
+  Placement placement = Placement::kAnywhere;
+  void* address = nullptr;
+  // Of the start, in pages: a power of two, at most the region size. kAnywhere only.
+  Pages alignment = {1};
+  os::Protection protection = os::Protection::kReadWrite;
+  Content content = Content::kZeroed;
+  os::HugePages huge_pages = os::HugePages::kAvoid;
+  // Make all pages present before returning, outside every lock (DESIGN §7). Stops quietly on error.
+  bool populate = false;
+};
+
+// A copy of a VMA's attributes, valid at the moment of the lookup.
+struct VmaInfo {
+  PageRange range;
+  os::Protection protection = os::Protection::kNone;
+  Zone zone = Zone::kPlain;
+  std::uint64_t generation = 0;  // unique per mapping; parts split off a mapping keep it
+};
+
+struct PopulateOptions {
+  // Absolute CLOCK_MONOTONIC time after which populate stops with kDeadline; 0: never.
+  Nanoseconds deadline = {0};
+  // Set to true by any thread to stop populate with kCancelled. May be null.
+  const std::atomic<bool>* cancel = nullptr;
+  // Called after every chunk, with no lock held, with the pages done so far. May be null.
+  void (*progress)(void* context, Pages done) = nullptr;
+  void* progress_context = nullptr;
+};
+
+// What of the free memory a purge takes.
+enum class PurgeScope : std::uint8_t { kDecayed, kAll };
+
+// Sums over all regions, each read without a lock: a hint under concurrency, exact when quiet.
+struct AddressSpaceStats {
+  Bytes reserved;
+  Bytes committed;       // readable and writable for the kernel
+  Bytes mapped;          // handed out by Map
+  Bytes free_resident;   // free or cached, possibly resident
+  std::uint64_t vmas = 0;
+  std::uint64_t maps = 0;
+  std::uint64_t unmaps = 0;
+  std::uint64_t reuses = 0;         // maps served from cached extents
+  std::uint64_t zeroed_pages = 0;   // cleaned by memset for re-use
+  std::uint64_t purged_pages = 0;   // given back to the kernel
+  std::uint64_t purge_calls = 0;    // vectored discards
+  std::uint64_t heap_splits = 0;    // Protect calls that had to split a heap zone's kernel VMA
+  std::uint64_t coarse_retries = 0; // maps that fell back to locking their whole region
+};
+
+class AddressSpace {
+ public:
+  // Reserves and builds a space; kernel VMAs: a few per zone and region. Errors: kSystem (the last
+  // reservation error), kNoRoom (below `min_reserve`), kNoMetadata, kEmpty (no reserve asked for).
+  static Result<AddressSpace*> Create(os::Kernel& kernel, const AddressSpaceOptions& options);
+  // Gives everything back. REQUIRES: no other thread uses the space or memory from it.
+  static void Destroy(AddressSpace* space);
+
+  AddressSpace(const AddressSpace&) = delete;
+  AddressSpace& operator=(const AddressSpace&) = delete;
+
+  // Maps `count` pages of anonymous memory. Errors: kEmpty, kOverflow, kUnaligned (address or alignment),
+  // kOutsideReservation (fixed range not inside one region), kOverlap, kNoRoom, kNoMetadata, kSystem.
+  Result<PageRange> Map(Pages count, const MapOptions& options = {});
+
+  // Unmaps whatever is mapped in `range`: parts of VMAs, several VMAs, holes. Errors: kEmpty, kOverflow,
+  // kOutsideReservation, kNoMetadata (a split needs metadata), kSystem. Atomic per region.
+  Error Unmap(PageRange range);
+
+  // Changes the protection of `range`, which must be mapped throughout, else kNotMapped. Atomic per region.
+  Error Protect(PageRange range, os::Protection protection);
+
+  // The VMA that holds `page`; kNotMapped when there is none. Takes no lock and writes nothing.
+  Result<VmaInfo> Lookup(PageNumber page) const;
+
+  // Makes the pages of `range` present, in chunks of at most 2 MiB, each under a shared range lock of that
+  // chunk only. Returns the pages done. Errors: kNotMapped, kReplaced (unmapped or replaced meanwhile),
+  // kDeadline, kCancelled; then the pages done so far stay.
+  Result<Pages> Populate(PageRange range, const PopulateOptions& options = {});
+
+  // Drops the content of mapped read-write memory: it reads as zero afterwards and is not resident
+  // (MADV_DONTNEED through the purge stage). Each range lies in one region. Errors: kNotMapped, kSystem,
+  // kOutsideReservation, kEmpty.
+  // Ranges that ascend within a region go into one call.
+  Error Discard(absl::Span<const PageRange> ranges);
+
+  // Gives free memory back to the kernel; returns the pages given back.
+  Pages Purge(PurgeScope scope);
+  // Advances the coarse clock and purges what has decayed. Called by the runtime's keeper, or any ticker.
+  void Tick();
+
+  PageRange reservation() const { return reservation_; }
+  bool Contains(const void* address) const { return reservation_.Contains(PageNumber::Of(address)); }
+  os::Kernel& kernel() const { return *kernel_; }
+  AddressSpaceStats Stats() const;
+
+  // Calls `visit` for every mapped VMA in ascending order, one region at a time, from a consistent copy of
+  // up to 64 VMAs; no lock is held during the call.
+  void ForEachVma(void (*visit)(void* context, const VmaInfo& vma), void* context) const;
+
+  // fork(2): PrepareFork quiesces the space, so that the child's copy is consistent; exactly one of the
+  // other two follows, in the parent and in the child.
+  void PrepareFork();
+  void ParentAfterFork();
+  void ChildAfterFork();
+
+  // CHECKs A1 and the counters of every region. O(extents); REQUIRES: no verb is running.
+  void CheckInvariants() const;
+
+ private:
+  struct ForkGuards;
+  // On cache lines of its own: lockers of different regions write no common line.
+  struct alignas(kCacheLineSize) PaddedRangeLock {
+    explicit PaddedRangeLock(sync::LockPolicy policy) : lock(policy) {}
+    sync::RangeLock lock;
+  };
+  // Regions of a space at most: 16 a zone, and twice that in the plain zone.
+  static constexpr std::size_t kMaxRegions = 64;
+
+  explicit AddressSpace(os::Kernel& kernel, const AddressSpaceOptions& options)
+      : kernel_(&kernel), options_(options) {}
+  ~AddressSpace() = default;
+
+  Error Init(PageRange reservation, MetadataArena* arena);
+  Error InitFork();
+
+  absl::Span<Region* const> regions() const { return {regions_, region_count_}; }
+  absl::Span<Region* const> RegionsOf(Zone zone) const;
+  Region* RegionOf(PageNumber page) const {
+    return regions_[(page - reservation_.first).value >> region_shift_];
+  }
+  // kEmpty, kOverflow or kOutsideReservation, or fine.
+  Error CheckRange(PageRange range) const;
+  // The same, or kNotMapped: `range` lies in one region and is mapped throughout.
+  Error CheckDiscard(PageRange range) const;
+  Result<PageRange> MapInZone(Zone zone, Pages count, const MapOptions& options);
+  Result<PageRange> MapAt(Pages count, const MapOptions& options);
+  Result<Pages> PopulateVma(PageRange part, std::uint64_t generation, const PopulateOptions& options,
+                            Pages before);
+
+  // Written by Init, constant afterwards.
+  os::Kernel* const kernel_;
+  const AddressSpaceOptions options_;
+  PageRange reservation_;
+  MetadataArena* arena_ = nullptr;
+  PurgeStage* purge_stage_ = nullptr;
+  PaddedRangeLock* range_locks_ = nullptr;  // one a region, or one for all (kCoarse)
+  Region** regions_ = nullptr;              // in address order, zone after zone
+  std::size_t region_count_ = 0;
+  std::size_t zone_begin_[kZoneCount + 1] = {};
+  unsigned region_shift_ = 0;  // log2 of pages per region
+  sync::SpinLock fork_lock_{sync::LockRank::kFork};
+  ForkGuards* fork_guards_ = nullptr;  // changed under fork_lock_
+
+  // CLOCK_MONOTONIC in units of 2^24 ns, as of the last Tick.
+  std::atomic<std::uint32_t> clock_{0};
+};
+
+}  // namespace freehold::vm
+
+#endif  // FREEHOLD_VM_ADDRESS_SPACE_H_

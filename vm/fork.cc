@@ -1,0 +1,82 @@
+// fork(2): the child's copy of the space must be consistent, whatever other threads were doing.
+//
+// PrepareFork takes the fork lock (one thread forks at a time), then every range exclusively, so that no verb is
+// between its tree change and its kernel work, then the turn of the purge stage, then every tree lock. What is
+// left half-done belongs to threads that hold no range yet: kPending extents whose Map still waits, and kPurging
+// extents on their way to or from the stage. The parent's threads go on; the child takes those extents back.
+#include "absl/base/thread_annotations.h"
+#include "vm/address_space.h"
+#include "vm/os/thread_id.h"
+#include "vm/region.h"
+
+namespace freehold::vm {
+
+// The guards of one fork, in the space's own metadata: no stack frame lives from prepare to the end.
+struct AddressSpace::ForkGuards {
+  alignas(sync::RangeLock::Guard) std::byte storage[kMaxRegions][sizeof(sync::RangeLock::Guard)];
+  std::size_t size = 0;
+
+  void Add(sync::RangeLock& lock, PageRange range) {
+    new (storage[size++])
+        sync::RangeLock::Guard(lock, range, sync::RangeLock::Mode::kExclusive, sync::Operation::kFork);
+  }
+  void Clear() {
+    while (size > 0) {
+      reinterpret_cast<sync::RangeLock::Guard*>(storage[--size])->~Guard();
+    }
+  }
+};
+
+Error AddressSpace::InitFork() {
+  fork_guards_ = arena_->New<ForkGuards>();
+  return fork_guards_ != nullptr ? Error::Ok() : Error{ErrorCode::kNoMetadata};
+}
+
+void AddressSpace::PrepareFork() ABSL_NO_THREAD_SAFETY_ANALYSIS {
+  // Threads may fork at the same time: libc runs fork handlers side by side.
+  fork_lock_.LockForFork();
+  if (options_.lock_policy == sync::LockPolicy::kCoarse) {
+    fork_guards_->Add(range_locks_->lock, reservation_);
+  } else {
+    for (Region* region : regions()) fork_guards_->Add(region->range_lock(), region->range());
+  }
+  purge_stage_->PrepareFork();
+  for (Region* region : regions()) region->PrepareFork();
+}
+
+void AddressSpace::ParentAfterFork() ABSL_NO_THREAD_SAFETY_ANALYSIS {
+  for (Region* region : regions()) region->ParentAfterFork();
+  purge_stage_->ParentAfterFork();
+  fork_guards_->Clear();
+  fork_lock_.UnlockAfterFork();
+}
+
+void AddressSpace::ChildAfterFork() ABSL_NO_THREAD_SAFETY_ANALYSIS {
+  os::ForgetThreadIdAfterFork();
+  for (Region* region : regions()) region->ChildAfterFork();
+  purge_stage_->ChildAfterFork();
+  if (options_.lock_policy == sync::LockPolicy::kCoarse) {
+    range_locks_->lock.ReinitAfterFork();
+  } else {
+    for (Region* region : regions()) region->range_lock().ReinitAfterFork();
+  }
+  fork_guards_->Clear();
+  fork_lock_.UnlockAfterFork();
+}
+
+void Region::PrepareFork() ABSL_NO_THREAD_SAFETY_ANALYSIS { tree_lock_.LockForFork(); }
+
+void Region::ParentAfterFork() ABSL_NO_THREAD_SAFETY_ANALYSIS { tree_lock_.UnlockAfterFork(); }
+
+// Still under the tree lock of PrepareFork.
+void Region::ChildAfterFork() ABSL_NO_THREAD_SAFETY_ANALYSIS {
+  for (RegionPage page = 0; page < range_.count().value;) {
+    Vma* vma = tree_.Find(page).vma();
+    page = vma->end_page();
+    if (vma->Is(VmaState::kPending) || vma->Is(VmaState::kPurging)) GiveBackLocked(vma);
+  }
+  purges_in_flight_.store(0, std::memory_order_relaxed);
+  tree_lock_.UnlockAfterFork();
+}
+
+}  // namespace freehold::vm

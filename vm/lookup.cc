@@ -1,0 +1,37 @@
+// Lookups: without a lock by VmaTree::Lookup, with the tree lock when writers got in the way too often.
+#include "vm/os/check.h"
+#include "vm/region.h"
+
+namespace freehold::vm {
+
+VmaInfo Region::LookupExtent(PageNumber page, VmaState& state) const {
+  FREEHOLD_DCHECK(range_.Contains(page));
+  VmaTree::View view;
+  if (!tree_.Lookup(ToRegion(page), view)) {
+    sync::SpinLockHolder holder(tree_lock_);
+    // Nobody writes now, so one attempt is enough.
+    FREEHOLD_CHECK(tree_.Lookup(ToRegion(page), view));
+  }
+  state = view.state;
+  return {.range = ToAbsolute(view.first, view.count),
+          .protection = view.protection,
+          .zone = zone_,
+          .generation = view.generation};
+}
+
+std::size_t Region::CopyVmas(PageNumber from, VmaInfo* out, std::size_t capacity) const {
+  sync::SpinLockHolder holder(tree_lock_);
+  std::size_t size = 0;
+  VmaTree::Path path = tree_.Find(ToRegion(from));
+  do {
+    const Vma& vma = *path.vma();
+    if (!vma.Is(VmaState::kMapped)) continue;
+    out[size++] = {.range = RangeOf(vma),
+                   .protection = vma.protection.load(std::memory_order_relaxed),
+                   .zone = zone_,
+                   .generation = vma.generation.load(std::memory_order_relaxed)};
+  } while (size < capacity && tree_.Next(path));
+  return size;
+}
+
+}  // namespace freehold::vm

@@ -1,0 +1,342 @@
+// Map: choose an extent, mark it pending, lock its range, check that it is still pending, prepare, publish.
+//
+// Anywhere: an extent that needs no preparation (clean or cached memory in committed space) is published in
+// the critical section that chose it. No range lock is needed then: a free page belongs to nobody, and a verb
+// that holds its range sees the state before or after, as if this Map had come earlier or later. Everything
+// else becomes kPending and is prepared under its range lock only; a fixed Map that got the range first may
+// have taken the extent away, which its generation tells. After kMaxAttempts lost races the whole region is
+// locked instead, and nobody can interfere.
+//
+// Fixed: the range is locked first, then every free page in it is claimed (made pending), prepared without
+// the tree lock, and the whole range is published as one extent in one critical section. Old mappings stay
+// visible to lookups until that moment.
+#include <algorithm>
+#include <optional>
+
+#include "vm/os/check.h"
+#include "vm/region.h"
+
+namespace freehold::vm {
+namespace {
+
+constexpr int kMaxAttempts = 3;
+
+constexpr bool Writable(os::Protection protection) {
+  return (static_cast<unsigned>(protection) & static_cast<unsigned>(os::Protection::kWrite)) != 0;
+}
+
+// Up to this size a memset is cheaper than dropping and faulting, however little of it was resident.
+constexpr std::size_t kMemsetPages = FreeRanges::kExactPages;
+
+}  // namespace
+
+Result<PageRange> Region::MapAnywhere(RegionPage count, const MapOptions& options) {
+  const bool coarse = range_lock_.policy() == sync::LockPolicy::kCoarse;
+  for (int attempt = 0;; ++attempt) {
+    Result<PageRange> result = ErrorCode::kReplaced;
+    if (coarse || attempt >= kMaxAttempts) {
+      const Guard guard(range_lock_, range_, Mode::kExclusive, sync::Operation::kMap);
+      result = MapOnce(count, options, &guard);
+    } else {
+      result = MapOnce(count, options, nullptr);
+    }
+    if (result.ok() || result.error().code != ErrorCode::kReplaced) return result;
+    sync::SpinLockHolder holder(tree_lock_);
+    if (attempt + 1 == kMaxAttempts) coarse_retries_.Add(1);
+  }
+}
+
+Result<PageRange> Region::MapOnce(RegionPage count, const MapOptions& options, const Guard* held) {
+  Preparation preparation;
+  bool may_clean = true;
+  for (;;) {
+    Choice choice;
+    {
+      sync::SpinLockHolder holder(tree_lock_);
+      choice = ChooseLocked(count, options, may_clean, preparation);
+    }
+    switch (choice) {
+      case Choice::kPublished:
+        return preparation.range;
+      case Choice::kPrepare: {
+        if (held != nullptr) return Finish(preparation, *held);
+        const Guard guard(range_lock_, preparation.range, Mode::kExclusive, sync::Operation::kMap);
+        return Finish(preparation, guard);
+      }
+      case Choice::kCleanFirst:
+        CleanBin(count);
+        may_clean = false;
+        break;
+      case Choice::kNoMetadata:
+        if (const Error error = Refill(); !error.ok()) return error;
+        break;
+      case Choice::kNoRoom:
+        return ErrorCode::kNoRoom;
+    }
+  }
+}
+
+Region::Choice Region::ChooseLocked(RegionPage count, const MapOptions& options, bool may_clean,
+                                    Preparation& out) {
+  if (!HasMetadataLocked()) return Choice::kNoMetadata;
+  Vma* vma = TakeCachedLocked(count, options);
+  if (vma != nullptr) {
+    reuses_.Add(1);
+  } else {
+    if (may_clean && WorthCleaningLocked(count)) return Choice::kCleanFirst;
+    vma = CarveLocked(count, options.alignment.value);
+    if (vma == nullptr) return Choice::kNoRoom;
+  }
+  out.vma = vma;
+  out.range = RangeOf(*vma);
+  out.generation = ++last_generation_;
+  out.protection = options.protection;
+  out.zero = options.content == Content::kZeroed && vma->knowledge != Knowledge::kClean;
+  out.commit = !IsCommitted(vma->first_page(), vma->end_page());
+  const os::Protection now = is_heap() ? os::Protection::kReadWrite : os::Protection::kNone;
+  out.protect = vma->kernel_vma || options.protection != now;
+  out.unguard = is_heap() && shared_.options->strict_unmap;
+  if (!out.needed()) {
+    PublishLocked(vma, vma->page_count(), options.protection, out.generation);
+    return Choice::kPublished;
+  }
+  VmaWriter(*vma).SetGeneration(out.generation);
+  return Choice::kPrepare;
+}
+
+// Which of the cached extents serves best depends on what the caller will do: users who touch their memory
+// get resident pages (a memset is cheaper than faults), others get clean ones (nothing to do at all).
+Vma* Region::TakeCachedLocked(RegionPage count, const MapOptions& options) {
+  using enum Knowledge;
+  static constexpr Knowledge kResidentFirst[] = {kResident, kUnknown, kClean};
+  static constexpr Knowledge kCleanOnly[] = {kClean};
+  const bool dirty_is_fine =
+      options.content == Content::kAnything || free_.ExpectsResident(count);
+  const absl::Span<const Knowledge> order =
+      dirty_is_fine ? absl::MakeConstSpan(kResidentFirst) : absl::MakeConstSpan(kCleanOnly);
+  for (const Knowledge knowledge : order) {
+    Vma* vma = free_.Take(count, knowledge, options.alignment.value, range_.first.value);
+    if (vma == nullptr) continue;
+    VmaWriter(*vma).SetState(VmaState::kPending);
+    if (vma->page_count() > count) CacheLocked(SplitLocked(vma, vma->first_page() + count), knowledge);
+    return vma;
+  }
+  return nullptr;
+}
+
+Vma* Region::CarveLocked(RegionPage count, std::uint64_t alignment) {
+  VmaTree::Path path;
+  if (!tree_.FindGap(count, alignment, range_.first.value, path)) return nullptr;
+  Vma* vma = path.vma();
+  const std::uint64_t first = range_.first.value + vma->first_page();
+  const std::uint64_t aligned = (first + alignment - 1) & ~(alignment - 1);
+  if (aligned > first) vma = SplitLocked(vma, vma->first_page() + static_cast<RegionPage>(aligned - first));
+  if (vma->page_count() > count) SplitLocked(vma, vma->first_page() + count);
+  SetStateLocked(vma, VmaState::kPending);
+  return vma;
+}
+
+Result<PageRange> Region::Finish(const Preparation& preparation, const Guard& guard) {
+  FREEHOLD_DCHECK(guard.Covers(preparation.range, Mode::kExclusive));
+  Vma* vma = preparation.vma;
+  // While the range is held exclusively, nobody takes the extent away: the check needs no tree lock.
+  if (vma->generation.load(std::memory_order_acquire) != preparation.generation) {
+    return ErrorCode::kReplaced;
+  }
+  const Error error = Prepare(preparation);
+  if (!error.ok() && preparation.unguard) (void)Trap(preparation.range);
+  sync::SpinLockHolder holder(tree_lock_);
+  if (!error.ok()) {
+    GiveBackLocked(vma);
+    return error;
+  }
+  if (preparation.zero) {
+    zeroed_pages_.Add(vma->page_count());
+    vma->knowledge = Knowledge::kResident;
+  }
+  vma->kernel_vma = is_heap() ? preparation.protection != os::Protection::kReadWrite
+                              : preparation.protection != os::Protection::kNone;
+  if (is_heap() && preparation.protect) heap_splits_.Add(1);
+  PublishLocked(vma, vma->page_count(), preparation.protection, preparation.generation);
+  return preparation.range;
+}
+
+Error Region::Prepare(const Preparation& preparation) {
+  const PageRange range = preparation.range;
+  if (preparation.commit) {
+    if (const Error error = Commit(range); !error.ok()) return error;
+  }
+  if (preparation.unguard) {
+    if (const Error error = Untrap(range); !error.ok()) return error;
+  }
+  // Zeroing writes: the pages must be writable, then get the protection asked for.
+  const bool zero_by_discard = preparation.zero && !Writable(preparation.protection);
+  if (preparation.protect) {
+    if (const Error error = shared_.kernel->Protect(range, preparation.protection); !error.ok()) {
+      return error;
+    }
+  }
+  if (zero_by_discard) return shared_.purge_stage->Discard({&range, 1});
+  // Chosen dirty on purpose (TakeCachedLocked): its pages are worth keeping, whatever their number.
+  if (preparation.zero) shared_.kernel->Zero(range);
+  return Error::Ok();
+}
+
+Error Region::MakeZero(PageRange range, bool writable) {
+  if (writable && range.count().value <= kMemsetPages) {
+    shared_.kernel->Zero(range);
+    return Error::Ok();
+  }
+  return shared_.purge_stage->Discard({&range, 1});
+}
+
+Result<PageRange> Region::MapFixed(PageRange range, const MapOptions& options) {
+  const Guard guard(range_lock_, range, Mode::kExclusive, sync::Operation::kMap);
+  const RegionPage first = ToRegion(range.first);
+  const RegionPage end = ToRegion(range.end);
+  std::uint64_t generation = 0;
+  bool clean = false;
+  for (bool claimed = false; !claimed;) {
+    Claim claim;
+    {
+      sync::SpinLockHolder holder(tree_lock_);
+      claim = ClaimLocked(first, end, options.placement, generation, clean);
+    }
+    switch (claim) {
+      case Claim::kClaimed:
+        claimed = true;
+        break;
+      case Claim::kOverlap:
+        return ErrorCode::kOverlap;
+      case Claim::kPurging:
+        WaitForPurges();
+        break;
+      case Claim::kNoMetadata:
+        if (const Error error = Refill(); !error.ok()) return error;
+        break;
+    }
+  }
+  const Error error = PrepareFixed(range, options, clean, guard);
+  sync::SpinLockHolder holder(tree_lock_);
+  SetBusyLocked(first, end, false);
+  if (!error.ok()) {
+    UnclaimLocked(first, end);
+    return error;
+  }
+  // One write makes the first extent the new mapping of the whole range; the others, hidden by it or still
+  // seen as what they were, then go.
+  Vma* vma = tree_.Find(first).vma();
+  for (Vma* old = vma; old != nullptr && old->first_page() < end; old = NextLocked(old)) {
+    if (!old->Is(VmaState::kMapped)) continue;
+    mapped_pages_.Subtract(old->page_count());
+    if (old == vma) vmas_.Subtract(1);
+  }
+  vma->knowledge = Knowledge::kUnknown;
+  // In the mapping zone, old content (Content::kAnything) may lie behind a protection of kNone.
+  vma->kernel_vma = is_heap() ? options.protection != os::Protection::kReadWrite
+                              : options.protection != os::Protection::kNone || !clean;
+  if (is_heap() && vma->kernel_vma) heap_splits_.Add(1);
+  PublishLocked(vma, end - first, options.protection, generation);
+  while (NextLocked(vma) != nullptr && NextLocked(vma)->first_page() < end) DropNextLocked(vma);
+  return range;
+}
+
+// Makes `first` and `end` borders, and everything between them that is not mapped pending. `clean`: no page of
+// the range was used since it was last zero.
+Region::Claim Region::ClaimLocked(RegionPage first, RegionPage end, Placement placement,
+                                  std::uint64_t& generation, bool& clean) {
+  if (!HasMetadataLocked()) return Claim::kNoMetadata;
+  clean = true;
+  for (Vma* vma = tree_.Find(first).vma(); vma != nullptr && vma->first_page() < end;
+       vma = NextLocked(vma)) {
+    if (vma->Is(VmaState::kPurging)) return Claim::kPurging;
+    if (vma->Is(VmaState::kMapped) && placement == Placement::kFixed) return Claim::kOverlap;
+    clean = clean && !vma->Is(VmaState::kMapped) && vma->knowledge == Knowledge::kClean &&
+            !vma->kernel_vma;
+  }
+  // Maps that chose pages in the range and wait for it lose them, whole: they will try again.
+  //   before   |   kPending   |            chosen by a Map that waits
+  //                first    end
+  //   after    | cached | claimed | cached |
+  for (RegionPage page = first; page < end;) {
+    Vma* vma = tree_.Find(page).vma();
+    page = vma->end_page();
+    if (vma->Is(VmaState::kPending)) GiveBackLocked(vma);
+  }
+  IsolateLocked(first, end);
+  generation = ++last_generation_;
+  for (Vma* vma = tree_.Find(first).vma(); vma != nullptr && vma->first_page() < end;
+       vma = NextLocked(vma)) {
+    if (vma->Is(VmaState::kMapped)) continue;
+    if (vma->Is(VmaState::kCached)) free_.Remove(vma);
+    SetStateLocked(vma, VmaState::kPending);
+    VmaWriter(*vma).SetGeneration(generation);
+  }
+  SetBusyLocked(first, end, true);
+  return Claim::kClaimed;
+}
+
+// Undoes ClaimLocked.
+void Region::UnclaimLocked(RegionPage first, RegionPage end) {
+  for (RegionPage page = first; page < end;) {
+    Vma* vma = tree_.Find(page).vma();
+    page = vma->end_page();
+    if (vma->Is(VmaState::kPending)) GiveBackLocked(vma);
+  }
+  MergeMappedLocked(first, end);
+}
+
+// The kernel's side of a fixed mapping, steps that can fail first. On error the old mappings have their
+// protection and content: content goes last.
+Error Region::PrepareFixed(PageRange range, const MapOptions& options, bool clean, const Guard& guard) {
+  FREEHOLD_DCHECK(guard.Covers(range, Mode::kExclusive));
+  if (!IsCommitted(ToRegion(range.first), ToRegion(range.end))) {
+    if (const Error error = Commit(range); !error.ok()) return error;
+  }
+  const os::Protection now = is_heap() ? os::Protection::kReadWrite : os::Protection::kNone;
+  if (is_heap() && shared_.options->strict_unmap) {
+    if (const Error error = Untrap(range); !error.ok()) {
+      RestoreProtection(range, guard);
+      return error;
+    }
+  }
+  if (!clean || options.protection != now) {
+    if (const Error error = shared_.kernel->Protect(range, options.protection); !error.ok()) {
+      RestoreProtection(range, guard);
+      return error;
+    }
+  }
+  if (clean || options.content == Content::kAnything) return Error::Ok();
+  const Error error = MakeZero(range, Writable(options.protection));
+  if (!error.ok()) RestoreProtection(range, guard);
+  return error;
+}
+
+// Gives every extent of `range` the kernel protection that the tree says it has, and traps what strict unmap
+// had trapped. A refusal leaves more access than promised or less: nothing better is left to do.
+void Region::RestoreProtection(PageRange range, const Guard& guard) {
+  FREEHOLD_DCHECK(guard.Covers(range, Mode::kExclusive));
+  for (PageNumber page = range.first; page < range.end;) {
+    VmaState state;
+    const VmaInfo extent = LookupExtent(page, state);
+    const PageRange part = extent.range.Intersect(range);
+    page = extent.range.end;
+    if (state == VmaState::kMapped) {
+      (void)shared_.kernel->Protect(part, extent.protection);
+    } else if (is_heap() && shared_.options->strict_unmap) {
+      (void)Trap(part);
+    } else {
+      (void)shared_.kernel->Protect(part, is_heap() ? os::Protection::kReadWrite : os::Protection::kNone);
+    }
+  }
+}
+
+// Undoes Trap, whichever way it went.
+Error Region::Untrap(PageRange range) {
+  if (shared_.kernel->features().guard_regions) {
+    if (const Error error = shared_.kernel->RemoveGuard(range); !error.ok()) return error;
+  }
+  return shared_.kernel->Protect(range, os::Protection::kReadWrite);
+}
+
+}  // namespace freehold::vm

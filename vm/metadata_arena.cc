@@ -1,0 +1,65 @@
+#include "vm/metadata_arena.h"
+
+#include <algorithm>
+
+#include "vm/sync/lock_rank.h"
+
+namespace freehold::vm {
+namespace {
+
+// One mprotect per step: rare enough for mmap_lock, small enough for strict overcommit.
+constexpr std::size_t kCommitStep = MiB(1).value;
+
+}  // namespace
+
+Result<MetadataArena*> MetadataArena::Create(os::Kernel& kernel, Pages size) {
+  const Result<PageRange> range = kernel.Reserve(size, {1});
+  if (!range.ok()) return range.error();
+  const std::size_t first_step = std::min(kCommitStep, size.bytes().value);
+  const Error committed =
+      kernel.Protect(PageRange::FromBytes(range->address(), {first_step}), os::Protection::kReadWrite);
+  if (!committed.ok()) {
+    (void)kernel.Release(*range);
+    return committed;
+  }
+  return new (range->address()) MetadataArena(kernel, *range, first_step);
+}
+
+void MetadataArena::Destroy(MetadataArena* arena) {
+  os::Kernel& kernel = arena->kernel_;
+  const PageRange range = arena->range_;
+  arena->~MetadataArena();
+  (void)kernel.Release(range);
+}
+
+void* MetadataArena::Allocate(Bytes size, std::size_t alignment) {
+  sync::CheckNoShortLockHeld("MetadataArena::Allocate");
+  std::size_t next = next_.load(std::memory_order_relaxed);
+  for (;;) {
+    const std::size_t start = (next + alignment - 1) & ~(alignment - 1);
+    const std::size_t limit = range_.bytes().value;
+    if (start > limit || size.value > limit - start) return nullptr;
+    if (!CommitTo(start + size.value)) return nullptr;
+    if (next_.compare_exchange_weak(next, start + size.value, std::memory_order_relaxed)) {
+      return range_.address() + start;
+    }
+  }
+}
+
+// Threads may commit the same step at the same time: making it read-write twice does no harm, and no lock is
+// held over the system call.
+bool MetadataArena::CommitTo(std::size_t end) {
+  std::size_t committed = committed_.load(std::memory_order_acquire);
+  if (end <= committed) return true;
+  const std::size_t goal =
+      std::min((end + kCommitStep - 1) / kCommitStep * kCommitStep, range_.bytes().value);
+  const PageRange step = PageRange::FromBytes(range_.address() + committed, {goal - committed});
+  if (!kernel_.Protect(step, os::Protection::kReadWrite).ok()) return false;
+  // Release pairs with the acquire above: whoever sees the new bound may touch the memory.
+  while (committed < goal &&
+         !committed_.compare_exchange_weak(committed, goal, std::memory_order_release)) {
+  }
+  return true;
+}
+
+}  // namespace freehold::vm

@@ -1,0 +1,438 @@
+#include "vm/os/fake_kernel.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdio>
+#include <iterator>
+#include <utility>
+
+#include "vm/os/check.h"
+#include "vm/sync/lock_rank.h"
+
+namespace freehold::vm::os {
+namespace {
+
+thread_local unsigned current_cpu = 0;
+
+bool CanFail(FakeKernel::Operation operation) {
+  return operation != FakeKernel::Operation::kTouchForWrite &&
+         operation != FakeKernel::Operation::kZero;
+}
+
+bool Allows(Protection protection, Protection access) {
+  return (static_cast<unsigned>(protection) & static_cast<unsigned>(access)) != 0;
+}
+
+Features Common(Features a, Features b) {
+  return {.guard_regions = a.guard_regions && b.guard_regions,
+          .vectored_discard = a.vectored_discard && b.vectored_discard,
+          .userfaultfd = a.userfaultfd && b.userfaultfd,
+          .huge_pages = a.huge_pages && b.huge_pages,
+          .membarrier = a.membarrier && b.membarrier};
+}
+
+[[noreturn]] void Misuse(FakeKernel::Operation operation, const char* what, PageRange range) {
+  const std::string message = std::string("fake kernel: ") + ToString(operation) + ": " + what;
+  const CheckValue values[] = {{"first", range.first.value << kPageShift},
+                               {"end", range.end.value << kPageShift}};
+  CheckFailed(__FILE__, __LINE__, message.c_str(), values, 2);
+}
+
+}  // namespace
+
+FakeKernel::FakeKernel(Options options)
+    : cpu_count_(options.cpu_count),
+      log_calls_(options.log_calls),
+      features_(Common(options.features, real_.features())),
+      now_(real_.Now()) {}
+
+FakeKernel::~FakeKernel() {
+  const Lock lock(mutex_);
+  model_.ForEachSegment([this](PageRange range) { (void)real_.Release(range); });
+}
+
+// ---- Kernel ----
+
+Features FakeKernel::features() const {
+  const Lock lock(mutex_);
+  return features_;
+}
+
+template <typename Perform>
+Error FakeKernel::Run(Call call, Perform perform) {
+  sync::CheckNoShortLockHeld(ToString(call.operation));
+  const Lock lock(mutex_);
+  for (const PageRange range : call.ranges) RequireReservedLocked(call.operation, range);
+  call.result = InjectedErrorLocked(call.operation);
+  if (call.result.ok()) call.result = perform();
+  const Error result = call.result;
+  LogLocked(std::move(call));
+  return result;
+}
+
+Result<PageRange> FakeKernel::Reserve(Pages size, Pages alignment) {
+  sync::CheckNoShortLockHeld("Reserve");
+  FREEHOLD_CHECK(size.value > 0);
+  FREEHOLD_CHECK(alignment.value > 0 && (alignment.value & (alignment.value - 1)) == 0);
+  const Lock lock(mutex_);
+  const Error injected = InjectedErrorLocked(Operation::kReserve);
+  const Result<PageRange> result = injected.ok() ? real_.Reserve(size, alignment) : injected;
+  Call call{.operation = Operation::kReserve, .ranges = {}, .result = result.error()};
+  if (result.ok()) {
+    model_.Reserve(*result);
+    call.ranges.push_back(*result);
+  }
+  LogLocked(std::move(call));
+  return result;
+}
+
+Error FakeKernel::Release(PageRange range) {
+  return Run({.operation = Operation::kRelease, .ranges = {range}, .result = {}}, [&]() -> Error {
+    mutex_.AssertHeld();
+    const Error error = real_.Release(range);
+    if (error.ok()) model_.Release(range);
+    return error;
+  });
+}
+
+Error FakeKernel::Protect(PageRange range, Protection protection) {
+  return Run(
+      {.operation = Operation::kProtect, .ranges = {range}, .result = {}, .protection = protection},
+      [&]() -> Error {
+        mutex_.AssertHeld();
+        return ProtectLocked(range, protection);
+      });
+}
+
+Error FakeKernel::ProtectLocked(PageRange range, Protection protection) {
+  const bool commits = Allows(protection, Protection::kWrite);
+  if (commits && commit_limit_.has_value()) {
+    const auto committed = [](const PageState& page) { return page.committed; };
+    const Pages added = range.count() - model_.CountIf(range, committed);
+    if (added > Pages{0} && model_.CountIf(committed) + added > *commit_limit_) {
+      ++injected_;
+      return Error::System(ENOMEM);
+    }
+  }
+  const Error error = real_.Protect(range, protection);
+  if (!error.ok()) return error;
+  model_.Update(range, [&](PageState& page) {
+    page.protection = protection;
+    page.committed = page.committed || commits;
+  });
+  return error;
+}
+
+Error FakeKernel::Reset(PageRange range) {
+  return Run({.operation = Operation::kReset, .ranges = {range}, .result = {}}, [&]() -> Error {
+    mutex_.AssertHeld();
+    const Error error = real_.Reset(range);
+    if (error.ok()) {
+      model_.Update(range,
+                    [](PageState& page) { page = PageState{.reservation = page.reservation}; });
+    }
+    return error;
+  });
+}
+
+Error FakeKernel::Discard(absl::Span<const PageRange> ranges) {
+  sync::CheckNoShortLockHeld("Discard");
+  const Lock lock(mutex_);
+  for (const PageRange range : ranges) RequireReservedLocked(Operation::kDiscard, range);
+  Error result = InjectedErrorLocked(Operation::kDiscard);
+  if (result.ok()) {
+    result = DiscardLocked(ranges);
+  } else if (const Error half = DiscardLocked({ranges.data(), ranges.size() / 2}); !half.ok()) {
+    result = half;
+  }
+  LogLocked({.operation = Operation::kDiscard,
+             .ranges = {ranges.begin(), ranges.end()},
+             .result = result});
+  return result;
+}
+
+Error FakeKernel::DiscardLocked(absl::Span<const PageRange> ranges) {
+  if (features_.vectored_discard) {
+    if (const Error error = real_.Discard(ranges); !error.ok()) return error;
+  } else {
+    for (const PageRange& range : ranges) {
+      if (const Error error = real_.Discard({&range, 1}); !error.ok()) return error;
+    }
+  }
+  for (const PageRange range : ranges) {
+    model_.Update(range, [](PageState& page) { page.resident = false; });
+  }
+  return Error::Ok();
+}
+
+Error FakeKernel::AdviseHugePages(PageRange range, HugePages advice) {
+  return Run({.operation = Operation::kAdviseHugePages,
+              .ranges = {range},
+              .result = {},
+              .huge_pages = advice},
+             [&]() -> Error {
+               mutex_.AssertHeld();
+               const Error error = real_.AdviseHugePages(range, advice);
+               if (!error.ok()) return error;
+               model_.Update(range, [&](PageState& page) {
+                 page.advice = advice == HugePages::kPrefer ? PageState::Advice::kPreferHuge
+                                                            : PageState::Advice::kAvoidHuge;
+               });
+               return error;
+             });
+}
+
+Error FakeKernel::InstallGuard(PageRange range) {
+  return Run({.operation = Operation::kInstallGuard, .ranges = {range}, .result = {}},
+             [&]() -> Error {
+               mutex_.AssertHeld();
+               return SetGuardLocked(Operation::kInstallGuard, range);
+             });
+}
+
+Error FakeKernel::RemoveGuard(PageRange range) {
+  return Run({.operation = Operation::kRemoveGuard, .ranges = {range}, .result = {}},
+             [&]() -> Error {
+               mutex_.AssertHeld();
+               return SetGuardLocked(Operation::kRemoveGuard, range);
+             });
+}
+
+Error FakeKernel::SetGuardLocked(Operation operation, PageRange range) {
+  if (!features_.guard_regions) return {ErrorCode::kUnsupported};
+  const bool install = operation == Operation::kInstallGuard;
+  const Error error = install ? real_.InstallGuard(range) : real_.RemoveGuard(range);
+  if (!error.ok()) return error;
+  model_.Update(range, [&](PageState& page) {
+    page.guard = install;
+    page.resident = page.resident && !install;
+  });
+  return error;
+}
+
+Result<Pages> FakeKernel::CountResident(PageRange range) {
+  Result<Pages> result = Pages{0};
+  const Error error = Run({.operation = Operation::kCountResident, .ranges = {range}, .result = {}},
+                          [&]() -> Error {
+                            result = real_.CountResident(range);
+                            return result.error();
+                          });
+  if (!error.ok()) return error;
+  return result;
+}
+
+void FakeKernel::TouchForWrite(PageRange range) {
+  if (range.count().value > kPagesPerHugePage) {
+    Misuse(Operation::kTouchForWrite, "more than a huge page's worth", range);
+  }
+  RecordTouch(Operation::kTouchForWrite, range);
+  real_.TouchForWrite(range);
+}
+
+void FakeKernel::Zero(PageRange range) {
+  RecordTouch(Operation::kZero, range);
+  real_.Zero(range);
+}
+
+// The access itself follows outside of the lock: it may be a fault that another thread serves,
+// which calls this Kernel to do so.
+void FakeKernel::RecordTouch(Operation operation, PageRange range) {
+  sync::CheckNoShortLockHeld(ToString(operation));
+  const Lock lock(mutex_);
+  RequireReservedLocked(operation, range);
+  RequireWritableLocked(operation, range);
+  model_.Update(range, [](PageState& page) { page.resident = true; });
+  LogLocked({.operation = operation, .ranges = {range}, .result = {}});
+}
+
+Nanoseconds FakeKernel::Now() {
+  const Lock lock(mutex_);
+  return now_;
+}
+
+unsigned FakeKernel::CurrentCpu() { return current_cpu; }
+
+unsigned FakeKernel::CpuCount() { return cpu_count_; }
+
+// ---- Checks, failures, log ----
+
+void FakeKernel::RequireReservedLocked(Operation operation, PageRange range) const {
+  if (range.empty()) Misuse(operation, "empty range", range);
+  if (!model_.IsReserved(range)) Misuse(operation, "not inside one reservation", range);
+}
+
+void FakeKernel::RequireWritableLocked(Operation operation, PageRange range) const {
+  const auto guarded = [](const PageState& page) { return page.guard; };
+  const auto writable = [](const PageState& page) {
+    return Allows(page.protection, Protection::kWrite);
+  };
+  if (model_.CountIf(range, guarded) != Pages{0}) Misuse(operation, "guarded pages", range);
+  if (model_.CountIf(range, writable) != range.count()) {
+    Misuse(operation, "pages not writable", range);
+  }
+}
+
+Error FakeKernel::InjectedErrorLocked(Operation operation) {
+  Error error = Error::Ok();
+  for (auto failure = failures_.begin(); failure != failures_.end();) {
+    const bool meant = !failure->operation.has_value() || failure->operation == operation;
+    if (meant && failure->remaining > 0) --failure->remaining;
+    const bool strikes = meant && failure->remaining == 0;
+    if (strikes && error.ok()) error = Error::System(failure->sys_errno);
+    failure = strikes && !failure->always ? failures_.erase(failure) : std::next(failure);
+  }
+  if (!error.ok()) ++injected_;
+  return error;
+}
+
+void FakeKernel::FailNth(Operation operation, std::size_t n, int sys_errno) {
+  FREEHOLD_CHECK(n > 0 && CanFail(operation));
+  const Lock lock(mutex_);
+  failures_.push_back(
+      {.operation = operation, .remaining = n, .always = false, .sys_errno = sys_errno});
+}
+
+void FakeKernel::FailNthOfAny(std::size_t n, int sys_errno) {
+  FREEHOLD_CHECK(n > 0);
+  const Lock lock(mutex_);
+  failures_.push_back(
+      {.operation = std::nullopt, .remaining = n, .always = false, .sys_errno = sys_errno});
+}
+
+void FakeKernel::FailAlways(Operation operation, int sys_errno) {
+  FREEHOLD_CHECK(CanFail(operation));
+  const Lock lock(mutex_);
+  failures_.push_back(
+      {.operation = operation, .remaining = 1, .always = true, .sys_errno = sys_errno});
+}
+
+void FakeKernel::FailProtectBeyond(Bytes limit) {
+  const Lock lock(mutex_);
+  commit_limit_ = Pages{limit.value >> kPageShift};
+}
+
+void FakeKernel::StopFailing() {
+  const Lock lock(mutex_);
+  failures_.clear();
+  commit_limit_.reset();
+}
+
+std::size_t FakeKernel::InjectedFailures() const {
+  const Lock lock(mutex_);
+  return injected_;
+}
+
+void FakeKernel::SetFeatures(Features features) {
+  const Lock lock(mutex_);
+  features_ = Common(features, real_.features());
+}
+
+void FakeKernel::AdvanceTime(Nanoseconds by) {
+  const Lock lock(mutex_);
+  now_ = now_ + by;
+}
+
+void FakeKernel::SetCpu(unsigned cpu) { current_cpu = cpu; }
+
+void FakeKernel::LogLocked(Call call) {
+  ++counts_[static_cast<std::size_t>(call.operation)];
+  if (log_calls_) calls_.push_back(std::move(call));
+}
+
+// ---- Observation ----
+
+std::vector<FakeKernel::Call> FakeKernel::Calls() const {
+  const Lock lock(mutex_);
+  return calls_;
+}
+
+void FakeKernel::ClearCalls() {
+  const Lock lock(mutex_);
+  calls_.clear();
+  counts_.fill(0);
+}
+
+std::size_t FakeKernel::CallCount(Operation operation) const {
+  const Lock lock(mutex_);
+  return counts_[static_cast<std::size_t>(operation)];
+}
+
+std::size_t FakeKernel::CallCount() const {
+  const Lock lock(mutex_);
+  std::size_t total = 0;
+  for (const std::size_t count : counts_) total += count;
+  return total;
+}
+
+PageState FakeKernel::At(PageNumber page) const {
+  const Lock lock(mutex_);
+  return model_.At(page);
+}
+
+Pages FakeKernel::ReservedPages() const {
+  const Lock lock(mutex_);
+  return model_.CountIf([](const PageState&) { return true; });
+}
+
+Pages FakeKernel::CommittedPages() const {
+  const Lock lock(mutex_);
+  return model_.CountIf([](const PageState& page) { return page.committed; });
+}
+
+Pages FakeKernel::ResidentPages(PageRange range) const {
+  const Lock lock(mutex_);
+  return model_.CountIf(range, [](const PageState& page) { return page.resident; });
+}
+
+Pages FakeKernel::GuardPages(PageRange range) const {
+  const Lock lock(mutex_);
+  return model_.CountIf(range, [](const PageState& page) { return page.guard; });
+}
+
+std::size_t FakeKernel::KernelVmaCount() const {
+  const Lock lock(mutex_);
+  return model_.KernelVmaCount(/*accounted=*/commit_limit_.has_value());
+}
+
+const char* ToString(FakeKernel::Operation operation) {
+  switch (operation) {
+    case FakeKernel::Operation::kReserve:
+      return "Reserve";
+    case FakeKernel::Operation::kRelease:
+      return "Release";
+    case FakeKernel::Operation::kProtect:
+      return "Protect";
+    case FakeKernel::Operation::kReset:
+      return "Reset";
+    case FakeKernel::Operation::kDiscard:
+      return "Discard";
+    case FakeKernel::Operation::kAdviseHugePages:
+      return "AdviseHugePages";
+    case FakeKernel::Operation::kInstallGuard:
+      return "InstallGuard";
+    case FakeKernel::Operation::kRemoveGuard:
+      return "RemoveGuard";
+    case FakeKernel::Operation::kCountResident:
+      return "CountResident";
+    case FakeKernel::Operation::kTouchForWrite:
+      return "TouchForWrite";
+    case FakeKernel::Operation::kZero:
+      return "Zero";
+  }
+  return "unknown operation";
+}
+
+std::string ToString(const FakeKernel::Call& call) {
+  std::string text = ToString(call.operation);
+  for (const PageRange range : call.ranges) {
+    char part[64];
+    std::snprintf(part, sizeof(part), " [%#zx,%#zx)", range.first.value << kPageShift,
+                  range.end.value << kPageShift);
+    text += part;
+  }
+  text += std::string(" = ") + ToString(call.result.code);
+  if (call.result.sys_errno != 0) text += " (errno " + std::to_string(call.result.sys_errno) + ")";
+  return text;
+}
+
+}  // namespace freehold::vm::os

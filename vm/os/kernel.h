@@ -1,0 +1,108 @@
+// The system-call boundary. Everything that Freehold asks of the kernel for its address space goes
+// through a `Kernel`; no other folder makes system calls. `LinuxKernel` is the real one;
+// `FakeKernel` (testonly) forwards to a real kernel, models page states, logs calls and fails the
+// nth one.
+//
+// Thread safety: thread-safe.
+// Lock order:    every entry, and every page touch, asserts in debug builds that the calling thread
+//                holds no lock ranked kRegion or later (DESIGN §4 rule d): see vm/sync/lock_rank.h.
+//                Asking for features, time and CPU is free.
+// Errors:        kSystem with the call's errno, or kUnsupported where the feature probe says so. A
+//                call that fails has changed nothing unless its comment says otherwise.
+// Units:         page ranges; never empty.
+#ifndef FREEHOLD_VM_OS_KERNEL_H_
+#define FREEHOLD_VM_OS_KERNEL_H_
+
+#include <cstdint>
+
+#include "absl/types/span.h"
+#include "vm/page_range.h"
+#include "vm/result.h"
+#include "vm/units.h"
+
+namespace freehold::vm::os {
+
+enum class Protection : std::uint8_t {
+  kNone = 0,
+  kRead = 1,
+  kWrite = 2,  // alone: as Linux does, readable too on x86
+  kReadWrite = 3,
+  kExec = 4,
+  kReadExec = 5,
+  kReadWriteExec = 7,
+};
+
+enum class HugePages : bool { kAvoid, kPrefer };
+
+// What this kernel can do, found out once by trying; every flag has a fallback.
+struct Features {
+  bool guard_regions = false;     // MADV_GUARD_INSTALL; else mprotect
+  bool vectored_discard = false;  // process_madvise on oneself; else one madvise a range
+  bool userfaultfd = false;       // usable by this process, for user-mode faults at least
+  bool huge_pages = false;        // transparent huge pages by advice
+  bool membarrier = false;        // private expedited
+};
+
+class Kernel {
+ public:
+  virtual Features features() const = 0;
+
+  // Reserves `size` pages of address space without memory or commit charge, aligned to `alignment`
+  // (a power of two pages). Not readable or writable yet. kOverflow if that is more than an address
+  // space.
+  virtual Result<PageRange> Reserve(Pages size, Pages alignment) = 0;
+  // Returns part or all of a reservation.
+  virtual Error Release(PageRange range) = 0;
+  // Sets the protection of `range`. Takes the kernel's mmap_lock for writing: not for hot paths.
+  // The first kReadWrite of a range commits it (counted under strict overcommit: ENOMEM when
+  // refused).
+  virtual Error Protect(PageRange range, Protection protection) = 0;
+  // Replaces `range` by fresh inaccessible reserve: content, guards, protection, advice and commit
+  // charge are gone. On error the content may be gone too.
+  virtual Error Reset(PageRange range) = 0;
+
+  // Drops the content, of locked memory too; the next read sees zeroes, and guards stay. `ranges`
+  // may be many, in any order, and may overlap. Neighbours in the span that touch become one, and one
+  // system call drops a vector of up to 512 of these where the kernel can. On error some ranges may
+  // have been dropped.
+  virtual Error Discard(absl::Span<const PageRange> ranges) = 0;
+
+  // Advises the kernel VMA under `range`; splits it unless the range is the whole VMA.
+  virtual Error AdviseHugePages(PageRange range, HugePages advice) = 0;
+  // Makes accesses to `range` trap without changing kernel VMAs; drops the content. kUnsupported,
+  // and nothing changed, on kernels before 6.13, where a filter refuses it, and for locked memory:
+  // then Protect instead.
+  virtual Error InstallGuard(PageRange range) = 0;
+  // Takes guards in `range` away; other pages keep their content.
+  virtual Error RemoveGuard(PageRange range) = 0;
+
+  // How many pages of `range` are resident. Takes mmap_lock for reading: for samples, not for hot
+  // paths.
+  virtual Result<Pages> CountResident(PageRange range) = 0;
+
+  // Makes every page of `range` present and writable by touching it, content unchanged, at most one
+  // huge page's worth of pages (kPagesPerHugePage) a call. Safe against concurrent writers of the
+  // same memory. No system call, but page faults.
+  virtual void TouchForWrite(PageRange range) = 0;
+  // Fills `range` with zeroes. No system call, but page faults.
+  virtual void Zero(PageRange range) = 0;
+
+  // CLOCK_MONOTONIC. Neither this nor the next two are system calls in the usual case; any lock may
+  // be held.
+  virtual Nanoseconds Now() = 0;
+  // The CPU this thread runs on, a hint: it may have moved on already. A plain load where glibc
+  // registered rseq. At or beyond CpuCount() for CPUs plugged in later: reduce it before it becomes
+  // an index.
+  virtual unsigned CurrentCpu() = 0;
+  // The highest CPU that is online or that this process may run on, plus one: what per-CPU tables
+  // are sized by. The same at every call.
+  virtual unsigned CpuCount() = 0;
+
+ protected:
+  // Never deleted through the interface, so that a constinit Kernel stays trivial.
+  ~Kernel() = default;
+};
+
+}  // namespace freehold::vm::os
+
+#endif  // FREEHOLD_VM_OS_KERNEL_H_

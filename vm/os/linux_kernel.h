@@ -1,0 +1,90 @@
+// The real kernel: Linux 5.15 or later, on x86-64 and aarch64.
+#ifndef FREEHOLD_VM_OS_LINUX_KERNEL_H_
+#define FREEHOLD_VM_OS_LINUX_KERNEL_H_
+
+#include <sys/uio.h>
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+#include "absl/types/span.h"
+#include "vm/os/kernel.h"
+
+namespace freehold::vm::os {
+
+// Linux's `Kernel`. Its state is what it learned about features and the number of CPUs; address
+// space and memory belong to the process, so any number of LinuxKernels may coexist.
+//
+// Thread safety: thread-safe; async-signal-safe.
+// Waiting:       for the kernel only. Probing takes no lock: threads that come first at the same
+//                time all try, and agree.
+// Allocation:    none. Constant-initialized and trivially destroyed: a `constinit` one serves from
+//                the first instruction of the process to its last.
+// Errors:        as in `Kernel`; the caller's errno is never touched. Calls that Linux interrupts
+//                or refuses for the moment (EINTR, a few EAGAIN) are repeated here.
+class LinuxKernel final : public Kernel {
+ public:
+  static constexpr Features kAllFeatures = {.guard_regions = true,
+                                            .vectored_discard = true,
+                                            .userfaultfd = true,
+                                            .huge_pages = true,
+                                            .membarrier = true};
+  // The most that CpuCount() says.
+  static constexpr unsigned kMaxCpus = 1024;
+  // The most stretches of adjacent ranges that one system call of Discard drops.
+  static constexpr std::size_t kDiscardVector = 512;
+
+  constexpr LinuxKernel() = default;
+  // Does without the features that `permitted` lacks, as if this kernel did not have them.
+  constexpr explicit LinuxKernel(Features permitted) : permitted_(permitted) {}
+
+  Features features() const override;
+
+  Result<PageRange> Reserve(Pages size, Pages alignment) override;
+  Error Release(PageRange range) override;
+  Error Protect(PageRange range, Protection protection) override;
+  Error Reset(PageRange range) override;
+  Error Discard(absl::Span<const PageRange> ranges) override;
+  Error AdviseHugePages(PageRange range, HugePages advice) override;
+  Error InstallGuard(PageRange range) override;
+  Error RemoveGuard(PageRange range) override;
+  Result<Pages> CountResident(PageRange range) override;
+  void TouchForWrite(PageRange range) override;
+  void Zero(PageRange range) override;
+
+  Nanoseconds Now() override;
+  unsigned CurrentCpu() override;
+  unsigned CpuCount() override;
+
+ private:
+  enum class Feature : unsigned {
+    kGuardRegions,
+    kVectoredDiscard,
+    kUserfaultfd,
+    kHugePages,
+    kMembarrier
+  };
+
+  static bool Try(Feature feature);
+  bool Permits(Feature feature) const;
+  // Whether the feature is there; tries it at the first question.
+  bool Has(Feature feature) const;
+  // The kernel, or a seccomp filter that came after the probe, refused the feature: use the
+  // fallback.
+  void Forget(Feature feature) const;
+
+  Error DiscardMany(absl::Span<const PageRange> ranges);
+  Error DiscardVector(const iovec* stretches, std::size_t count);
+
+  Features permitted_ = kAllFeatures;
+  // Two bits a feature, "tried" and "there". Written by the thread that tries first, and by
+  // Forget(). Relaxed: a bit stands for nothing but itself.
+  mutable std::atomic<std::uint32_t> tried_{0};
+  // 0: not counted yet. Written by any thread that counts; all find the same.
+  std::atomic<unsigned> cpu_count_{0};
+};
+
+}  // namespace freehold::vm::os
+
+#endif  // FREEHOLD_VM_OS_LINUX_KERNEL_H_

@@ -1,0 +1,79 @@
+// Populate: chunk by chunk, each under a shared range lock of that chunk only (DESIGN §7). A writer that wants
+// the same pages waits for one chunk at most; everyone else for nothing. Never MAP_POPULATE or
+// MADV_POPULATE_*: the kernel holds mmap_lock all along.
+#include <algorithm>
+
+#include "vm/address_space.h"
+#include "vm/region.h"
+
+namespace freehold::vm {
+namespace {
+
+using Guard = sync::RangeLock::Guard;
+using Mode = sync::RangeLock::Mode;
+
+constexpr bool Writable(os::Protection protection) {
+  return (static_cast<unsigned>(protection) & static_cast<unsigned>(os::Protection::kWrite)) != 0;
+}
+
+// The part of `range` up to the next 2 MiB border.
+PageRange FirstChunk(PageRange range) {
+  const PageNumber border{(range.first.value / kPagesPerHugePage + 1) * kPagesPerHugePage};
+  return {range.first, std::min(range.end, border)};
+}
+
+}  // namespace
+
+Result<Pages> AddressSpace::Populate(PageRange range, const PopulateOptions& options) {
+  if (const Error error = CheckRange(range); !error.ok()) return error;
+  // Refused as a whole when it cannot succeed, before any page is touched.
+  for (PageNumber page = range.first; page < range.end;) {
+    const Result<VmaInfo> vma = Lookup(page);
+    if (!vma.ok()) return vma.error();
+    if (!Writable(vma->protection)) return ErrorCode::kUnsupported;
+    page = vma->range.end;
+  }
+  Pages done;
+  while (done < range.count()) {
+    const PageNumber page = range.first + done;
+    const Result<VmaInfo> vma = Lookup(page);
+    if (!vma.ok()) return ErrorCode::kReplaced;
+    const PageRange part = {page, std::min(range.end, vma->range.end)};
+    const Result<Pages> populated = PopulateVma(part, vma->generation, options, done);
+    if (!populated.ok()) return populated.error();
+    done += *populated;
+  }
+  return done;
+}
+
+// Populates `part` as long as it belongs to the mapping `generation`. `before`: pages done earlier.
+Result<Pages> AddressSpace::PopulateVma(PageRange part, std::uint64_t generation,
+                                        const PopulateOptions& options, Pages before) {
+  Region* region = RegionOf(part.first);
+  Pages done;
+  while (done < part.count()) {
+    if (options.cancel != nullptr && options.cancel->load(std::memory_order_relaxed)) {
+      return ErrorCode::kCancelled;
+    }
+    if (options.deadline.value != 0 && kernel_->Now() >= options.deadline) return ErrorCode::kDeadline;
+    const PageRange chunk = FirstChunk({part.first + done, part.end});
+    {
+      const Guard guard(region->range_lock(), chunk, Mode::kShared, sync::Operation::kPopulate);
+      // Nobody unmaps, replaces or protects these pages while the guard lives; parts of a VMA that was
+      // split keep its generation.
+      for (PageNumber page = chunk.first; page < chunk.end;) {
+        const Result<VmaInfo> vma = Lookup(page);
+        if (!vma.ok() || vma->generation != generation || !Writable(vma->protection)) {
+          return ErrorCode::kReplaced;
+        }
+        page = vma->range.end;
+      }
+      kernel_->TouchForWrite(chunk);
+    }
+    done += chunk.count();
+    if (options.progress != nullptr) options.progress(options.progress_context, before + done);
+  }
+  return done;
+}
+
+}  // namespace freehold::vm

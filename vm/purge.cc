@@ -1,0 +1,137 @@
+// Purge: free extents that may be resident are marked kPurging, discarded through the purge stage without a
+// lock, and become clean: they merge into the free address space, or stay in their bin for the next Map.
+#include <algorithm>
+
+#include "vm/os/check.h"
+#include "vm/os/thread_id.h"
+#include "vm/region.h"
+
+namespace freehold::vm {
+namespace {
+
+// A bin of small extents that nobody tends to touch is cleaned when it has gathered so many: neighbours
+// become one range, and one discard of nothing costs each of them a few nanoseconds.
+constexpr std::size_t kWorthCleaning = 64;
+
+}  // namespace
+
+bool Region::OverFreeLimit() const {
+  return free_.dirty_pages() > PagesFor(shared_.options->free_resident_limit).value;
+}
+
+Pages Region::PurgeFree(std::uint32_t until, Pages keep) {
+  Pages purged;
+  for (;;) {
+    PurgeList list;
+    {
+      sync::SpinLockHolder holder(tree_lock_);
+      CollectLocked(until, keep.value, list);
+    }
+    if (list.size == 0) return purged;
+    SortRanges(list);
+    const bool discarded = shared_.purge_stage->Discard({list.ranges, list.size}).ok();
+    RestoreProtections(list);
+    sync::SpinLockHolder holder(tree_lock_);
+    const Pages cleaned = FinishPurgingLocked(list, discarded, /*keep=*/false);
+    // What the kernel refuses stays cached, and is not tried again at once.
+    if (cleaned.value == 0) return purged;
+    purged += cleaned;
+  }
+}
+
+// Large bins first: they hold the most for the fewest ranges. Clean extents go back too, so that address
+// space merges again.
+void Region::CollectLocked(std::uint32_t until, std::size_t keep_pages, PurgeList& list) {
+  const auto oldest = [&](int bin, Knowledge knowledge) ABSL_NO_THREAD_SAFETY_ANALYSIS {
+    Vma* vma = free_.Oldest(bin, knowledge);
+    return vma != nullptr && vma->freed_at <= until ? vma : nullptr;
+  };
+  for (int bin = FreeRanges::kBinCount - 1; bin >= 0; --bin) {
+    for (const Knowledge knowledge : {Knowledge::kUnknown, Knowledge::kResident}) {
+      Vma* vma = nullptr;
+      while (list.size < kPurgeBatch && free_.dirty_pages() > keep_pages &&
+             (vma = oldest(bin, knowledge)) != nullptr) {
+        StartPurgingLocked(vma, list);
+      }
+    }
+    while (Vma* vma = oldest(bin, Knowledge::kClean)) {
+      free_.Remove(vma);
+      FreeLocked(vma);
+    }
+  }
+}
+
+// An Unmap may have left an extent with a protection that the kernel would not change back.
+void Region::RestoreProtections(PurgeList& list) {
+  for (std::size_t i = 0; i < list.size; ++i) {
+    Vma* vma = list.vmas[i];
+    if (vma->kernel_vma) {
+      vma->kernel_vma = !shared_.kernel->Protect(RangeOf(*vma), os::Protection::kReadWrite).ok();
+    }
+  }
+}
+
+void Region::StartPurgingLocked(Vma* vma, PurgeList& list) {
+  free_.Remove(vma);
+  VmaWriter(*vma).SetState(VmaState::kPurging);
+  purges_in_flight_.fetch_add(1, std::memory_order_relaxed);
+  list.vmas[list.size] = vma;
+  list.ranges[list.size] = RangeOf(*vma);
+  ++list.size;
+}
+
+// In ascending order, neighbours become one range for the kernel.
+void Region::SortRanges(PurgeList& list) {
+  std::sort(list.ranges, list.ranges + list.size,
+            [](const PageRange& a, const PageRange& b) { return a.first < b.first; });
+}
+
+Pages Region::FinishPurgingLocked(const PurgeList& list, bool discarded, bool keep) {
+  Pages cleaned;
+  for (std::size_t i = 0; i < list.size; ++i) {
+    Vma* vma = list.vmas[i];
+    if (!discarded || vma->kernel_vma) {
+      CacheLocked(vma, Knowledge::kUnknown);
+      continue;
+    }
+    cleaned += {vma->page_count()};
+    keep ? CacheLocked(vma, Knowledge::kClean) : FreeLocked(vma);
+  }
+  // Release pairs with the acquire in WaitForPurges.
+  purges_in_flight_.fetch_sub(static_cast<std::uint32_t>(list.size), std::memory_order_release);
+  return cleaned;
+}
+
+bool Region::WorthCleaningLocked(RegionPage count) const {
+  // A Map does not wait for other people's discards: it takes new address space instead.
+  return count <= FreeRanges::kExactPages && !shared_.purge_stage->busy() &&
+         free_.ListSize(FreeRanges::BinOf(count), Knowledge::kUnknown) >= kWorthCleaning;
+}
+
+void Region::CleanBin(RegionPage count) {
+  PurgeList list;
+  {
+    sync::SpinLockHolder holder(tree_lock_);
+    const int bin = FreeRanges::BinOf(count);
+    while (list.size < kPurgeBatch) {
+      Vma* vma = free_.Oldest(bin, Knowledge::kUnknown);
+      if (vma == nullptr) break;
+      StartPurgingLocked(vma, list);
+    }
+  }
+  if (list.size == 0) return;
+  SortRanges(list);
+  Error error;
+  const bool discarded =
+      shared_.purge_stage->TryDiscard({list.ranges, list.size}, error) && error.ok();
+  sync::SpinLockHolder holder(tree_lock_);
+  (void)FinishPurgingLocked(list, discarded, /*keep=*/true);
+}
+
+// A fixed Map met an extent that is being purged. That ends without any lock that this thread holds, within
+// one turn of the purge stage.
+void Region::WaitForPurges() {
+  while (purges_in_flight_.load(std::memory_order_acquire) != 0) os::YieldCpu();
+}
+
+}  // namespace freehold::vm

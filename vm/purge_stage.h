@@ -1,0 +1,69 @@
+// The one place where memory goes back to the kernel: concurrent requests are combined into vectored
+// discards, because discards that overlap in time cost ten to twenty times one that is alone (they force full
+// TLB flushes on each other).
+//
+// Thread safety: thread-safe.
+// Lock order:    LockRank::kPurge, held for a few instructions only, never over the discard itself. Callers
+//                may hold range guards; they hold no region's tree lock.
+// Waiting:       at most one discard runs; requests that arrive meanwhile go together in the next one. A
+//                request of many pages is cut, so that small ones do not wait behind all of it.
+// Allocation:    none; a request waits in its caller's frame.
+#ifndef FREEHOLD_VM_PURGE_STAGE_H_
+#define FREEHOLD_VM_PURGE_STAGE_H_
+
+#include <atomic>
+#include <cstdint>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/types/span.h"
+#include "vm/os/kernel.h"
+#include "vm/page_range.h"
+#include "vm/result.h"
+#include "vm/sync/parking.h"
+#include "vm/sync/spin_lock.h"
+
+namespace freehold::vm {
+
+class PurgeStage {
+ public:
+  explicit PurgeStage(os::Kernel& kernel) : kernel_(kernel) {}
+
+  // Drops the content of `ranges`, alone or together with other requests; returns when it is done. The
+  // ranges are disjoint. Errors: kSystem; then some ranges may have been dropped.
+  Error Discard(absl::Span<const PageRange> ranges);
+  // The same if nobody is discarding; false, and nothing done, otherwise. Never waits.
+  bool TryDiscard(absl::Span<const PageRange> ranges, Error& error);
+
+  // Whether somebody is discarding; a hint.
+  bool busy() const { return busy_.load(std::memory_order_relaxed); }
+
+  // fork(2): no discard runs between Prepare and the other two.
+  void PrepareFork();
+  void ParentAfterFork();
+  void ChildAfterFork();
+
+  std::uint64_t calls() const { return calls_.load(std::memory_order_relaxed); }
+  std::uint64_t pages() const { return pages_.load(std::memory_order_relaxed); }
+
+ private:
+  struct Request;
+
+  // Becomes the one who discards, waiting for its turn; `others` gets the requests to serve along. False:
+  // somebody else served `request`, whose error is set.
+  bool Enter(Request& request, Request*& others);
+  void Leave();
+  Error Run(absl::Span<const PageRange> ranges);
+  void RunTogether(Request& own, Request* others);
+
+  os::Kernel& kernel_;
+  sync::SpinLock lock_{sync::LockRank::kPurge};
+  std::atomic<bool> busy_{false};  // written under lock_
+  Request* first_ ABSL_GUARDED_BY(lock_) = nullptr;  // waiting requests, oldest first
+  Request* last_ ABSL_GUARDED_BY(lock_) = nullptr;
+  std::atomic<std::uint64_t> calls_{0};
+  std::atomic<std::uint64_t> pages_{0};
+};
+
+}  // namespace freehold::vm
+
+#endif  // FREEHOLD_VM_PURGE_STAGE_H_

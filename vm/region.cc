@@ -1,0 +1,315 @@
+#include "vm/region.h"
+
+#include <algorithm>
+
+#include "vm/os/check.h"
+
+namespace freehold::vm {
+namespace {
+
+// Extents and nodes fetched from the arena at a time.
+constexpr std::size_t kRefillVmas = 16;
+constexpr std::size_t kRefillNodes = 4;
+
+// The kernel is asked to commit whole chunks, and remembers them as one bit each.
+constexpr std::size_t kCommitChunkPages = MiB(4).value / kPageSize;
+constexpr std::size_t kCommitAhead = 16;
+
+}  // namespace
+
+Region::Region(const Shared& shared, Zone zone, PageRange range, sync::RangeLock& range_lock)
+    : shared_(shared), zone_(zone), range_(range), range_lock_(range_lock) {}
+
+Error Region::Init() {
+  chunk_pages_ = std::min(kCommitChunkPages, range_.count().value);
+  const std::size_t chunks = range_.count().value / chunk_pages_;
+  committed_ = shared_.arena->New<std::atomic<std::uint64_t>>((chunks + 63) / 64);
+  if (committed_ == nullptr) return {ErrorCode::kNoMetadata};
+  if (const Error error = Refill(); !error.ok()) return error;
+  sync::SpinLockHolder holder(tree_lock_);
+  Vma* all = TakeVmaLocked();
+  VmaWriter(*all).SetRange(0, static_cast<RegionPage>(range_.count().value));
+  tree_.Init(all);
+  return Error::Ok();
+}
+
+Error Region::Refill() {
+  // What one of the two gets is kept when there is nothing left for the other.
+  Vma* vmas = shared_.arena->New<Vma>(kRefillVmas);
+  VmaTree::Node* nodes = shared_.arena->New<VmaTree::Node>(kRefillNodes);
+  sync::SpinLockHolder holder(tree_lock_);
+  for (std::size_t i = 0; vmas != nullptr && i < kRefillVmas; ++i) ReturnVmaLocked(&vmas[i]);
+  for (std::size_t i = 0; nodes != nullptr && i < kRefillNodes; ++i) tree_.AddNode(&nodes[i]);
+  const bool more = vmas != nullptr && nodes != nullptr;
+  return more || HasMetadataLocked() ? Error::Ok() : Error{ErrorCode::kNoMetadata};
+}
+
+Vma* Region::TakeVmaLocked() {
+  FREEHOLD_CHECK(spare_vmas_ != nullptr);
+  Vma* vma = spare_vmas_;
+  spare_vmas_ = vma->older;
+  --spare_vma_count_;
+  vma->older = nullptr;
+  return vma;
+}
+
+void Region::ReturnVmaLocked(Vma* vma) {
+  vma->busy = false;
+  vma->newer = nullptr;
+  vma->older = spare_vmas_;
+  spare_vmas_ = vma;
+  ++spare_vma_count_;
+}
+
+//   before   |        vma        |
+//                   page
+//   after    |  vma  |   upper   |
+Vma* Region::SplitLocked(Vma* vma, RegionPage page) {
+  FREEHOLD_DCHECK(vma->first_page() < page && page < vma->end_page());
+  const bool cached = vma->Is(VmaState::kCached);
+  if (cached) free_.Remove(vma);
+  Vma* upper = TakeVmaLocked();
+  {
+    VmaWriter writer(*upper);
+    writer.SetRange(page, vma->end_page() - page);
+    writer.SetState(vma->state.load(std::memory_order_relaxed));
+    writer.SetProtection(vma->protection.load(std::memory_order_relaxed));
+    writer.SetGeneration(vma->generation.load(std::memory_order_relaxed));
+  }
+  upper->knowledge = vma->knowledge;
+  upper->kernel_vma = vma->kernel_vma;
+  upper->busy = vma->busy;
+  const VmaTree::Path path = tree_.Find(vma->first_page());
+  VmaWriter(*vma).SetRange(vma->first_page(), page - vma->first_page());
+  tree_.RefreshGap(path);
+  tree_.InsertAfter(path, upper);
+  if (cached) {
+    free_.Push(vma, vma->freed_at);
+    free_.Push(upper, vma->freed_at);
+  }
+  if (vma->Is(VmaState::kMapped)) vmas_.Add(1);
+  return upper;
+}
+
+void Region::IsolateLocked(RegionPage first, RegionPage end) {
+  Vma* vma = tree_.Find(first).vma();
+  if (vma->first_page() < first) SplitLocked(vma, first);
+  vma = tree_.Find(end - 1).vma();
+  if (end < vma->end_page()) SplitLocked(vma, end);
+}
+
+// The left extent grows before the right one goes, so that a lookup finds each page in one of the two.
+void Region::AbsorbNextLocked(Vma* vma) {
+  const Vma* next = NextLocked(vma);
+  FREEHOLD_CHECK(next != nullptr);
+  VmaWriter(*vma).SetRange(vma->first_page(), vma->page_count() + next->page_count());
+  DropNextLocked(vma);
+  tree_.RefreshGap(tree_.Find(vma->first_page()));
+}
+
+void Region::DropNextLocked(Vma* vma) {
+  VmaTree::Path path = tree_.Find(vma->first_page());
+  FREEHOLD_CHECK(tree_.Next(path));
+  Vma* next = path.vma();
+  if (next->Is(VmaState::kMapped)) vmas_.Subtract(1);
+  tree_.Erase(path);
+  ReturnVmaLocked(next);
+}
+
+Vma* Region::NextLocked(const Vma* vma) const {
+  VmaTree::Path path = tree_.Find(vma->first_page());
+  return tree_.Next(path) ? path.vma() : nullptr;
+}
+
+void Region::SetBusyLocked(RegionPage first, RegionPage end, bool busy) {
+  for (Vma* vma = tree_.Find(first).vma(); vma != nullptr && vma->first_page() < end; vma = NextLocked(vma)) {
+    vma->busy = busy;
+  }
+}
+
+void Region::MergeMappedLocked(RegionPage first, RegionPage end) {
+  Vma* vma = tree_.Find(first == 0 ? 0 : first - 1).vma();
+  while (vma->first_page() < end) {
+    Vma* next = NextLocked(vma);
+    if (next == nullptr) return;
+    const bool same = !vma->busy && !next->busy && vma->Is(VmaState::kMapped) && next->Is(VmaState::kMapped) &&
+                      vma->generation.load(std::memory_order_relaxed) ==
+                          next->generation.load(std::memory_order_relaxed) &&
+                      vma->protection.load(std::memory_order_relaxed) ==
+                          next->protection.load(std::memory_order_relaxed) &&
+                      vma->kernel_vma == next->kernel_vma;
+    if (!same) {
+      vma = next;
+      continue;
+    }
+    if (vma->knowledge != next->knowledge) vma->knowledge = Knowledge::kUnknown;
+    AbsorbNextLocked(vma);
+  }
+}
+
+void Region::SetStateLocked(Vma* vma, VmaState state) {
+  const bool gap_changes = vma->Is(VmaState::kFree) != (state == VmaState::kFree);
+  VmaWriter(*vma).SetState(state);
+  if (gap_changes) tree_.RefreshGap(tree_.Find(vma->first_page()));
+}
+
+void Region::CacheLocked(Vma* vma, Knowledge knowledge) {
+  vma->knowledge = knowledge;
+  SetStateLocked(vma, VmaState::kCached);
+  if (vma->page_count() > FreeRanges::kExactPages) vma = MergeCachedLocked(vma);
+  free_.Push(vma, shared_.clock->load(std::memory_order_relaxed));
+}
+
+// Large extents serve many sizes: without merging, each use would cut them smaller until none was large.
+Vma* Region::MergeCachedLocked(Vma* vma) {
+  const auto merges = [&](const Vma* neighbour) {
+    return neighbour != nullptr && neighbour->Is(VmaState::kCached) &&
+           neighbour->page_count() > FreeRanges::kExactPages && neighbour->knowledge != Knowledge::kClean &&
+           vma->knowledge != Knowledge::kClean && !neighbour->kernel_vma && !vma->kernel_vma;
+  };
+  const auto absorb = [&](Vma* left, Vma* cached) ABSL_NO_THREAD_SAFETY_ANALYSIS {
+    free_.Remove(cached);
+    if (left->knowledge != NextLocked(left)->knowledge) left->knowledge = Knowledge::kUnknown;
+    AbsorbNextLocked(left);
+    return left;
+  };
+  if (Vma* next = NextLocked(vma); merges(next)) absorb(vma, next);
+  VmaTree::Path path = tree_.Find(vma->first_page());
+  if (tree_.Previous(path) && merges(path.vma())) vma = absorb(path.vma(), path.vma());
+  return vma;
+}
+
+void Region::FreeLocked(Vma* vma) {
+  FREEHOLD_DCHECK(!vma->kernel_vma);
+  vma->knowledge = Knowledge::kClean;
+  SetStateLocked(vma, VmaState::kFree);
+  const Vma* next = NextLocked(vma);
+  if (next != nullptr && next->Is(VmaState::kFree)) AbsorbNextLocked(vma);
+  VmaTree::Path path = tree_.Find(vma->first_page());
+  if (tree_.Previous(path) && path.vma()->Is(VmaState::kFree)) AbsorbNextLocked(path.vma());
+}
+
+void Region::GiveBackLocked(Vma* vma) {
+  FREEHOLD_DCHECK(vma->Is(VmaState::kPending) || vma->Is(VmaState::kPurging));
+  // Whoever had it finds out by its generation.
+  VmaWriter(*vma).SetGeneration(++last_generation_);
+  if (vma->knowledge == Knowledge::kClean && !vma->kernel_vma) {
+    FreeLocked(vma);
+  } else {
+    CacheLocked(vma, vma->knowledge);
+  }
+}
+
+// Pages become visible to lookups here, all at once.
+void Region::PublishLocked(Vma* vma, RegionPage count, os::Protection protection,
+                           std::uint64_t generation) {
+  FREEHOLD_DCHECK(!vma->Is(VmaState::kFree));
+  {
+    VmaWriter writer(*vma);
+    writer.SetRange(vma->first_page(), count);
+    writer.SetState(VmaState::kMapped);
+    writer.SetProtection(protection);
+    writer.SetGeneration(generation);
+  }
+  mapped_pages_.Add(count);
+  vmas_.Add(1);
+  maps_.Add(1);
+}
+
+bool Region::IsCommitted(RegionPage first, RegionPage end) const {
+  if (!is_heap()) return true;
+  for (std::size_t chunk = first / chunk_pages_; chunk * chunk_pages_ < end; ++chunk) {
+    if (!IsChunkCommitted(chunk)) return false;
+  }
+  return true;
+}
+
+bool Region::IsChunkCommitted(std::size_t chunk) const {
+  // Acquire pairs with the release in Commit: the kernel made the chunk writable before.
+  return (committed_[chunk / 64].load(std::memory_order_acquire) >> (chunk % 64) & 1) != 0;
+}
+
+// Only chunks that are not committed yet are made writable: others may hold mappings of other protections.
+// That is also why one thread at a time commits.
+Error Region::Commit(PageRange range) {
+  sync::SpinLockHolder holder(commit_lock_);
+  const std::size_t chunks = range_.count().value / chunk_pages_;
+  const std::size_t needed = ToRegion(range.end - Pages{1}) / chunk_pages_ + 1;
+  for (std::size_t first = ToRegion(range.first) / chunk_pages_; first < needed; ++first) {
+    if (IsChunkCommitted(first)) continue;
+    std::size_t needed_end = first + 1;
+    while (needed_end < needed && !IsChunkCommitted(needed_end)) ++needed_end;
+    // Ahead of what is needed, so that mmap_lock is taken for writing rarely.
+    std::size_t end = needed_end;
+    while (end < chunks && end < needed_end + kCommitAhead && !IsChunkCommitted(end)) ++end;
+    Error error = CommitChunks(first, end);
+    // Strict overcommit may refuse the large step and grant the small one.
+    if (!error.ok() && end > needed_end) error = CommitChunks(first, needed_end);
+    if (!error.ok()) return error;
+  }
+  return Error::Ok();
+}
+
+Error Region::CommitChunks(std::size_t first, std::size_t end) {
+  const PageRange range = ToAbsolute(static_cast<RegionPage>(first * chunk_pages_),
+                                     static_cast<RegionPage>((end - first) * chunk_pages_));
+  const Error error = shared_.kernel->Protect(range, os::Protection::kReadWrite);
+  if (!error.ok()) return error;
+  // The first fault of a kernel VMA takes mmap_lock: have it here. The page is dropped again, since what is
+  // clean is not resident; a refusal costs nothing but that.
+  const PageRange primed = PageRange::Of(range.first, {1});
+  shared_.kernel->TouchForWrite(primed);
+  (void)shared_.kernel->Discard({&primed, 1});
+  for (std::size_t chunk = first; chunk < end; ++chunk) {
+    // Release pairs with the acquire in IsChunkCommitted.
+    committed_[chunk / 64].fetch_or(std::uint64_t{1} << (chunk % 64), std::memory_order_release);
+  }
+  committed_pages_.fetch_add(range.count().value, std::memory_order_relaxed);
+  return Error::Ok();
+}
+
+void Region::AddStats(AddressSpaceStats& stats) const {
+  const auto pages = [](std::uint64_t n) { return Pages{n}.bytes(); };
+  stats.reserved = stats.reserved + range_.bytes();
+  stats.committed = stats.committed + pages(committed_pages_.load(std::memory_order_relaxed));
+  stats.mapped = stats.mapped + pages(mapped_pages_.get());
+  stats.vmas += vmas_.get();
+  stats.maps += maps_.get();
+  stats.unmaps += unmaps_.get();
+  stats.reuses += reuses_.get();
+  stats.zeroed_pages += zeroed_pages_.get();
+  stats.heap_splits += heap_splits_.get();
+  stats.coarse_retries += coarse_retries_.get();
+  sync::SpinLockHolder holder(tree_lock_);
+  stats.free_resident = stats.free_resident + pages(free_.dirty_pages());
+}
+
+void Region::CheckInvariants() const {
+  sync::SpinLockHolder holder(tree_lock_);
+  tree_.CheckInvariants(static_cast<RegionPage>(range_.count().value));
+  free_.CheckInvariants();
+  std::size_t cached = 0;
+  std::uint64_t mapped = 0;
+  std::uint64_t vmas = 0;
+  bool previous_free = false;
+  VmaTree::Path path = tree_.Find(0);
+  do {
+    const Vma* vma = path.vma();
+    const bool free = vma->Is(VmaState::kFree);
+    FREEHOLD_CHECK(!(free && previous_free));
+    FREEHOLD_CHECK(!free || vma->knowledge == Knowledge::kClean);
+    FREEHOLD_CHECK(!free || !vma->kernel_vma);
+    FREEHOLD_CHECK(free || vma->Is(VmaState::kCached) || vma->Is(VmaState::kMapped));
+    previous_free = free;
+    if (vma->Is(VmaState::kCached)) ++cached;
+    if (vma->Is(VmaState::kMapped)) {
+      ++vmas;
+      mapped += vma->page_count();
+    }
+  } while (tree_.Next(path));
+  FREEHOLD_CHECK(cached == free_.extents());
+  FREEHOLD_CHECK(mapped == mapped_pages_.get());
+  FREEHOLD_CHECK(vmas == vmas_.get());
+}
+
+}  // namespace freehold::vm

@@ -1,0 +1,253 @@
+// A region: one aligned power-of-two part of a zone, with its own tree of extents, bins of free extents, range
+// lock and counters. Threads map from the region of their CPU, so that disjoint work writes no shared line.
+//
+// The verbs here work on one region; vm/address_space.h has the contract towards users and splits ranges.
+//
+// Thread safety: thread-safe but for the `...Locked` methods, which REQUIRE tree_lock_.
+// Lock order:    range_lock_ (kRange), the purge stage (kPurge), tree_lock_ (kRegion).
+// Invariants:    G1. Extents tile the region (T1-T3 in vma_tree.h).
+//                G2. A kPending extent belongs to the one Map that set its generation. Whoever holds its range
+//                    exclusively may take it away, which changes the generation.
+//                G3. A kDetached extent lies under a range guard of the Unmap that detached it.
+//                G4. A free extent of a heap zone has the zone's own protection; one of the mapping zone is
+//                    inaccessible.
+#ifndef FREEHOLD_VM_REGION_H_
+#define FREEHOLD_VM_REGION_H_
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+#include "absl/base/thread_annotations.h"
+#include "vm/address_space.h"
+#include "vm/free_ranges.h"
+#include "vm/metadata_arena.h"
+#include "vm/page_range.h"
+#include "vm/purge_stage.h"
+#include "vm/result.h"
+#include "vm/sync/range_lock.h"
+#include "vm/sync/spin_lock.h"
+#include "vm/vma.h"
+#include "vm/vma_tree.h"
+
+namespace freehold::vm {
+
+// A relaxed counter with one writer at a time: the holder of the tree lock.
+class RegionCounter {
+ public:
+  void Add(std::uint64_t n) { value_.store(get() + n, std::memory_order_relaxed); }
+  void Subtract(std::uint64_t n) { value_.store(get() - n, std::memory_order_relaxed); }
+  std::uint64_t get() const { return value_.load(std::memory_order_relaxed); }
+
+ private:
+  std::atomic<std::uint64_t> value_{0};
+};
+
+class alignas(kCacheLineSize) Region {
+ public:
+  // Parts that all regions of a space share.
+  struct Shared {
+    os::Kernel* kernel;
+    MetadataArena* arena;
+    PurgeStage* purge_stage;
+    const AddressSpaceOptions* options;
+    std::atomic<std::uint32_t>* clock;  // coarse ticks, see AddressSpace::Tick
+  };
+
+  // `range_lock` may be shared with other regions (LockPolicy::kCoarse).
+  Region(const Shared& shared, Zone zone, PageRange range, sync::RangeLock& range_lock);
+
+  // Error: kNoMetadata, kSystem. REQUIRES: once, before anything else.
+  Error Init();
+
+  // map.cc
+  Result<PageRange> MapAnywhere(RegionPage count, const MapOptions& options);
+  Result<PageRange> MapFixed(PageRange range, const MapOptions& options);
+  // unmap.cc
+  Error Unmap(PageRange part);
+  // protect.cc
+  Error Protect(PageRange part, os::Protection protection);
+  // lookup.cc
+  // The extent that holds `page`, mapped or not; `range` is absolute.
+  VmaInfo LookupExtent(PageNumber page, VmaState& state) const;
+  // Copies up to `capacity` mapped VMAs from `from` on, in order; returns how many.
+  std::size_t CopyVmas(PageNumber from, VmaInfo* out, std::size_t capacity) const;
+  // purge.cc
+  // Gives cached extents freed at or before `until` back, the oldest first, until at most `keep` pages of
+  // possibly resident memory are left in the bins. Returns the pages given back.
+  Pages PurgeFree(std::uint32_t until, Pages keep);
+  // fork.cc; the range locks are held exclusively throughout.
+  void PrepareFork();
+  void ParentAfterFork();
+  void ChildAfterFork();
+
+  Zone zone() const { return zone_; }
+  PageRange range() const { return range_; }
+  sync::RangeLock& range_lock() const { return range_lock_; }
+  bool is_heap() const { return zone_ != Zone::kMapping; }
+  void AddStats(AddressSpaceStats& stats) const;
+  void CheckInvariants() const;
+
+ private:
+  using Guard = sync::RangeLock::Guard;
+  using Mode = sync::RangeLock::Mode;
+
+  // What Map must do to an extent that it chose, outside the tree lock.
+  struct Preparation {
+    Vma* vma = nullptr;
+    PageRange range;
+    std::uint64_t generation = 0;
+    os::Protection protection = os::Protection::kReadWrite;
+    bool commit = false;   // the first use of this part of the region
+    bool protect = false;  // its kernel protection is not the one asked for
+    bool zero = false;
+    bool unguard = false;  // strict unmap made it trap
+    bool needed() const { return commit || protect || zero || unguard; }
+  };
+
+  static constexpr std::size_t kPurgeBatch = 64;
+  struct PurgeList {
+    Vma* vmas[kPurgeBatch];
+    PageRange ranges[kPurgeBatch];  // theirs, in any order
+    std::size_t size = 0;
+  };
+
+  // region.cc: extents
+  RegionPage ToRegion(PageNumber page) const {
+    return static_cast<RegionPage>((page - range_.first).value);
+  }
+  PageRange ToAbsolute(RegionPage first, RegionPage count) const {
+    return PageRange::Of(range_.first + Pages{first}, {count});
+  }
+  PageRange RangeOf(const Vma& vma) const { return ToAbsolute(vma.first_page(), vma.page_count()); }
+
+  // Every verb asks for this before its first change, so that it cannot fail half-way: three insertions.
+  bool HasMetadataLocked() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_) {
+    return spare_vma_count_ >= 3 && !tree_.NeedsNodes();
+  }
+  // Gets metadata from the arena, outside the lock.
+  Error Refill();
+  Vma* TakeVmaLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  void ReturnVmaLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+
+  // Cuts the extent at `page`; both parts keep its attributes. Returns the upper part. A cached extent stays
+  // cached, in two bins.
+  Vma* SplitLocked(Vma* vma, RegionPage page) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // Makes `first` and `end` borders of extents.
+  void IsolateLocked(RegionPage first, RegionPage end) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // Lets `vma` swallow its right neighbour.
+  void AbsorbNextLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // Removes the right neighbour of `vma`, whose pages `vma` covers already.
+  void DropNextLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // Keeps other verbs from merging the extents of [first, end) with theirs, between two critical sections of a
+  // verb that holds exactly these pages and has made their borders borders of extents.
+  void SetBusyLocked(RegionPage first, RegionPage end, bool busy) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // Merges mapped neighbours of one mapping that have equal attributes, around and within [first, end), unless
+  // they are busy.
+  void MergeMappedLocked(RegionPage first, RegionPage end) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  Vma* NextLocked(const Vma* vma) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+
+  void SetStateLocked(Vma* vma, VmaState state) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // To kCached, in its bin. `vma` may become part of a neighbour.
+  void CacheLocked(Vma* vma, Knowledge knowledge) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // Merges a large extent, kCached but in no bin yet, with large cached neighbours; returns what it became.
+  Vma* MergeCachedLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // To kFree and kClean, merged with free neighbours.
+  void FreeLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // Takes a kPending extent from its Map, or a kPurging one from its purge: free again, as it was.
+  void GiveBackLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // To kMapped, `count` pages from its first on: visible to lookups. REQUIRES: not kFree; what else lies in
+  // those pages is dropped afterwards.
+  void PublishLocked(Vma* vma, RegionPage count, os::Protection protection, std::uint64_t generation)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+
+  // region.cc: what the kernel has made readable and writable. Heap zones grow by chunks.
+  Error Commit(PageRange range);
+  Error CommitChunks(std::size_t first, std::size_t end) ABSL_EXCLUSIVE_LOCKS_REQUIRED(commit_lock_);
+  bool IsCommitted(RegionPage first, RegionPage end) const;
+  bool IsChunkCommitted(std::size_t chunk) const;
+
+  // map.cc
+  enum class Choice : std::uint8_t { kPublished, kPrepare, kCleanFirst, kNoMetadata, kNoRoom };
+  Choice ChooseLocked(RegionPage count, const MapOptions& options, bool may_clean, Preparation& out)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  Vma* TakeCachedLocked(RegionPage count, const MapOptions& options)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  Vma* CarveLocked(RegionPage count, std::uint64_t alignment) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // `held`: a guard of the whole region, or null. Error kReplaced: somebody took the extent, try again.
+  Result<PageRange> MapOnce(RegionPage count, const MapOptions& options, const Guard* held);
+  Result<PageRange> Finish(const Preparation& preparation, const Guard& guard);
+  Error Prepare(const Preparation& preparation);
+  // What MapFixed finds in its range.
+  enum class Claim : std::uint8_t { kClaimed, kOverlap, kPurging, kNoMetadata };
+  Claim ClaimLocked(RegionPage first, RegionPage end, Placement placement, std::uint64_t& generation,
+                    bool& clean) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  void UnclaimLocked(RegionPage first, RegionPage end) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  Error PrepareFixed(PageRange range, const MapOptions& options, bool clean, const Guard& guard);
+  void RestoreProtection(PageRange range, const Guard& guard);
+  // Fills with zeroes: by memset where that is cheaper than faults, else by a discard.
+  Error MakeZero(PageRange range, bool writable);
+
+  // unmap.cc
+  // The common case: `part` is exactly one mapped extent that needs no kernel work. False otherwise.
+  bool RetireWholeLocked(PageRange part, std::size_t sampled) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // Whether a border of `part` goes through a mapped extent.
+  bool IsCutLocked(PageRange part) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // Takes everything mapped in `part` away from lookups; true when some of it needs kernel work.
+  bool DetachLocked(PageRange part) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  void RetireLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  Error ZapDetached(PageRange part, const Guard& guard);
+  bool Trap(PageRange range);
+  Error Untrap(PageRange range);
+  void RemapDetached(PageRange part);
+  // Counts the resident pages of one unmap in many; kNoSample for the others. A hint, without a lock.
+  static constexpr std::size_t kNoSample = SIZE_MAX;
+  std::size_t SampleResidency(PageRange part);
+
+  // purge.cc
+  bool OverFreeLimit() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  void CollectLocked(std::uint32_t until, std::size_t keep_pages, PurgeList& list)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  void StartPurgingLocked(Vma* vma, PurgeList& list) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  void RestoreProtections(PurgeList& list);
+  static void SortRanges(PurgeList& list);
+  // Ends kPurging; returns the pages that are clean now. `keep`: in their bin, for the next Map.
+  Pages FinishPurgingLocked(const PurgeList& list, bool discarded, bool keep)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // Whether the bin of `count` has gathered enough extents of unknown content for one cheap discard.
+  bool WorthCleaningLocked(RegionPage count) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // Discards what such a bin has gathered, if nobody else is discarding, and keeps the extents as clean.
+  void CleanBin(RegionPage count);
+  void WaitForPurges();
+
+  const Shared shared_;
+  const Zone zone_;
+  const PageRange range_;
+  sync::RangeLock& range_lock_;
+  std::atomic<std::uint64_t>* committed_ = nullptr;  // a bit for each commit chunk; set, never cleared
+  std::size_t chunk_pages_ = 0;
+
+  // Held over mprotect. Only under a range guard, so that fork finds it free.
+  sync::SpinLock commit_lock_{sync::LockRank::kPurge};
+  mutable sync::SpinLock tree_lock_{sync::LockRank::kRegion};
+  VmaTree tree_;  // changed under tree_lock_; Lookup is lock-free
+  FreeRanges free_ ABSL_GUARDED_BY(tree_lock_);
+  Vma* spare_vmas_ ABSL_GUARDED_BY(tree_lock_) = nullptr;
+  std::size_t spare_vma_count_ ABSL_GUARDED_BY(tree_lock_) = 0;
+  std::uint64_t last_generation_ ABSL_GUARDED_BY(tree_lock_) = 0;
+  std::atomic<std::uint32_t> purges_in_flight_{0};  // extents in kPurging; changed under tree_lock_
+
+  RegionCounter mapped_pages_;
+  RegionCounter vmas_;
+  RegionCounter maps_;
+  RegionCounter unmaps_;
+  RegionCounter reuses_;
+  RegionCounter zeroed_pages_;
+  RegionCounter heap_splits_;
+  RegionCounter coarse_retries_;
+  std::atomic<std::uint64_t> committed_pages_{0};
+};
+
+}  // namespace freehold::vm
+
+#endif  // FREEHOLD_VM_REGION_H_

@@ -1,0 +1,159 @@
+// Serializes operations on overlapping page ranges of one address space; disjoint ranges never wait
+// for each other. Protects the pages and VMAs in a range, not the tree that indexes them.
+//
+//   RangeLock::Guard guard(lock, range, RangeLock::Mode::kExclusive, Operation::kUnmap);
+//   RangeLock::Guard tried = RangeLock::Guard::Try(lock, range, RangeLock::Mode::kShared,
+//                                                  Operation::kFault);
+//   if (!tried.held()) ...
+//
+// Coarse and fine lockers mix: Guard::WholeSpace excludes, or shares with, every range, and a
+// function that needs a range held takes either kind of guard and asks guard.Covers(range, mode).
+//
+// Thread safety: thread-safe; not async-signal-safe. A guard belongs to the thread that made it.
+// Lock order:    LockRank::kRange; guards of one thread in ascending order of their ranges, of one
+//                lock. Under kCoarse the first one must be kExclusive if a later one is: there is
+//                no upgrade.
+// Waiting:       by policy, below; a waiter spins for about 1 us, then sleeps.
+// Allocation:    none; a waiter's node is its Guard, on its own stack.
+// Lifetime:      the lock outlives every call on it: a thread that got the last guard may not yet
+//                destroy it, since the one that released before may still be waking others.
+// Invariants:    R1. Held guards that overlap are all kShared.
+//                R2. A request waits only for older requests that overlap it and conflict with it
+//                    (kTree), or for any older request that conflicts with it (kCoarse).
+//                R3. Of the requests that wait, the oldest is passed by at most a constant number
+//                    of younger ones that conflict with it (kTree: none), so no mode starves.
+#ifndef FREEHOLD_VM_SYNC_RANGE_LOCK_H_
+#define FREEHOLD_VM_SYNC_RANGE_LOCK_H_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "vm/os/thread_id.h"
+#include "vm/page_range.h"
+#include "vm/sync/coarse_lock.h"
+#include "vm/sync/lock_rank.h"
+#include "vm/sync/range_request.h"
+#include "vm/sync/tree_range_lock.h"
+#include "vm/units.h"
+
+namespace freehold::vm::sync {
+
+// How ranges are told apart; the meaning of the lock is the same. Fixed at construction.
+enum class LockPolicy : std::uint8_t {
+  kCoarse,  // not at all: one fair reader-writer lock, the model of the kernel's mmap_lock
+  kTree,    // precisely: one tree of held and pending ranges, FIFO among those that overlap
+};
+
+constexpr const char* ToString(LockPolicy policy) {
+  switch (policy) {
+    case LockPolicy::kCoarse: return "coarse";
+    case LockPolicy::kTree: return "tree";
+  }
+  return "unknown";
+}
+
+class RangeLock {
+ public:
+  using Mode = LockMode;
+
+  // Holds a range while in scope. A function that needs it held takes a `const Guard&`: the proof.
+  class [[nodiscard]] Guard {
+   public:
+    // Waits until granted; cannot fail. REQUIRES: `range` is not empty; this thread holds no lock
+    // that ranks at or after kRange, and no guard, of this or another range lock, that ends after
+    // range.first.
+    Guard(RangeLock& lock, PageRange range, Mode mode, Operation operation,
+          AcquisitionSite site = AcquisitionSite::Here());
+    // Never waits: held() is false if the request would have had to. REQUIRES: `range` is not
+    // empty.
+    static Guard Try(RangeLock& lock, PageRange range, Mode mode, Operation operation,
+                     AcquisitionSite site = AcquisitionSite::Here());
+    // Waits until granted or until CLOCK_MONOTONIC reaches `deadline`, which may have passed
+    // already: held() tells which. REQUIRES: as the constructor.
+    static Guard Until(RangeLock& lock, PageRange range, Mode mode, Operation operation,
+                       Nanoseconds deadline, AcquisitionSite site = AcquisitionSite::Here());
+    // Every page there is: the coarse locker's guard. Waits. REQUIRES: as the constructor.
+    static Guard WholeSpace(RangeLock& lock, Mode mode, Operation operation,
+                            AcquisitionSite site = AcquisitionSite::Here());
+
+    Guard(const Guard&) = delete;
+    Guard& operator=(const Guard&) = delete;
+    // Releases if held. Wakes waiters, which may be a system call. REQUIRES: no short lock is held.
+    ~Guard() {
+      if (held_) Release();
+    }
+
+    // Releases before the end of the scope. REQUIRES: held().
+    void Release();
+    // To kShared, never unheld in between; waiting readers get in. REQUIRES: held(), mode() is
+    // kExclusive.
+    void Downgrade();
+
+    bool held() const { return held_; }
+    // Whether this guard is held, contains `range` and excludes at least what `mode` excludes.
+    bool Covers(PageRange range, Mode mode) const {
+      return held_ && request_.range.Contains(range) &&
+             (mode == Mode::kShared || request_.mode == Mode::kExclusive);
+    }
+    PageRange range() const { return request_.range; }
+    Mode mode() const { return request_.mode; }
+    const RangeLock& lock() const { return lock_; }
+
+   private:
+    friend class RangeLock;
+    enum class Waits : std::uint8_t { kNever, kForever, kUntil };
+
+    Guard(RangeLock& lock, PageRange range, Mode mode, Operation operation, Waits waits,
+          Nanoseconds deadline, AcquisitionSite site);
+
+    bool Acquire(Waits waits, Nanoseconds deadline);
+    void LinkHeld();
+    void UnlinkHeld();
+    // kCoarse only: see anchors_.
+    bool AcquireCoarse(Waits waits, const Nanoseconds* deadline);
+    void ReleaseCoarse();
+    void DowngradeCoarse();
+    void MoveAnchorTo(Guard& other);
+
+    RangeLock& lock_;
+    bool held_ = false;
+    // Under kCoarse, disjoint guards of one thread are one holder, or the second would wait for the
+    // first. The anchor is the one whose request the lock knows; its mode is the strongest of them.
+    bool anchors_ = true;
+    // In this thread's list of held guards, from which the child of a fork knows what it holds.
+    Guard* next_held_;
+    Guard** link_to_this_;
+    RangeRequest request_;
+  };
+
+  explicit constexpr RangeLock(LockPolicy policy) : policy_(policy) {}
+  RangeLock(const RangeLock&) = delete;
+  RangeLock& operator=(const RangeLock&) = delete;
+
+  LockPolicy policy() const { return policy_; }
+
+  // Holders and waiters that overlap `range` (kCoarse: all of them). For diagnostics; a hint.
+  HolderList Holders(PageRange range) const;
+
+  // In the child of a fork, before any other use there: this thread keeps the guards it holds,
+  // everyone else's guards and requests are gone. REQUIRES: os::ForgetThreadIdAfterFork() was
+  // called.
+  void ReinitAfterFork();
+
+  // CHECKs R1, R2 and the structure. O(n^2) in the number of requests; tests only.
+  void CheckInvariants() const;
+
+ private:
+  static Guard*& HeldGuards();
+  // The strongest guard of this lock that this thread holds, the anchor if several are; null if
+  // none.
+  Guard* FindStrongestHeld() const;
+
+  const LockPolicy policy_;
+  CoarseLock coarse_;
+  TreeRangeLock tree_;
+};
+
+}  // namespace freehold::vm::sync
+
+#endif  // FREEHOLD_VM_SYNC_RANGE_LOCK_H_

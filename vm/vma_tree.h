@@ -1,0 +1,136 @@
+// A B+-tree of a region's extents, keyed by first page and augmented with the largest free extent below
+// every entry, so that a gap search is a descent. Writers hold the region's tree lock; lookups take no lock
+// and write nothing.
+//
+// Why lookups are right (optimistic lock coupling, one writer at a time): every node carries a version that
+// is odd while the node changes. A reader takes the version, reads, moves to the child, takes the child's
+// version, and checks that the parent's has not moved: then the child was the right one at that moment. Nodes
+// and extents are type-stable and versions only grow, so a stale pointer is read safely and found out. Field
+// stores are releases and field loads acquires: a reader that sees a new field also sees the odd version.
+//
+// Thread safety: Lookup is thread-safe; everything else REQUIRES the region's tree lock.
+// Allocation:    nodes come from a pool that the owner refills outside the lock (NeedsNodes, AddNode).
+// Units:         pages counted from the start of the region.
+// Invariants:    T1. Keys ascend; the key of an inner entry is at most every key below it and above every
+//                    page of the extents to its left.
+//                T2. The gap of an entry is the length of the free extent, or the largest gap below it.
+//                T3. All leaves are at the same depth; no node but the root is empty.
+#ifndef FREEHOLD_VM_VMA_TREE_H_
+#define FREEHOLD_VM_VMA_TREE_H_
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+#include "vm/units.h"
+#include "vm/vma.h"
+
+namespace freehold::vm {
+
+class VmaTree {
+ public:
+  static constexpr int kFanout = 32;
+  static constexpr int kMaxDepth = 10;
+
+  struct alignas(kCacheLineSize) Node {
+    std::atomic<std::uint32_t> version{0};
+    std::atomic<std::uint8_t> count{0};
+    std::atomic<std::uint8_t> height{0};  // 0: a leaf
+    std::atomic<RegionPage> key[kFanout] = {};
+    std::atomic<RegionPage> gap[kFanout] = {};
+    std::atomic<void*> entry[kFanout] = {};  // Vma* in a leaf, Node* above; in the pool, entry[0] links
+  };
+
+  // Where an extent hangs. Valid until the tree changes.
+  class Path {
+   public:
+    Vma* vma() const;
+
+   private:
+    friend class VmaTree;
+    Node* node_[kMaxDepth];
+    int slot_[kMaxDepth];
+    int depth_ = 0;
+  };
+
+  // What a lookup saw: a copy of one extent at one moment.
+  struct View {
+    const Vma* vma = nullptr;
+    RegionPage first = 0;
+    RegionPage count = 0;
+    VmaState state = VmaState::kFree;
+    os::Protection protection = os::Protection::kNone;
+    std::uint64_t generation = 0;
+  };
+
+  // Puts the first extent in. REQUIRES: the tree is empty; a node is in the pool.
+  void Init(Vma* all);
+
+  // The extent that holds `page`, without a lock. False when concurrent changes got in the way too often;
+  // the caller then takes the tree lock. REQUIRES: the tree tiles the region and `page` lies in it.
+  bool Lookup(RegionPage page, View& view) const;
+
+  Path Find(RegionPage page) const;
+  // Steps to the neighbour; false at the end.
+  bool Next(Path& path) const { return Step(path, +1); }
+  bool Previous(Path& path) const { return Step(path, -1); }
+
+  // The lowest free extent that can hold `count` pages whose first is a multiple of `alignment` when counted
+  // from `origin`; false when there is none. Logarithmic when `alignment` is 1 or room is plenty.
+  bool FindGap(RegionPage count, std::uint64_t alignment, std::uint64_t origin, Path& path) const;
+  // The largest free extent's length.
+  RegionPage LargestGap() const;
+
+  // Inserts `vma` right after the extent at `path`. REQUIRES: !NeedsNodes() at most two insertions ago.
+  void InsertAfter(const Path& path, Vma* vma);
+  // Removes the extent at `path`, which is not the first of the region.
+  void Erase(const Path& path);
+  // Brings the gap index up to date with the state and length of the extent at `path`.
+  void RefreshGap(const Path& path);
+
+  // Whether the pool may run out within three insertions, as many as one verb makes: each may take a node a
+  // level and one for a new root.
+  bool NeedsNodes() const { return pool_size_ < 3 * (static_cast<std::size_t>(depth_) + 1); }
+  void AddNode(Node* node);
+
+  // The pages that `vma` offers to gap searches.
+  static RegionPage GapOf(const Vma& vma) { return vma.Is(VmaState::kFree) ? vma.page_count() : 0; }
+
+  std::size_t size() const { return size_; }
+  // CHECKs T1-T3 and that the extents tile [0, pages).
+  void CheckInvariants(RegionPage pages) const;
+
+ private:
+  class NodeWriter;
+  struct GapRequest {
+    RegionPage count;
+    std::uint64_t alignment;
+    std::uint64_t origin;
+  };
+
+  static int SlotOf(const Node& node, RegionPage page);
+  static RegionPage MaxGap(const Node& node);
+  static void InsertAt(Node& node, int slot, RegionPage key, void* entry, RegionPage gap);
+  static void EraseAt(Node& node, int slot);
+
+  bool Step(Path& path, int direction) const;
+  static bool Fits(const Vma& vma, const GapRequest& request);
+  bool FindGapBelow(int level, RegionPage at_least, const GapRequest& request, Path& path) const;
+  Node* SplitInto(Node& left);
+  void GrowRoot(Node* left, Node* right);
+  void PropagateGap(const Path& path, int level);
+  void PropagateKey(const Path& path, int level);
+  bool MergeWithNeighbour(const Path& path, int level);
+  Node* TakeNode();
+  void CheckNode(const Node* node, int height, RegionPage& next, std::size_t& extents) const;
+
+  std::atomic<Node*> root_{nullptr};
+  int depth_ = 0;
+  std::size_t size_ = 0;
+  Node* pool_ = nullptr;
+  std::size_t pool_size_ = 0;
+};
+
+}  // namespace freehold::vm
+
+#endif  // FREEHOLD_VM_VMA_TREE_H_
