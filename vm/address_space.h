@@ -168,8 +168,9 @@ class AddressSpace {
   os::Kernel& kernel() const { return *kernel_; }
   AddressSpaceStats Stats() const;
 
-  // Calls `visit` for every mapped VMA in ascending order, one region at a time, from a consistent copy of
-  // up to 64 VMAs; no lock is held during the call.
+  // Calls `visit` for every mapped VMA in ascending order, from consistent copies of up to 64 VMAs of a region;
+  // no lock is held during the call. Pages mapped all the time are visited once; no page is visited twice: of a
+  // VMA that changes meanwhile, only the part above what was visited before.
   void ForEachVma(void (*visit)(void* context, const VmaInfo& vma), void* context) const;
 
   // fork(2): PrepareFork quiesces the space, so that the child's copy is consistent; exactly one of the

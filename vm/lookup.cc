@@ -1,4 +1,6 @@
 // Lookups: without a lock by VmaTree::Lookup, with the tree lock when writers got in the way too often.
+#include <algorithm>
+
 #include "vm/os/check.h"
 #include "vm/region.h"
 
@@ -26,7 +28,9 @@ std::size_t Region::CopyVmas(PageNumber from, VmaInfo* out, std::size_t capacity
   do {
     const Vma& vma = *path.vma();
     if (!vma.Is(VmaState::kMapped)) continue;
-    out[size++] = {.range = RangeOf(vma),
+    // An extent made since the last copy may begin before `from`.
+    const PageRange range = RangeOf(vma);
+    out[size++] = {.range = {std::max(range.first, from), range.end},
                    .protection = vma.protection.load(std::memory_order_relaxed),
                    .zone = zone_,
                    .generation = vma.generation.load(std::memory_order_relaxed)};

@@ -144,7 +144,9 @@ Result<PageRange> Region::Finish(const Preparation& preparation, const Guard& gu
     return ErrorCode::kReplaced;
   }
   const Error error = Prepare(preparation);
-  if (!error.ok() && preparation.unguard) (void)Trap(preparation.range);
+  // What could not be committed was not untrapped either; a guard there would trap the next Commit.
+  const bool untrapped = preparation.unguard && IsCommitted(vma->first_page(), vma->end_page());
+  if (!error.ok() && untrapped) (void)Trap(preparation.range);
   sync::SpinLockHolder holder(tree_lock_);
   if (!error.ok()) {
     GiveBackLocked(vma);

@@ -70,7 +70,7 @@ class alignas(kCacheLineSize) Region {
   // lookup.cc
   // The extent that holds `page`, mapped or not; `range` is absolute.
   VmaInfo LookupExtent(PageNumber page, VmaState& state) const;
-  // Copies up to `capacity` mapped VMAs from `from` on, in order; returns how many.
+  // Copies up to `capacity` mapped VMAs from `from` on, in order, and no page below it; returns how many.
   std::size_t CopyVmas(PageNumber from, VmaInfo* out, std::size_t capacity) const;
   // purge.cc
   // Gives cached extents freed at or before `until` back, the oldest first, until at most `keep` pages of
