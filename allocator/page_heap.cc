@@ -64,10 +64,11 @@ PageHeap::PageHeap(vm::AddressSpace& space, const HeapMetadata& metadata, unsign
 PageHeap::Run PageHeap::Allocate(unsigned home, unsigned units) {
   Shard& shard = HomeShard(home);
   Run run = AllocateFrom(shard, units, Memory::kDirty);
-  if (run.start == 0) run = AllocateElsewhere(shard, units, Memory::kDirty);
+  // What other threads freed lately is in their caches, and they will soon want it again.
+  if (run.start == 0) run = AllocateElsewhere(shard, units, Memory::kDirty, kKeptDirtyUnits);
   if (run.start == 0) run = AllocateFrom(shard, units, Memory::kAny);
-  if (run.start == 0) run = AllocateElsewhere(shard, units, Memory::kAny);
   if (run.start == 0) run = AllocateNewChunk(shard, units);
+  if (run.start == 0) run = AllocateElsewhere(shard, units, Memory::kAny, 0);
   return run;
 }
 
@@ -84,9 +85,9 @@ PageHeap::Run PageHeap::AllocateFrom(Shard& shard, unsigned units, Memory memory
   return TakeLocked(shard, chunk, choice.FindRun(units), units);
 }
 
-PageHeap::Run PageHeap::AllocateElsewhere(const Shard& home, unsigned units, Memory memory) {
+PageHeap::Run PageHeap::AllocateElsewhere(const Shard& home, unsigned units, Memory memory, std::uint64_t kept) {
   for (unsigned i = 0; i < shard_count_; ++i) {
-    if (&shards_[i] == &home) continue;
+    if (&shards_[i] == &home || shards_[i].dirty_units.load(std::memory_order_relaxed) < kept) continue;
     const Run run = AllocateFrom(shards_[i], units, memory);
     if (run.start != 0) return run;
   }

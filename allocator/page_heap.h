@@ -1,8 +1,9 @@
 // The page heap: free units, and the chunks that they lie in. Spans come from here and go back here.
 //
 // It is cut into shards, so that threads seldom meet. A shard owns chunks; a request takes the tightest fitting
-// run of its own shard, memory that may be resident before clean memory, then another shard's, and maps a new
-// chunk last. Free units go back to the kernel by age, chunks that are free as a whole to the address space.
+// run of its own shard, memory that may be resident before clean memory, then maps a new chunk. Another shard's
+// memory is taken when that has much of it resident, so that it does not pile up, and when there is no room for
+// a chunk. Free units go back to the kernel by age, chunks that are free as a whole to the address space.
 //
 // Thread safety: thread-safe.
 // Lock order:    the purge lock (kHeap), then a shard's (kHeapShard), one at a time except around fork.
@@ -31,6 +32,8 @@ namespace freehold::allocator {
 class PageHeap {
  public:
   static constexpr unsigned kMaxShards = 8;
+  // What a shard keeps for its own threads of free memory that may be resident: 64 MiB.
+  static constexpr std::uint64_t kKeptDirtyUnits = 1024;
 
   // REQUIRES: 1 <= shards <= kMaxShards. Keeps both references.
   PageHeap(vm::AddressSpace& space, const HeapMetadata& metadata, unsigned shards);
@@ -104,7 +107,8 @@ class PageHeap {
 
   // A null run: nothing fits, or for AllocateNewChunk, no memory.
   Run AllocateFrom(Shard& shard, unsigned units, Memory memory);
-  Run AllocateElsewhere(const Shard& home, unsigned units, Memory memory);
+  // `kept`: from shards with at least that many dirty units.
+  Run AllocateElsewhere(const Shard& home, unsigned units, Memory memory, std::uint64_t kept);
   Run AllocateNewChunk(Shard& shard, unsigned units);
   Run TakeLocked(Shard& shard, ChunkRecord* chunk, unsigned first, unsigned units)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(shard.lock);

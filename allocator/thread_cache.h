@@ -93,6 +93,10 @@ class alignas(vm::kCacheLineSize) ThreadCache {
 
   static constexpr std::size_t kDirectCount = kMaxDirectSize / kMinAlignment + 1;
   static constexpr std::size_t kStash = 4;
+  // Most objects that are made at a time, in SizeClassInfo::carve.
+  static constexpr std::uint32_t kMaxCarves = 4;
+  // What is prefetched while objects are made: the page that is cut up next.
+  static constexpr std::size_t kCarvePrefetch = 4096;
   // Slow paths between looks at the clock and at forgotten batches.
   static constexpr std::uint32_t kMaintenancePeriod = 256;
   // Credits of a current span, which is not given back however many of its objects come free.

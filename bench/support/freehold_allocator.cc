@@ -47,7 +47,7 @@ struct Heap {
 
 constinit thread_local ThreadCache* this_thread = nullptr;
 
-[[gnu::noinline]] ThreadCache& Attach() {
+ThreadCache& Attach() {
   Heap& heap = Heap::Get();
   this_thread = heap.heap->AttachThread();
   if (this_thread == nullptr) {
@@ -64,9 +64,21 @@ ThreadCache& Cache() {
   return Attach();
 }
 
-void* Malloc(std::size_t size) { return Cache().Allocate(size); }
+// As in the shim (runtime/shim/allocate.h), a thread's first call is apart, so that the others need no stack frame.
+[[gnu::noinline]] void* MallocFirst(std::size_t size) { return Attach().Allocate(size); }
+[[gnu::noinline]] void FreeFirst(void* object) { Attach().Free(object); }
 
-void Free(void* object) { Cache().Free(object); }
+void* Malloc(std::size_t size) {
+  if (this_thread == nullptr) [[unlikely]]
+    return MallocFirst(size);
+  return this_thread->Allocate(size);
+}
+
+void Free(void* object) {
+  if (this_thread == nullptr) [[unlikely]]
+    return FreeFirst(object);
+  this_thread->Free(object);
+}
 
 void* Calloc(std::size_t count, std::size_t size) {
   std::size_t bytes;

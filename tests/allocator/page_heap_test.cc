@@ -164,15 +164,36 @@ TEST_F(PageHeapTest, IdleChunksAreUnmappedByAge) {
   EXPECT_EQ(heap_->GetStats().chunks, 0u);
 }
 
-TEST_F(PageHeapTest, ShardsKeepApartAndHelpOut) {
+TEST_F(PageHeapTest, ShardsKeepWhatTheirThreadsFreed) {
   Make(2);
   const std::uintptr_t zero = heap_->Allocate(0, 1).start;
-  const std::uintptr_t one = heap_->Allocate(1, 1).start;
-  // The second one came from shard 0 as long as that had memory.
-  EXPECT_EQ(heap_->GetStats().chunks, 1u);
   heap_->Free(zero, 1);
-  EXPECT_EQ(heap_->Allocate(1, 1).start, zero);
-  EXPECT_NE(zero, one);
+  const std::uintptr_t one = heap_->Allocate(1, 1).start;
+  EXPECT_NE(one, zero);
+  EXPECT_EQ(heap_->GetStats().chunks, 2u);
+  EXPECT_EQ(heap_->Allocate(0, 1).start, zero);
+}
+
+TEST_F(PageHeapTest, MuchDirtyMemoryIsForAllShards) {
+  Make(2);
+  constexpr std::uint64_t kChunks = PageHeap::kKeptDirtyUnits / kChunkUnits;
+  std::vector<std::uintptr_t> chunks;
+  for (std::uint64_t i = 0; i < kChunks; ++i) chunks.push_back(heap_->Allocate(0, kChunkUnits).start);
+  for (std::uint64_t i = 0; i + 1 < kChunks; ++i) heap_->Free(chunks[i], kChunkUnits);
+  EXPECT_TRUE(heap_->Allocate(1, kChunkUnits).clean);
+  EXPECT_EQ(heap_->GetStats().chunks, kChunks + 1);
+  heap_->Free(chunks.back(), kChunkUnits);
+  EXPECT_FALSE(heap_->Allocate(1, kChunkUnits).clean);
+  EXPECT_EQ(heap_->GetStats().chunks, kChunks + 1);
+}
+
+TEST_F(PageHeapTest, ShardsHelpOutWhenTheSpaceIsFull) {
+  Make(2);
+  std::uintptr_t last = 0;
+  while (const std::uintptr_t start = heap_->Allocate(0, kChunkUnits).start) last = start;
+  EXPECT_EQ(heap_->Allocate(1, 1).start, 0u);
+  heap_->Free(last, kChunkUnits);
+  EXPECT_EQ(heap_->Allocate(1, 1).start, last);
 }
 
 TEST_F(PageHeapTest, FailedDiscardLeavesMemoryDirty) {
