@@ -136,53 +136,54 @@ Error AddressSpace::CheckRange(PageRange range) const {
 
 Result<PageRange> AddressSpace::Map(Pages count, const MapOptions& options) {
   if (count.value == 0) return ErrorCode::kEmpty;
-  if (count.value > reservation_.count().value) return ErrorCode::kNoRoom;
+  // No region is as large as the reservation, so every count that fits one fits RegionPage.
+  if (count >= reservation_.count()) return ErrorCode::kNoRoom;
   const std::size_t alignment = options.alignment.value;
   if (alignment == 0 || (alignment & (alignment - 1)) != 0) return ErrorCode::kUnaligned;
 
-  Result<PageRange> mapped = ErrorCode::kNoRoom;
-  if (options.placement != Placement::kAnywhere) {
-    mapped = MapAt(count, options);
-  } else if (options.protection != os::Protection::kReadWrite) {
-    mapped = MapInZone(Zone::kMapping, count, options);
-  } else if (count.value >= kPagesPerHugePage &&
-             (options.populate || options.huge_pages == os::HugePages::kPrefer)) {
+  if (!options.populate) return Place(count, options);
+  const Result<PageRange> mapped = Place(count, options);
+  if (!mapped.ok()) return mapped;
+  // As in Linux, an error here is not the map's: a later fault reports it.
+  const Result<VmaInfo> vma = Lookup(mapped->first);
+  if (vma.ok()) (void)PopulateVma(*mapped, vma->generation, {}, {0});
+  return mapped;
+}
+
+Result<PageRange> AddressSpace::Place(Pages count, const MapOptions& options) {
+  if (options.placement != Placement::kAnywhere) return MapAt(count, options);
+  if (options.protection != os::Protection::kReadWrite) return MapInZone(Zone::kMapping, count, options);
+  if (count.value >= kPagesPerHugePage && (options.populate || options.huge_pages == os::HugePages::kPrefer)) {
     MapOptions dense = options;
     dense.alignment = {std::max(options.alignment.value, kPagesPerHugePage)};
-    mapped = MapInZone(Zone::kDense, count, dense);
-    if (!mapped.ok() && mapped.error().code == ErrorCode::kNoRoom) {
-      mapped = MapInZone(Zone::kPlain, count, options);
-    }
-  } else {
-    mapped = MapInZone(Zone::kPlain, count, options);
+    const Result<PageRange> mapped = MapInZone(Zone::kDense, count, dense);
+    if (mapped.ok() || mapped.error().code != ErrorCode::kNoRoom) return mapped;
   }
-  if (mapped.ok() && options.populate) {
-    // As in Linux, an error here is not the map's: a later fault reports it.
-    const Result<VmaInfo> vma = Lookup(mapped->first);
-    if (vma.ok()) (void)PopulateVma(*mapped, vma->generation, {}, {0});
+  return MapInZone(Zone::kPlain, count, options);
+}
+
+// The region of this CPU, then the others.
+Result<PageRange> AddressSpace::MapInZone(Zone zone, Pages count, const MapOptions& options) {
+  const absl::Span<Region* const> regions = RegionsOf(zone);
+  const std::size_t own = kernel_->CurrentCpu() & (regions.size() - 1);
+  Result<PageRange> mapped = regions[own]->MapAnywhere(static_cast<RegionPage>(count.value), options);
+  if (ABSL_PREDICT_FALSE(mapped.error().code == ErrorCode::kNoRoom)) {
+    mapped = MapElsewhere(regions, own, count, options);
   }
   return mapped;
 }
 
-// The region of this CPU, then the others; at last with all free memory given back, so that address space
-// merges.
-Result<PageRange> AddressSpace::MapInZone(Zone zone, Pages count, const MapOptions& options) {
-  const absl::Span<Region* const> regions = RegionsOf(zone);
-  if (count.value > regions[0]->range().count().value) return ErrorCode::kNoRoom;
-  const auto pages = static_cast<RegionPage>(count.value);
-  const std::size_t own = kernel_->CurrentCpu() & (regions.size() - 1);
-  Result<PageRange> mapped = regions[own]->MapAnywhere(pages, options);
-  for (std::size_t i = 1; !mapped.ok() && mapped.error().code == ErrorCode::kNoRoom && i < 2 * regions.size();
-       ++i) {
+// At last with all free memory given back, so that address space merges.
+Result<PageRange> AddressSpace::MapElsewhere(absl::Span<Region* const> regions, std::size_t own, Pages count,
+                                             const MapOptions& options) {
+  if (count > regions[own]->range().count()) return ErrorCode::kNoRoom;
+  for (std::size_t i = 1; i <= 2 * regions.size(); ++i) {
     Region* region = regions[(own + i) & (regions.size() - 1)];
     if (i >= regions.size()) (void)region->PurgeFree(UINT32_MAX, {0});
-    mapped = region->MapAnywhere(pages, options);
+    const Result<PageRange> mapped = region->MapAnywhere(static_cast<RegionPage>(count.value), options);
+    if (mapped.error().code != ErrorCode::kNoRoom) return mapped;
   }
-  if (!mapped.ok() && mapped.error().code == ErrorCode::kNoRoom) {
-    (void)regions[own]->PurgeFree(UINT32_MAX, {0});
-    mapped = regions[own]->MapAnywhere(pages, options);
-  }
-  return mapped;
+  return ErrorCode::kNoRoom;
 }
 
 Result<PageRange> AddressSpace::MapAt(Pages count, const MapOptions& options) {
@@ -220,6 +221,13 @@ Result<VmaInfo> AddressSpace::Lookup(PageNumber page) const {
   if (!reservation_.Contains(page)) return ErrorCode::kOutsideReservation;
   VmaState state;
   const VmaInfo info = RegionOf(page)->LookupExtent(page, state);
+  if (state != VmaState::kMapped) return ErrorCode::kNotMapped;
+  return info;
+}
+
+Result<VmaInfo> AddressSpace::LookupHeld(PageNumber page, const sync::RangeLock::Guard& guard) const {
+  VmaState state;
+  const VmaInfo info = RegionOf(page)->LookupHeld(page, state, guard);
   if (state != VmaState::kMapped) return ErrorCode::kNotMapped;
   return info;
 }

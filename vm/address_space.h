@@ -207,8 +207,15 @@ class AddressSpace {
   // kEmpty, kOverflow or kOutsideReservation, or fine.
   Error CheckRange(PageRange range) const;
   // The same, or kNotMapped: `range` lies in one region and is mapped throughout.
-  Error CheckDiscard(PageRange range) const;
+  // Lookup by a holder of the page's range: see Region::LookupHeld.
+  Result<VmaInfo> LookupHeld(PageNumber page, const sync::RangeLock::Guard& guard) const;
+  // `guard`: of the range, or null.
+  Error CheckDiscard(PageRange range, const sync::RangeLock::Guard* guard) const;
+  // Map without populating.
+  Result<PageRange> Place(Pages count, const MapOptions& options);
   Result<PageRange> MapInZone(Zone zone, Pages count, const MapOptions& options);
+  Result<PageRange> MapElsewhere(absl::Span<Region* const> regions, std::size_t own, Pages count,
+                                 const MapOptions& options);
   Result<PageRange> MapAt(Pages count, const MapOptions& options);
   Result<Pages> PopulateVma(PageRange part, std::uint64_t generation, const PopulateOptions& options,
                             Pages before);

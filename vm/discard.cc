@@ -11,11 +11,11 @@ namespace freehold::vm {
 using Guard = sync::RangeLock::Guard;
 using Mode = sync::RangeLock::Mode;
 
-Error AddressSpace::CheckDiscard(PageRange range) const {
+Error AddressSpace::CheckDiscard(PageRange range, const Guard* guard) const {
   if (const Error error = CheckRange(range); !error.ok()) return error;
   if (!RegionOf(range.first)->range().Contains(range)) return {ErrorCode::kOutsideReservation};
   for (PageNumber page = range.first; page < range.end;) {
-    const Result<VmaInfo> vma = Lookup(page);
+    const Result<VmaInfo> vma = guard == nullptr ? Lookup(page) : LookupHeld(page, *guard);
     if (!vma.ok()) return vma.error();
     page = vma->range.end;
   }
@@ -26,7 +26,7 @@ Error AddressSpace::Discard(absl::Span<const PageRange> ranges) {
   constexpr std::size_t kBatch = 16;
   // Refused as a whole, before anything is dropped; what changes from here on is another thread's doing.
   for (const PageRange& range : ranges) {
-    if (const Error error = CheckDiscard(range); !error.ok()) return error;
+    if (const Error error = CheckDiscard(range, nullptr); !error.ok()) return error;
   }
   for (std::size_t next = 0; next < ranges.size();) {
     // A run of ranges that ascend within one region can be locked together, in order.
@@ -45,7 +45,7 @@ Error AddressSpace::Discard(absl::Span<const PageRange> ranges) {
       batch[size++] = range;
     }
     for (std::size_t i = 0; i < size; ++i) {
-      if (const Error error = CheckDiscard(batch[i]); !error.ok()) return error;
+      if (const Error error = CheckDiscard(batch[i], &*guards[i]); !error.ok()) return error;
     }
     if (const Error error = purge_stage_->Discard({batch, size}); !error.ok()) return error;
   }

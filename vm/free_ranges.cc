@@ -5,73 +5,16 @@
 namespace freehold::vm {
 namespace {
 
-// Extents looked at in a bin that holds several sizes, or for an alignment.
-constexpr int kSearchLimit = 8;
 // One unmap in so many pays for a mincore, after the first few.
 constexpr std::uint32_t kSampleEvery = 64;
 constexpr std::uint32_t kFirstSamples = 4;
 
 }  // namespace
 
-void FreeRanges::Push(Vma* vma, std::uint32_t freed_at) {
-  FREEHOLD_DCHECK(vma->Is(VmaState::kCached));
-  List& list = bins_[BinOf(vma->page_count())].lists[Index(vma->knowledge)];
-  vma->freed_at = freed_at;
-  // Nearly always the newest; parts of an extent that was split are as old as it was.
-  Vma* older = list.newest;
-  if (older != nullptr && older->freed_at > freed_at) {
-    older = nullptr;
-    for (Vma* next = list.oldest; next->freed_at <= freed_at; next = next->newer) older = next;
-  }
-  vma->older = older;
-  vma->newer = older != nullptr ? older->newer : list.oldest;
-  (vma->newer != nullptr ? vma->newer->older : list.newest) = vma;
-  (older != nullptr ? older->newer : list.oldest) = vma;
-  ++list.size;
-  ++extents_;
-  if (vma->knowledge != Knowledge::kClean) dirty_pages_ += vma->page_count();
-}
-
-void FreeRanges::Remove(Vma* vma) {
-  List& list = bins_[BinOf(vma->page_count())].lists[Index(vma->knowledge)];
-  (vma->newer != nullptr ? vma->newer->older : list.newest) = vma->older;
-  (vma->older != nullptr ? vma->older->newer : list.oldest) = vma->newer;
-  vma->newer = vma->older = nullptr;
-  --list.size;
-  --extents_;
-  if (vma->knowledge != Knowledge::kClean) dirty_pages_ -= vma->page_count();
-}
-
-Vma* FreeRanges::Take(RegionPage count, Knowledge knowledge, std::uint64_t alignment,
-                      std::uint64_t origin) {
-  const int own = BinOf(count);
-  const int last = count <= kExactPages ? own : kBinCount - 1;
-  for (int bin = own; bin <= last; ++bin) {
-    Vma* vma = bins_[bin].lists[Index(knowledge)].newest;
-    for (int i = 0; vma != nullptr && i < kSearchLimit; ++i, vma = vma->older) {
-      if (vma->page_count() < count || ((origin + vma->first_page()) & (alignment - 1)) != 0) continue;
-      Remove(vma);
-      return vma;
-    }
-  }
-  return nullptr;
-}
-
-bool FreeRanges::ExpectsResident(RegionPage count) const {
-  const Bin& bin = bins_[BinOf(count)];
-  // One memset of a small extent costs less than a single fault. Of a large one it would make far more
-  // resident than its users ever touch, unless they touch most of it.
-  const std::uint32_t threshold = count <= kExactPages ? kShareOne / 32 : kShareOne / 2;
-  return bin.samples > 0 && bin.resident_share >= threshold;
-}
-
-bool FreeRanges::WantsSample(RegionPage count) {
-  std::atomic<std::uint32_t>& until = bins_[BinOf(count)].until_sample;
-  const std::uint32_t left = until.load(std::memory_order_relaxed);
-  if (left == 0) return true;
-  // Racing threads may lose a step: the period is only about kSampleEvery.
-  until.store(left - 1, std::memory_order_relaxed);
-  return false;
+Vma* FreeRanges::FindOlder(const List& list, std::uint32_t freed_at) {
+  Vma* older = nullptr;
+  for (Vma* next = list.oldest; next->freed_at <= freed_at; next = next->newer) older = next;
+  return older;
 }
 
 void FreeRanges::AddSample(RegionPage count, std::size_t resident, std::size_t sampled) {

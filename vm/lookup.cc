@@ -6,6 +6,14 @@
 
 namespace freehold::vm {
 
+VmaInfo Region::InfoOf(const VmaTree::View& view, VmaState& state) const {
+  state = view.state;
+  return {.range = ToAbsolute(view.first, view.count),
+          .protection = view.protection,
+          .zone = zone_,
+          .generation = view.generation};
+}
+
 VmaInfo Region::LookupExtent(PageNumber page, VmaState& state) const {
   FREEHOLD_DCHECK(range_.Contains(page));
   VmaTree::View view;
@@ -14,11 +22,15 @@ VmaInfo Region::LookupExtent(PageNumber page, VmaState& state) const {
     // Nobody writes now, so one attempt is enough.
     FREEHOLD_CHECK(tree_.Lookup(ToRegion(page), view));
   }
-  state = view.state;
-  return {.range = ToAbsolute(view.first, view.count),
-          .protection = view.protection,
-          .zone = zone_,
-          .generation = view.generation};
+  return InfoOf(view, state);
+}
+
+VmaInfo Region::LookupHeld(PageNumber page, VmaState& state, const Guard& guard) const {
+  FREEHOLD_DCHECK(guard.Covers(PageRange::Of(page, {1}), Mode::kShared));
+  VmaTree::View view;
+  sync::SpinLockHolder holder(tree_lock_);
+  FREEHOLD_CHECK(tree_.Lookup(ToRegion(page), view));
+  return InfoOf(view, state);
 }
 
 std::size_t Region::CopyVmas(PageNumber from, VmaInfo* out, std::size_t capacity) const {

@@ -62,7 +62,7 @@ Result<Pages> AddressSpace::PopulateVma(PageRange part, std::uint64_t generation
       // Nobody unmaps, replaces or protects these pages while the guard lives; parts of a VMA that was
       // split keep its generation.
       for (PageNumber page = chunk.first; page < chunk.end;) {
-        const Result<VmaInfo> vma = Lookup(page);
+        const Result<VmaInfo> vma = LookupHeld(page, guard);
         if (!vma.ok() || vma->generation != generation || !Writable(vma->protection)) {
           return ErrorCode::kReplaced;
         }

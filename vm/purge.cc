@@ -74,7 +74,7 @@ void Region::RestoreProtections(PurgeList& list) {
 void Region::StartPurgingLocked(Vma* vma, PurgeList& list) {
   free_.Remove(vma);
   VmaWriter(*vma).SetState(VmaState::kPurging);
-  purges_in_flight_.fetch_add(1, std::memory_order_relaxed);
+  purges_in_flight_.store(purges_in_flight_.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
   list.vmas[list.size] = vma;
   list.ranges[list.size] = RangeOf(*vma);
   ++list.size;
@@ -98,7 +98,8 @@ Pages Region::FinishPurgingLocked(const PurgeList& list, bool discarded, bool ke
     keep ? CacheLocked(vma, Knowledge::kClean) : FreeLocked(vma);
   }
   // Release pairs with the acquire in WaitForPurges.
-  purges_in_flight_.fetch_sub(static_cast<std::uint32_t>(list.size), std::memory_order_release);
+  purges_in_flight_.store(purges_in_flight_.load(std::memory_order_relaxed) - static_cast<std::uint32_t>(list.size),
+                          std::memory_order_release);
   return cleaned;
 }
 

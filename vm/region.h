@@ -70,6 +70,9 @@ class alignas(kCacheLineSize) Region {
   // lookup.cc
   // The extent that holds `page`, mapped or not; `range` is absolute.
   VmaInfo LookupExtent(PageNumber page, VmaState& state) const;
+  // The same for whoever holds the page's range and relies on what is mapped there: under the tree lock, by
+  // which an Unmap that takes no range lock (UnmapWhole) is seen, or sees the holder.
+  VmaInfo LookupHeld(PageNumber page, VmaState& state, const sync::RangeLock::Guard& guard) const;
   // Copies up to `capacity` mapped VMAs from `from` on, in order, and no page below it; returns how many.
   std::size_t CopyVmas(PageNumber from, VmaInfo* out, std::size_t capacity) const;
   // purge.cc
@@ -95,7 +98,8 @@ class alignas(kCacheLineSize) Region {
   // What Map must do to an extent that it chose, outside the tree lock.
   struct Preparation {
     Vma* vma = nullptr;
-    PageRange range;
+    RegionPage first = 0;
+    PageRange range;  // unless there is nothing to do
     std::uint64_t generation = 0;
     os::Protection protection = os::Protection::kReadWrite;
     bool commit = false;   // the first use of this part of the region
@@ -161,6 +165,9 @@ class alignas(kCacheLineSize) Region {
   void PublishLocked(Vma* vma, RegionPage count, os::Protection protection, std::uint64_t generation)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
 
+  // lookup.cc
+  VmaInfo InfoOf(const VmaTree::View& view, VmaState& state) const;
+
   // region.cc: what the kernel has made readable and writable. Heap zones grow by chunks.
   Error Commit(PageRange range);
   Error CommitChunks(std::size_t first, std::size_t end) ABSL_EXCLUSIVE_LOCKS_REQUIRED(commit_lock_);
@@ -174,6 +181,8 @@ class alignas(kCacheLineSize) Region {
   Vma* TakeCachedLocked(RegionPage count, const MapOptions& options)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   Vma* CarveLocked(RegionPage count, std::uint64_t alignment) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // Under the range lock of the whole region, so that nobody takes the extent away.
+  Result<PageRange> MapUndisturbed(RegionPage count, const MapOptions& options);
   // `held`: a guard of the whole region, or null. Error kReplaced: somebody took the extent, try again.
   Result<PageRange> MapOnce(RegionPage count, const MapOptions& options, const Guard* held);
   Result<PageRange> Finish(const Preparation& preparation, const Guard& guard);
@@ -189,6 +198,8 @@ class alignas(kCacheLineSize) Region {
   Error MakeZero(PageRange range, bool writable);
 
   // unmap.cc
+  // Unmaps `part` without its range lock, if nobody has that and RetireWholeLocked does it.
+  bool UnmapWhole(PageRange part, bool& over_limit);
   // The common case: `part` is exactly one mapped extent that needs no kernel work. False otherwise.
   bool RetireWholeLocked(PageRange part, std::size_t sampled) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Whether a border of `part` goes through a mapped extent.
@@ -200,7 +211,8 @@ class alignas(kCacheLineSize) Region {
   bool Trap(PageRange range);
   Error Untrap(PageRange range);
   void RemapDetached(PageRange part);
-  // Counts the resident pages of one unmap in many; kNoSample for the others. A hint, without a lock.
+  // Whether this unmap, one in many, should count its resident pages. A hint, without a lock.
+  bool WantsSample(PageRange part);
   static constexpr std::size_t kNoSample = SIZE_MAX;
   std::size_t SampleResidency(PageRange part);
 

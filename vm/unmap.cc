@@ -19,9 +19,10 @@ constexpr std::size_t kSamplePages = 512;
 
 Error Region::Unmap(PageRange part) {
   bool over_limit = false;
-  {
+  const bool sample = WantsSample(part);
+  if (sample || !UnmapWhole(part, over_limit)) {
     Guard guard(range_lock_, part, Mode::kExclusive, sync::Operation::kUnmap);
-    const std::size_t sampled = SampleResidency(part);
+    const std::size_t sampled = sample ? SampleResidency(part) : kNoSample;
     bool zap = false;
     for (;;) {
       {
@@ -50,11 +51,22 @@ Error Region::Unmap(PageRange part) {
   return Error::Ok();
 }
 
+// Whoever holds the range has looked at the tree under its lock since (LookupHeld), or will. If that was before,
+// the lock makes the holder visible here; if it comes after, it finds nothing mapped.
+bool Region::UnmapWhole(PageRange part, bool& over_limit) {
+  sync::SpinLockHolder holder(tree_lock_);
+  if (range_lock_.MayBeHeld(part) || !RetireWholeLocked(part, kNoSample)) return false;
+  unmaps_.Add(1);
+  over_limit = OverFreeLimit();
+  return true;
+}
+
+bool Region::WantsSample(PageRange part) {
+  return is_heap() && !shared_.options->strict_unmap &&
+         ABSL_TS_UNCHECKED_READ(free_).WantsSample(static_cast<RegionPage>(part.count().value));
+}
+
 std::size_t Region::SampleResidency(PageRange part) {
-  if (!is_heap() || shared_.options->strict_unmap ||
-      !ABSL_TS_UNCHECKED_READ(free_).WantsSample(static_cast<RegionPage>(part.count().value))) {
-    return kNoSample;
-  }
   const Pages pages = {std::min(part.count().value, kSamplePages)};
   const Result<Pages> resident = shared_.kernel->CountResident(PageRange::Of(part.first, pages));
   return resident.ok() ? resident->value : kNoSample;

@@ -238,6 +238,36 @@ void CheckRange(const char* operation, PageRange range) {
   FREEHOLD_DCHECK(!range.empty());
 }
 
+#if defined(__x86_64__)
+
+// Ranges of these sizes are zeroed line by line, where a line holds anything else. They lie in the outer caches, if
+// anywhere: reading a line that needs no zeroes costs half of writing it (64 KiB: 0.57 us against 1.14 us by
+// `rep stos`), and it stays clean. Where every line needs them it costs the same.
+constexpr Bytes kClearFrom = KiB(32);
+constexpr Bytes kClearUpTo = MiB(2);
+
+using Vector [[gnu::vector_size(32), gnu::may_alias]] = long long;
+
+struct Block {
+  Vector parts[4];  // two cache lines
+};
+
+// No sanitizer takes it for an access by the program to memory that it has not been given yet.
+[[gnu::target("avx2"), gnu::no_sanitize("address", "thread", "undefined")]]
+void ClearNonZero(Block* blocks, std::size_t count) {
+  const Vector zero = {};
+  for (Block* block = blocks; block < blocks + count; ++block) {
+    for (int i = 0; i < 4; i += 2) {
+      const Vector bits = block->parts[i] | block->parts[i + 1];
+      if (__builtin_ia32_ptestz256(bits, bits)) continue;
+      block->parts[i] = zero;
+      block->parts[i + 1] = zero;
+    }
+  }
+}
+
+#endif
+
 }  // namespace
 
 bool LinuxKernel::Try(Feature feature) {
@@ -446,6 +476,10 @@ void LinuxKernel::TouchForWrite(PageRange range) {
 void LinuxKernel::Zero(PageRange range) {
   CheckRange("os::Zero", range);
 #if defined(__x86_64__)
+  if (range.bytes() >= kClearFrom && range.bytes() <= kClearUpTo && __builtin_cpu_supports("avx2")) {
+    ClearNonZero(reinterpret_cast<Block*>(range.address()), range.bytes().value / sizeof(Block));
+    return;
+  }
   // For whole pages as fast as memset, which is this instruction plus the way to it, and no
   // sanitizer takes it for an access by the program to memory that it has not been given yet.
   void* at = range.address();

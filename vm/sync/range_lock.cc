@@ -175,6 +175,14 @@ void RangeLock::ReinitAfterFork() {
   }
 }
 
+bool RangeLock::MayBeHeld(PageRange) const {
+  switch (policy_) {
+    case LockPolicy::kCoarse: return true;
+    case LockPolicy::kTree: return tree_.in_use();
+  }
+  return true;
+}
+
 void RangeLock::CheckInvariants() const {
   coarse_.CheckInvariants();
   tree_.CheckInvariants();

@@ -132,6 +132,11 @@ class RangeLock {
 
   LockPolicy policy() const { return policy_; }
 
+  // False if nobody holds or waits for any page of `range`. Exact for requests that another lock orders
+  // with this call, as those of holders that looked at what that lock guards once they held their
+  // range; others may be missed. Always true under kCoarse, the model of a lock that everybody takes.
+  bool MayBeHeld(PageRange range) const;
+
   // Holders and waiters that overlap `range` (kCoarse: all of them). For diagnostics; a hint.
   HolderList Holders(PageRange range) const;
 

@@ -168,10 +168,12 @@ void TreeRangeLock::InsertLocked(RangeRequest& request, std::size_t blockers) {
   Split(*link, request, &request.tree.left, &request.tree.right);
   UpdateEnd(request);
   *link = &request;
+  in_use_.store(true, std::memory_order_relaxed);
 }
 
 RangeRequest* TreeRangeLock::LeaveLocked(RangeRequest& request) {
   root_ = Erase(root_, request);
+  in_use_.store(root_ != nullptr, std::memory_order_relaxed);
   if (root_ == nullptr) return nullptr;
   return UnblockLocked(request, [&](LockMode other) { return Conflict(other, request.mode); });
 }
@@ -253,6 +255,7 @@ void TreeRangeLock::CheckInvariants() const {
 void TreeRangeLock::ForgetAll() {
   lock_.ReinitAfterFork();
   root_ = nullptr;
+  in_use_.store(false, std::memory_order_relaxed);
 }
 
 void TreeRangeLock::Adopt(RangeRequest& request) {

@@ -44,6 +44,10 @@ class TreeRangeLock {
   // REQUIRES: held, exclusive.
   void Downgrade(RangeRequest& request);
 
+  // Whether anybody holds or waits for a range. Requests that another lock orders with this call are
+  // seen as they are, others may be missed.
+  bool in_use() const { return in_use_.load(std::memory_order_relaxed); }
+
   void AppendHolders(PageRange range, HolderList& list) const;
   void CheckInvariants() const;
 
@@ -65,6 +69,7 @@ class TreeRangeLock {
 
   mutable SpinLock lock_{LockRank::kRangeInternal};
   RangeRequest* root_ ABSL_GUARDED_BY(lock_) = nullptr;
+  std::atomic<bool> in_use_{false};  // whether there is a root; written under lock_
   std::uint64_t last_ticket_ ABSL_GUARDED_BY(lock_) = 0;
 };
 
