@@ -162,26 +162,32 @@ Result<PageRange> AddressSpace::Place(Pages count, const MapOptions& options) {
   return MapInZone(Zone::kPlain, count, options);
 }
 
-// The region of this CPU, then the others.
+// In the region of this CPU, if that has room.
 Result<PageRange> AddressSpace::MapInZone(Zone zone, Pages count, const MapOptions& options) {
   const absl::Span<Region* const> regions = RegionsOf(zone);
   const std::size_t own = kernel_->CurrentCpu() & (regions.size() - 1);
   Result<PageRange> mapped = regions[own]->MapAnywhere(static_cast<RegionPage>(count.value), options);
   if (ABSL_PREDICT_FALSE(mapped.error().code == ErrorCode::kNoRoom)) {
-    mapped = MapElsewhere(regions, own, count, options);
+    mapped = MapElsewhere(zone, own, count, options);
   }
   return mapped;
 }
 
-// At last with all free memory given back, so that address space merges.
-Result<PageRange> AddressSpace::MapElsewhere(absl::Span<Region* const> regions, std::size_t own, Pages count,
-                                             const MapOptions& options) {
-  if (count > regions[own]->range().count()) return ErrorCode::kNoRoom;
-  for (std::size_t i = 1; i <= 2 * regions.size(); ++i) {
-    Region* region = regions[(own + i) & (regions.size() - 1)];
-    if (i >= regions.size()) (void)region->PurgeFree(UINT32_MAX, {0});
-    const Result<PageRange> mapped = region->MapAnywhere(static_cast<RegionPage>(count.value), options);
-    if (mapped.error().code != ErrorCode::kNoRoom) return mapped;
+// In the zone's other regions; for plain memory, in dense ones; at last with all free memory given back, so that
+// address space merges.
+Result<PageRange> AddressSpace::MapElsewhere(Zone zone, std::size_t own, Pages count, const MapOptions& options) {
+  const Zone zones[] = {zone, Zone::kDense};
+  for (const bool purge : {false, true}) {
+    for (const Zone from : absl::MakeConstSpan(zones, zone == Zone::kPlain ? 2 : 1)) {
+      const absl::Span<Region* const> regions = RegionsOf(from);
+      if (count > regions[0]->range().count()) continue;
+      for (std::size_t i = 0; i < regions.size(); ++i) {
+        Region* region = regions[(own + i) & (regions.size() - 1)];
+        if (purge) (void)region->PurgeFree(UINT32_MAX, {0});
+        const Result<PageRange> mapped = region->MapAnywhere(static_cast<RegionPage>(count.value), options);
+        if (mapped.error().code != ErrorCode::kNoRoom) return mapped;
+      }
+    }
   }
   return ErrorCode::kNoRoom;
 }

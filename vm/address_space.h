@@ -214,8 +214,7 @@ class AddressSpace {
   // Map without populating.
   Result<PageRange> Place(Pages count, const MapOptions& options);
   Result<PageRange> MapInZone(Zone zone, Pages count, const MapOptions& options);
-  Result<PageRange> MapElsewhere(absl::Span<Region* const> regions, std::size_t own, Pages count,
-                                 const MapOptions& options);
+  Result<PageRange> MapElsewhere(Zone zone, std::size_t own, Pages count, const MapOptions& options);
   Result<PageRange> MapAt(Pages count, const MapOptions& options);
   Result<Pages> PopulateVma(PageRange part, std::uint64_t generation, const PopulateOptions& options,
                             Pages before);

@@ -581,6 +581,8 @@ class MapRoomTest : public PolicyTest {
     return options;
   }
   static constexpr std::size_t kRegionPages = MiB(8).value / kPageSize;
+  static constexpr std::size_t kPlainRegions = 4;
+  static constexpr std::size_t kHeapRegions = 6;  // with the dense ones
   ~MapRoomTest() override { FakeKernel::SetCpu(0); }
 
   std::size_t RegionOf(PageRange range) const {
@@ -606,12 +608,16 @@ TEST_P(MapRoomTest, CpusMapFromRegionsOfTheirOwn) {
 
 TEST_P(MapRoomTest, FullRegionsOverflowIntoOthers) {
   std::set<std::size_t> regions;
-  for (int i = 0; i < 4; ++i) regions.insert(RegionOf(MustMap(*space_, kRegionPages)));
-  EXPECT_EQ(regions.size(), 4u);
-  EXPECT_EQ(space_->Map({1}).error().code, ErrorCode::kNoRoom);
-  // Other zones are not what they overflow into.
-  EXPECT_TRUE(space_->Map({1}, {.protection = Protection::kRead}).ok());
+  for (std::size_t i = 0; i < kPlainRegions; ++i) regions.insert(RegionOf(MustMap(*space_, kRegionPages)));
+  EXPECT_EQ(regions, (std::set<std::size_t>{0, 1, 2, 3}));
+  // Plain memory overflows into the dense zone, dense memory into none.
+  EXPECT_GE(RegionOf(MustMap(*space_, 1)), kPlainRegions);
+  EXPECT_GE(RegionOf(MustMap(*space_, kRegionPages)), kPlainRegions);
   EXPECT_TRUE(space_->Map({512}, {.huge_pages = os::HugePages::kPrefer}).ok());
+  EXPECT_EQ(space_->Map({kRegionPages}).error().code, ErrorCode::kNoRoom);
+  EXPECT_EQ(space_->Map({kRegionPages}, {.huge_pages = os::HugePages::kPrefer}).error().code, ErrorCode::kNoRoom);
+  EXPECT_TRUE(space_->Map({1}, {.protection = Protection::kRead}).ok()) << "the mapping zone is apart";
+  space_->CheckInvariants();
 }
 
 //   all of a zone in small cached extents:  |c|c|c|c|c|c|c|c|...
@@ -624,24 +630,24 @@ TEST_P(MapRoomTest, CachedExtentsMergeWhenRoomIsShort) {
     Fill(Part(*range, 0, 1), 0xaa);
     ranges.push_back(*range);
   }
-  EXPECT_EQ(ranges.size(), 4 * kRegionPages / 16);
+  EXPECT_EQ(ranges.size(), kHeapRegions * kRegionPages / 16);
   for (const PageRange range : ranges) ASSERT_TRUE(space_->Unmap(range).ok());
   const PageRange large = MustMap(*space_, kRegionPages);
   EXPECT_TRUE(IsZero(large));
-  for (int i = 0; i < 3; ++i) MustMap(*space_, kRegionPages);
+  for (int i = 0; i + 1 < static_cast<int>(kHeapRegions); ++i) MustMap(*space_, kRegionPages);
   EXPECT_EQ(space_->Map({1}).error().code, ErrorCode::kNoRoom);
   ASSERT_TRUE(space_->Unmap(Part(large, 5, 1)).ok());
   EXPECT_EQ(MustMap(*space_, 1), Part(large, 5, 1)) << "the one page there is";
 }
 
 TEST_P(MapRoomTest, NoRoomChangesNothing) {
-  for (int i = 0; i < 4; ++i) MustMap(*space_, kRegionPages - 1);
+  for (int i = 0; i < static_cast<int>(kHeapRegions); ++i) MustMap(*space_, kRegionPages - 1);
   const AddressSpaceStats before = space_->Stats();
   for (int i = 0; i < 10; ++i) EXPECT_EQ(space_->Map({2}).error().code, ErrorCode::kNoRoom);
   EXPECT_EQ(space_->Stats().mapped, before.mapped);
   EXPECT_EQ(space_->Stats().vmas, before.vmas);
   space_->CheckInvariants();
-  for (int i = 0; i < 4; ++i) MustMap(*space_, 1);
+  for (int i = 0; i < static_cast<int>(kHeapRegions); ++i) MustMap(*space_, 1);
 }
 
 // ---- Strict overcommit ----
