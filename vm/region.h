@@ -173,6 +173,9 @@ class alignas(kCacheLineSize) Region {
   Error CommitChunks(std::size_t first, std::size_t end) ABSL_EXCLUSIVE_LOCKS_REQUIRED(commit_lock_);
   bool IsCommitted(RegionPage first, RegionPage end) const;
   bool IsChunkCommitted(std::size_t chunk) const;
+  std::atomic_ref<std::uint64_t> CommittedWord(std::size_t chunk) const {
+    return std::atomic_ref<std::uint64_t>(committed_[chunk / 64]);
+  }
 
   // map.cc
   enum class Choice : std::uint8_t { kPublished, kPrepare, kCleanFirst, kNoMetadata, kNoRoom };
@@ -236,7 +239,7 @@ class alignas(kCacheLineSize) Region {
   const Zone zone_;
   const PageRange range_;
   sync::RangeLock& range_lock_;
-  std::atomic<std::uint64_t>* committed_ = nullptr;  // a bit for each commit chunk; set, never cleared
+  std::uint64_t* committed_ = nullptr;  // a bit for each commit chunk; set, never cleared; see CommittedWord
   std::size_t chunk_pages_ = 0;
 
   // Held over mprotect. Only under a range guard, so that fork finds it free.
