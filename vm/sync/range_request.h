@@ -122,9 +122,12 @@ struct RangeRequest {
   std::uint32_t thread_id;
   Parker parker;
 
+  // The lock word under which kAdaptive's fast path holds it; 0: not held so.
+  std::uint64_t fast_word = 0;
   Nanoseconds since;         // the age's start; 0: not seen yet
   RangeRequest* next_woken;  // in the list of those to unpark after the internal lock
   bool signalled;            // an Unpark is on its way: the request must stay until it arrived
+  bool is_proxy = false;     // stands for kAdaptive's fast holders: nobody waits with it
   union {
     TreeNode tree;
     QueueNode queue;

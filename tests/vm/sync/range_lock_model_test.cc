@@ -247,7 +247,8 @@ class RangeLockModelTest : public ::testing::TestWithParam<LockPolicy> {
 };
 
 INSTANTIATE_TEST_SUITE_P(Policies, RangeLockModelTest,
-                         ::testing::Values(LockPolicy::kCoarse, LockPolicy::kTree),
+                         ::testing::Values(LockPolicy::kCoarse, LockPolicy::kTree,
+                                           LockPolicy::kAdaptive),
                          [](const auto& info) { return ToString(info.param); });
 
 TEST_P(RangeLockModelTest, RandomSteps) {

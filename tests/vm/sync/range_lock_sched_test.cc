@@ -206,7 +206,8 @@ class RangeLockSchedTest : public ::testing::TestWithParam<LockPolicy> {
 };
 
 INSTANTIATE_TEST_SUITE_P(Policies, RangeLockSchedTest,
-                         ::testing::Values(LockPolicy::kCoarse, LockPolicy::kTree),
+                         ::testing::Values(LockPolicy::kCoarse, LockPolicy::kTree,
+                                           LockPolicy::kAdaptive),
                          [](const auto& info) { return ToString(info.param); });
 
 constexpr Action::How kWait = Action::How::kWait;

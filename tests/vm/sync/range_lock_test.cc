@@ -33,6 +33,7 @@ constexpr PageRange kAll = Range(0, ~std::size_t{0} >> kPageShift);
 // Constant initialization is part of the contract: locks are usable before any constructor has run.
 constinit RangeLock constinit_coarse(LockPolicy::kCoarse);
 constinit RangeLock constinit_tree(LockPolicy::kTree);
+constinit RangeLock constinit_adaptive(LockPolicy::kAdaptive);
 
 bool IsHeldBy(const RangeLock& lock, std::uint32_t thread, State state) {
   for (const HolderInfo& info : lock.Holders(kAll)) {
@@ -114,7 +115,8 @@ class RangeLockTest : public ::testing::TestWithParam<LockPolicy> {
 };
 
 INSTANTIATE_TEST_SUITE_P(Policies, RangeLockTest,
-                         ::testing::Values(LockPolicy::kCoarse, LockPolicy::kTree),
+                         ::testing::Values(LockPolicy::kCoarse, LockPolicy::kTree,
+                                           LockPolicy::kAdaptive),
                          [](const auto& info) { return ToString(info.param); });
 
 TEST_P(RangeLockTest, ExclusiveExcludesBothModes) {
@@ -136,7 +138,7 @@ TEST_P(RangeLockTest, SharedSharesAndExcludesExclusive) {
 
 //      0       8       16
 //      [--X---)               held
-//              [--X---)       free for kTree
+//              [--X---)       free if precise
 TEST_P(RangeLockTest, DisjointRangesAreIndependentIfPrecise) {
   const Guard guard(lock_, Range(0, 8), kX, Operation::kTest);
   EXPECT_EQ(IsFree(Range(8, 16), kX), precise());
@@ -436,7 +438,7 @@ TEST_P(RangeLockTest, ForkWhileOthersAreInsideTheLock) {
 }
 
 TEST(RangeLockConstinitTest, IsUsable) {
-  for (RangeLock* lock : {&constinit_coarse, &constinit_tree}) {
+  for (RangeLock* lock : {&constinit_coarse, &constinit_tree, &constinit_adaptive}) {
     const Guard guard(*lock, Range(0, 8), kX, Operation::kTest);
     EXPECT_TRUE(guard.held());
   }
