@@ -14,7 +14,7 @@ constexpr PageRange kEveryPage{{0}, {~std::size_t{0} >> kPageShift}};
 }  // namespace
 
 bool AdaptiveRangeLock::Confirm(RangeRequest& request) {
-  const std::size_t index = IndexOf(request.range);
+  const std::size_t index = IndexOf(*request.bucket);
   RangeRequest* woken = nullptr;
   bool held;
   {
@@ -26,13 +26,12 @@ bool AdaptiveRangeLock::Confirm(RangeRequest& request) {
       if (!held) woken = LeaveProxyLocked(index);
     } else {
       held = !tree_.HasConflict(request.range, request.mode);
-      if (!held) LeaveWord(buckets_[index].word, request.fast_word);
+      if (!held) LeaveWord(request);
     }
   }
   UnparkAll(woken);
   if (held) return true;
-  ForgetReader(buckets_[index], request);
-  request.fast_word = 0;
+  ForgetReader(*request.bucket, request);
   return false;
 }
 
@@ -68,23 +67,21 @@ void AdaptiveRangeLock::ReleaseSlow(RangeRequest& request) {
   RangeRequest* woken;
   {
     SpinLockHolder holder(lock_);
-    woken = request.fast_word != 0 ? LeaveProxyLocked(IndexOf(request.range))
-                                   : LeaveLocked(request);
+    woken = request.bucket != nullptr ? LeaveProxyLocked(IndexOf(*request.bucket))
+                                      : LeaveLocked(request);
   }
   UnparkAll(woken);
 }
 
 void AdaptiveRangeLock::Downgrade(RangeRequest& request) {
-  const std::size_t index = IndexOf(request.range);
-  const bool fast = request.fast_word != 0;
-  if (fast) {
+  if (request.bucket != nullptr) {
     std::uint64_t expected = request.fast_word;
     request.fast_word &= ~kExclusive;
     request.mode = LockMode::kShared;
-    NoteHolder(buckets_[index], request);
+    NoteHolder(*request.bucket, request);
     ReachSyncPoint(SyncPoint::kRelease, this);
     // Pairs with the compare-and-swap of the readers that join.
-    if (buckets_[index].word.compare_exchange_strong(expected, request.fast_word,
+    if (request.bucket->word.compare_exchange_strong(expected, request.fast_word,
                                                      std::memory_order_release,
                                                      std::memory_order_relaxed)) {
       return;
@@ -93,7 +90,8 @@ void AdaptiveRangeLock::Downgrade(RangeRequest& request) {
   RangeRequest* woken;
   {
     SpinLockHolder holder(lock_);
-    woken = tree_.Downgrade(fast ? slow_[index].proxy() : request);
+    woken = tree_.Downgrade(request.bucket != nullptr ? slow_[IndexOf(*request.bucket)].proxy()
+                                                      : request);
   }
   UnparkAll(woken);
 }
@@ -142,8 +140,7 @@ void AdaptiveRangeLock::CloseLocked(std::size_t index) {
   slow.proxied = HoldersOf(word);
   RangeRequest* const proxy = std::construct_at(reinterpret_cast<RangeRequest*>(&slow.storage),
                                                 RangeOf(word), ModeOf(word), Operation{}, 0);
-  proxy->is_proxy = true;
-  tree_.Enter(*proxy);
+  tree_.Enter(*proxy, RequestTree::Kind::kProxy);
 }
 
 void AdaptiveRangeLock::LeaveBucketLocked(std::size_t index) {
@@ -168,7 +165,7 @@ RangeRequest* AdaptiveRangeLock::LeaveProxyLocked(std::size_t index) {
 // ---- For those who look. ----
 
 // Those among `holders` fast holders whose names are known; `what` is the same for all of them.
-void AdaptiveRangeLock::ListFast(const Bucket& bucket, std::uint32_t holders,
+void AdaptiveRangeLock::ListFast(const LockBucket& bucket, std::uint32_t holders,
                                  const HolderInfo& what, HolderList& list) {
   std::uint32_t listed = 0;
   const auto list_one = [&](const std::atomic<std::uint64_t>& slot) {
@@ -191,7 +188,7 @@ void AdaptiveRangeLock::ListFast(const Bucket& bucket, std::uint32_t holders,
 void AdaptiveRangeLock::AppendHolders(PageRange range, HolderList& list) const {
   const Nanoseconds now = CoarseNow();
   SpinLockHolder holder(lock_);
-  for (Bucket& bucket : buckets_) {
+  for (LockBucket& bucket : buckets_) {
     const std::uint64_t word = bucket.word.load(std::memory_order_acquire);
     if (!IsFast(word) || !RangeOf(word).Overlaps(range)) continue;
     std::uint64_t since = 0;
@@ -255,7 +252,7 @@ void AdaptiveRangeLock::ForgetAll() {
   lock_.ReinitAfterFork();
   gate_.store(0, std::memory_order_relaxed);
   tree_.Clear();
-  for (Bucket& bucket : buckets_) {
+  for (LockBucket& bucket : buckets_) {
     bucket.word.store(kIdle, std::memory_order_relaxed);
     bucket.writer.store(0, std::memory_order_relaxed);
     for (std::atomic<std::uint64_t>& reader : bucket.readers) {
@@ -267,7 +264,7 @@ void AdaptiveRangeLock::ForgetAll() {
 
 void AdaptiveRangeLock::Adopt(RangeRequest& request) {
   SpinLockHolder holder(lock_);
-  request.fast_word = 0;
+  request.bucket = nullptr;
   ExposeLocked(request.range);
   tree_.TryEnter(request);
 }

@@ -31,6 +31,7 @@
 #include <cstdint>
 #include <new>
 
+#include "absl/base/attributes.h"
 #include "absl/base/optimization.h"
 #include "absl/base/thread_annotations.h"
 #include "vm/page_range.h"
@@ -41,6 +42,18 @@
 #include "vm/units.h"
 
 namespace freehold::vm::sync {
+
+// What fast lockers of a few granules write, on a line of its own.
+struct alignas(kCacheLineSize) LockBucket {
+  static constexpr std::size_t kReaderSlots = 4;
+
+  std::atomic<std::uint64_t> word{0};  // its format: AdaptiveRangeLock
+  // Who holds, for those who ask: a thread id and an operation. The writer's is good while the
+  // word, or the proxy, is exclusive; readers clear theirs, unless another one took their slot.
+  std::atomic<std::uint64_t> writer{0};
+  std::array<std::atomic<std::uint64_t>, kReaderSlots> readers{};
+  std::atomic<std::uint64_t> since{0};  // the age's start; 0: nobody asked yet
+};
 
 class AdaptiveRangeLock {
  public:
@@ -54,14 +67,15 @@ class AdaptiveRangeLock {
   // in the lock, and one of the functions below goes on.
   bool TryAcquireFast(RangeRequest& request);
   // Waits until granted or until `*deadline` (null: forever). Returns whether it was granted; if
-  // not, the request is gone from the lock. REQUIRES: TryAcquireFast refused it.
+  // not, the request is gone from the lock. REQUIRES: TryAcquireFast refused it; request.bucket is
+  // null.
   bool AcquireSlow(RangeRequest& request, const Nanoseconds* deadline);
-  // Never waits; acquires only if nothing older conflicts. REQUIRES: TryAcquireFast refused it.
+  // Never waits; acquires only if nothing older conflicts. REQUIRES: as AcquireSlow.
   bool TryAcquireSlow(RangeRequest& request);
 
-  // Releases if the word alone says that it is held. REQUIRES: held, request.fast_word != 0.
+  // Releases if the word alone says that it is held. REQUIRES: held, request.bucket != nullptr.
   bool TryReleaseFast(const RangeRequest& request);
-  // REQUIRES: held; TryReleaseFast refused it, or request.fast_word == 0.
+  // REQUIRES: held; TryReleaseFast refused it, or request.bucket == nullptr.
   void ReleaseSlow(RangeRequest& request);
   // REQUIRES: held, exclusive.
   void Downgrade(RangeRequest& request);
@@ -77,7 +91,6 @@ class AdaptiveRangeLock {
 
  private:
   static constexpr std::size_t kBuckets = 32;
-  static constexpr std::size_t kReaderSlots = 4;
 
   // A word: 0 (idle), kClosed alone, or fast: mode, holders, first page within the granule, pages
   // less one, granule.
@@ -95,15 +108,6 @@ class AdaptiveRangeLock {
   static_assert(kPagesPerGranule == 512 && kCountShift - kOffsetShift == 9 &&
                 kGranuleShift - kCountShift == 9);
 
-  // What fast lockers write, on a line of its own.
-  struct alignas(kCacheLineSize) Bucket {
-    std::atomic<std::uint64_t> word{kIdle};
-    // Who holds, for those who ask: a thread id and an operation. The writer's is good while the
-    // word, or the proxy, is exclusive; readers clear theirs, unless another one took their slot.
-    std::atomic<std::uint64_t> writer{0};
-    std::array<std::atomic<std::uint64_t>, kReaderSlots> readers{};
-    std::atomic<std::uint64_t> since{0};  // the age's start; 0: nobody asked yet
-  };
   // The slow path's part of a bucket.
   struct SlowBucket {
     std::uint32_t requests = 0;  // in the tree, once for each granule that is hashed here; the
@@ -158,14 +162,17 @@ class AdaptiveRangeLock {
            (seen & kHoldersMask) != kHoldersMask;
   }
 
+  std::size_t IndexOf(const LockBucket& bucket) const {
+    return static_cast<std::size_t>(&bucket - buckets_.data());
+  }
   static constexpr std::uint64_t WhoIs(const RangeRequest& request) {
     return request.thread_id | std::uint64_t{static_cast<std::uint8_t>(request.operation)} << 32;
   }
 
-  static void NoteHolder(Bucket& bucket, const RangeRequest& request);
-  static void ForgetReader(Bucket& bucket, const RangeRequest& request);
-  // Takes one holder off `word`; refused if the bucket is closed. `expected`: what it likely is.
-  static bool LeaveWord(std::atomic<std::uint64_t>& word, std::uint64_t expected);
+  static void NoteHolder(LockBucket& bucket, const RangeRequest& request);
+  static void ForgetReader(LockBucket& bucket, const RangeRequest& request);
+  // Takes `request` off its bucket's word; refused if the bucket is closed.
+  static bool LeaveWord(const RangeRequest& request);
   // Whether a request whose word is fast may hold it although long requests are in the tree. If
   // not, it is taken off the word.
   bool Confirm(RangeRequest& request);
@@ -181,7 +188,7 @@ class AdaptiveRangeLock {
   RangeRequest* LeaveLocked(RangeRequest& request) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
   RangeRequest* LeaveProxyLocked(std::size_t index) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
 
-  static void ListFast(const Bucket& bucket, std::uint32_t holders, const HolderInfo& what,
+  static void ListFast(const LockBucket& bucket, std::uint32_t holders, const HolderInfo& what,
                        HolderList& list);
 
   // Read by every fast locker, written by long ones only.
@@ -190,23 +197,26 @@ class AdaptiveRangeLock {
   alignas(kCacheLineSize) mutable SpinLock lock_{LockRank::kRangeInternal};
   RequestTree tree_ ABSL_GUARDED_BY(lock_);
 
-  mutable std::array<Bucket, kBuckets> buckets_{};
+  mutable std::array<LockBucket, kBuckets> buckets_{};
   std::array<SlowBucket, kBuckets> slow_ ABSL_GUARDED_BY(lock_) = {};
 };
 
-inline bool AdaptiveRangeLock::TryAcquireFast(RangeRequest& request) {
+// Inlined, and with the range in registers, wherever GCC would rather not: a call, or a range that
+// is read back from memory, costs as much as half of the rest.
+ABSL_ATTRIBUTE_ALWAYS_INLINE inline bool AdaptiveRangeLock::TryAcquireFast(RangeRequest& request) {
   if (ABSL_PREDICT_FALSE(!FitsWord(request.range))) return false;
-  Bucket& bucket = buckets_[IndexOf(request.range)];
+  LockBucket& bucket = buckets_[IndexOf(request.range)];
   const std::uint64_t mine = FastWord(request.range, request.mode);
   ReachSyncPoint(SyncPoint::kAcquire, this);
   std::uint64_t seen = kIdle;
   // Acquires what those released who made it idle. Sequentially consistent with the gate: see
   // README.md.
-  while (!bucket.word.compare_exchange_strong(seen, seen == kIdle ? mine : seen + kOneHolder,
-                                              std::memory_order_seq_cst,
-                                              std::memory_order_relaxed)) {
+  while (ABSL_PREDICT_FALSE(!bucket.word.compare_exchange_strong(
+      seen, seen == kIdle ? mine : seen + kOneHolder, std::memory_order_seq_cst,
+      std::memory_order_relaxed))) {
     if (seen != kIdle && !CanJoin(mine, seen)) return false;
   }
+  request.bucket = &bucket;
   request.fast_word = mine;
   NoteHolder(bucket, request);
   if (seen == kIdle) bucket.since.store(0, std::memory_order_relaxed);
@@ -215,37 +225,40 @@ inline bool AdaptiveRangeLock::TryAcquireFast(RangeRequest& request) {
   return Confirm(request);
 }
 
-inline void AdaptiveRangeLock::NoteHolder(Bucket& bucket, const RangeRequest& request) {
+ABSL_ATTRIBUTE_ALWAYS_INLINE inline void AdaptiveRangeLock::NoteHolder(LockBucket& bucket, const RangeRequest& request) {
   std::atomic<std::uint64_t>& slot = request.mode == LockMode::kExclusive
                                          ? bucket.writer
-                                         : bucket.readers[request.thread_id % kReaderSlots];
+                                         : bucket.readers[request.thread_id % LockBucket::kReaderSlots];
   slot.store(WhoIs(request), std::memory_order_relaxed);
 }
 
-inline void AdaptiveRangeLock::ForgetReader(Bucket& bucket, const RangeRequest& request) {
+ABSL_ATTRIBUTE_ALWAYS_INLINE inline void AdaptiveRangeLock::ForgetReader(LockBucket& bucket, const RangeRequest& request) {
   if (request.mode == LockMode::kExclusive) return;
-  std::atomic<std::uint64_t>& slot = bucket.readers[request.thread_id % kReaderSlots];
+  std::atomic<std::uint64_t>& slot = bucket.readers[request.thread_id % LockBucket::kReaderSlots];
   if (slot.load(std::memory_order_relaxed) == WhoIs(request)) {
     slot.store(0, std::memory_order_relaxed);
   }
 }
 
-inline bool AdaptiveRangeLock::LeaveWord(std::atomic<std::uint64_t>& word, std::uint64_t expected) {
+ABSL_ATTRIBUTE_ALWAYS_INLINE inline bool AdaptiveRangeLock::LeaveWord(const RangeRequest& request) {
+  std::atomic<std::uint64_t>& word = request.bucket->word;
+  std::uint64_t seen = request.fast_word;
+  std::uint64_t next = kIdle;
   // Pairs with the compare-and-swap of the next holder, and with the exchange or the load of who
   // closes the bucket or raised the gate.
-  while (!word.compare_exchange_strong(
-      expected, HoldersOf(expected) == 1 ? kIdle : expected - kOneHolder,
-      std::memory_order_release, std::memory_order_relaxed)) {
-    if (expected == kClosed) return false;
+  while (ABSL_PREDICT_FALSE(!word.compare_exchange_strong(seen, next, std::memory_order_release,
+                                                          std::memory_order_relaxed))) {
+    if (seen == kClosed) return false;
+    next = HoldersOf(seen) == 1 ? kIdle : seen - kOneHolder;
   }
   return true;
 }
 
-inline bool AdaptiveRangeLock::TryReleaseFast(const RangeRequest& request) {
-  Bucket& bucket = buckets_[IndexOf(request.range)];
-  ForgetReader(bucket, request);
+ABSL_ATTRIBUTE_ALWAYS_INLINE inline bool AdaptiveRangeLock::TryReleaseFast(
+    const RangeRequest& request) {
+  ForgetReader(*request.bucket, request);
   ReachSyncPoint(SyncPoint::kRelease, this);
-  return LeaveWord(bucket.word, request.fast_word);
+  return LeaveWord(request);
 }
 
 }  // namespace freehold::vm::sync

@@ -15,6 +15,7 @@ constinit thread_local RangeLock::Guard* RangeLock::held_guards_ = nullptr;
 
 bool RangeLock::Guard::AcquireSlow(Waits waits, Nanoseconds deadline) {
   const Nanoseconds* const until = waits == Waits::kUntil ? &deadline : nullptr;
+  request_.bucket = nullptr;
   switch (lock_.policy_) {
     case LockPolicy::kCoarse: return AcquireCoarse(waits, until);
     case LockPolicy::kTree:

@@ -31,6 +31,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "absl/base/attributes.h"
 #include "absl/base/optimization.h"
 #include "vm/os/check.h"
 #include "vm/os/thread_id.h"
@@ -87,7 +88,7 @@ class RangeLock {
     Guard(const Guard&) = delete;
     Guard& operator=(const Guard&) = delete;
     // Releases if held. Wakes waiters, which may be a system call. REQUIRES: no short lock is held.
-    ~Guard() {
+    ABSL_ATTRIBUTE_ALWAYS_INLINE ~Guard() {
       if (held_) Release();
     }
 
@@ -125,7 +126,7 @@ class RangeLock {
     void MoveAnchorTo(Guard& other);
 
     RangeLock& lock_;
-    bool held_ = false;
+    bool held_;
     // Under kCoarse, disjoint guards of one thread are one holder, or the second would wait for the
     // first. The anchor is the one whose request the lock knows; its mode is the strongest of them.
     bool anchors_ = true;
@@ -166,8 +167,11 @@ class RangeLock {
   AdaptiveRangeLock adaptive_;
 };
 
-inline RangeLock::Guard::Guard(RangeLock& lock, PageRange range, Mode mode, Operation operation,
-                               Waits waits, Nanoseconds deadline, AcquisitionSite site)
+// Inlined wherever GCC would rather not: a call costs as much as half of the fast path.
+ABSL_ATTRIBUTE_ALWAYS_INLINE inline RangeLock::Guard::Guard(RangeLock& lock, PageRange range,
+                                                            Mode mode, Operation operation,
+                                                            Waits waits, Nanoseconds deadline,
+                                                            AcquisitionSite site)
     : lock_(lock), request_(range, mode, operation, os::CurrentThreadId()) {
   FREEHOLD_DCHECK(!range.empty());
   if (waits != Waits::kNever) CheckRangeRank(&lock, this, range, site);
@@ -179,8 +183,9 @@ inline RangeLock::Guard::Guard(RangeLock& lock, PageRange range, Mode mode, Oper
   LinkHeld();
 }
 
-inline RangeLock::Guard::Guard(RangeLock& lock, PageRange range, Mode mode, Operation operation,
-                               AcquisitionSite site)
+ABSL_ATTRIBUTE_ALWAYS_INLINE inline RangeLock::Guard::Guard(RangeLock& lock, PageRange range,
+                                                            Mode mode, Operation operation,
+                                                            AcquisitionSite site)
     : Guard(lock, range, mode, operation, Waits::kForever, Nanoseconds{0}, site) {}
 
 inline RangeLock::Guard RangeLock::Guard::Try(RangeLock& lock, PageRange range, Mode mode,
@@ -188,13 +193,13 @@ inline RangeLock::Guard RangeLock::Guard::Try(RangeLock& lock, PageRange range, 
   return Guard(lock, range, mode, operation, Waits::kNever, Nanoseconds{0}, site);
 }
 
-inline void RangeLock::Guard::Release() {
+ABSL_ATTRIBUTE_ALWAYS_INLINE inline void RangeLock::Guard::Release() {
   FREEHOLD_DCHECK(held_);
   CheckNoShortLockHeld("range unlock");
   held_ = false;
   UnlinkHeld();
   ReleaseRank(this);
-  if (ABSL_PREDICT_TRUE(request_.fast_word != 0) &&
+  if (ABSL_PREDICT_TRUE(request_.bucket != nullptr) &&
       ABSL_PREDICT_TRUE(lock_.adaptive_.TryReleaseFast(request_))) {
     return;
   }
@@ -206,7 +211,7 @@ inline void RangeLock::Guard::Release() {
 // GCC 12, once it has inlined this, no longer sees that the destructor takes the guard off.
 #pragma GCC diagnostic ignored "-Wdangling-pointer"
 #endif
-inline void RangeLock::Guard::LinkHeld() {
+ABSL_ATTRIBUTE_ALWAYS_INLINE inline void RangeLock::Guard::LinkHeld() {
   Guard*& head = held_guards_;
   next_held_ = head;
   link_to_this_ = &head;
@@ -217,7 +222,7 @@ inline void RangeLock::Guard::LinkHeld() {
 #pragma GCC diagnostic pop
 #endif
 
-inline void RangeLock::Guard::UnlinkHeld() {
+ABSL_ATTRIBUTE_ALWAYS_INLINE inline void RangeLock::Guard::UnlinkHeld() {
   *link_to_this_ = next_held_;
   if (next_held_ != nullptr) next_held_->link_to_this_ = link_to_this_;
 }

@@ -88,13 +88,13 @@ bool RequestTree::HasConflict(PageRange range, LockMode mode) const {
 
 bool RequestTree::TryEnter(RangeRequest& request) {
   if (HasConflict(request.range, request.mode)) return false;
-  Insert(request, 0);
+  Insert(request, Kind::kRequest, 0);
   return true;
 }
 
-bool RequestTree::Enter(RangeRequest& request) {
+bool RequestTree::Enter(RangeRequest& request, Kind kind) {
   const std::size_t blockers = CountConflicts(request.range, request.mode);
-  Insert(request, blockers);
+  Insert(request, kind, blockers);
   if (blockers == 0) return true;
   request.since = CoarseNow();
   request.signalled = false;
@@ -104,9 +104,11 @@ bool RequestTree::Enter(RangeRequest& request) {
   return false;
 }
 
-void RequestTree::Insert(RangeRequest& request, std::size_t blockers) {
+void RequestTree::Insert(RangeRequest& request, Kind kind, std::size_t blockers) {
   const std::uint64_t ticket = ++last_ticket_;
   const std::uint64_t priority = PriorityOf(ticket);
+  request.is_proxy = kind == Kind::kProxy;
+  request.since = Nanoseconds{0};
   std::construct_at(&request.tree, Node::TreeNode{.left = nullptr,
                                                   .right = nullptr,
                                                   .subtree_end = request.range.end,

@@ -31,8 +31,11 @@ class RequestTree {
  public:
   constexpr RequestTree() = default;
 
+  // Who notices that it is granted: the requesting thread by its signal, or nobody.
+  enum class Kind : bool { kRequest, kProxy };
+
   // Returns whether it is held at once.
-  bool Enter(RangeRequest& request);
+  bool Enter(RangeRequest& request, Kind kind = Kind::kRequest);
   // Enters only if it is held at once.
   bool TryEnter(RangeRequest& request);
   // These return the requests to signal (UnparkAll) once the internal lock is released.
@@ -67,7 +70,7 @@ class RequestTree {
   }
 
   std::size_t CountConflicts(PageRange range, LockMode mode) const;
-  void Insert(RangeRequest& request, std::size_t blockers);
+  void Insert(RangeRequest& request, Kind kind, std::size_t blockers);
   // Takes `by` off the counts of the younger requests that overlap it and whose mode `was_blocked`.
   template <typename Predicate>
   RangeRequest* Unblock(const RangeRequest& by, Predicate was_blocked);
