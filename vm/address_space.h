@@ -50,7 +50,7 @@ struct AddressSpaceOptions {
   Bytes min_reserve = GiB(64);
   // kTree: one interval tree of held ranges per region. kCoarse: one reader-writer lock for the whole space,
   // the mmap_sem model and baseline.
-  sync::LockPolicy lock_policy = sync::LockPolicy::kTree;
+  sync::LockPolicy lock_policy = sync::LockPolicy::kAdaptive;
   // Regions per zone; 0 chooses one per CPU, fewer when the reservation is small.
   unsigned regions_per_zone = 0;
   // Unmapped pages trap at once instead of staying resident for re-use. For debugging; slow.
