@@ -38,7 +38,7 @@ bool AdaptiveRangeLock::Confirm(RangeRequest& request) {
 bool AdaptiveRangeLock::AcquireSlow(RangeRequest& request, const Nanoseconds* deadline) {
   {
     SpinLockHolder holder(lock_);
-    ExposeLocked(request.range);
+    CloseBucketsLocked(request);
     if (tree_.Enter(request)) return true;
   }
   if (request.parker.Park(deadline)) return true;
@@ -57,9 +57,9 @@ bool AdaptiveRangeLock::AcquireSlow(RangeRequest& request, const Nanoseconds* de
 
 bool AdaptiveRangeLock::TryAcquireSlow(RangeRequest& request) {
   SpinLockHolder holder(lock_);
-  ExposeLocked(request.range);
+  CloseBucketsLocked(request);
   if (tree_.TryEnter(request)) return true;
-  ConcealLocked(request.range);
+  LeaveBucketsLocked(request);
   return false;
 }
 
@@ -96,7 +96,8 @@ void AdaptiveRangeLock::Downgrade(RangeRequest& request) {
   UnparkAll(woken);
 }
 
-void AdaptiveRangeLock::ExposeLocked(PageRange range) {
+void AdaptiveRangeLock::CloseBucketsLocked(const RangeRequest& request) {
+  const PageRange range = request.range;
   if (!IsLong(range)) {
     for (std::size_t granule = GranuleOf(range.first); granule <= LastGranuleOf(range); ++granule) {
       const std::size_t index = IndexOf(granule);
@@ -113,13 +114,15 @@ void AdaptiveRangeLock::ExposeLocked(PageRange range) {
     ReachSyncPoint(SyncPoint::kAcquire, this);
     const std::uint64_t word = buckets_[index].word.load(std::memory_order_seq_cst);
     if (!IsFast(word) || !RangeOf(word).Overlaps(range)) continue;
+    if (!Conflict(ModeOf(word), request.mode)) continue;
     CloseLocked(index);
     if (slow_[index].requests != 0) continue;
     buckets_[index].word.store(kIdle, std::memory_order_release);  // released since the load
   }
 }
 
-void AdaptiveRangeLock::ConcealLocked(PageRange range) {
+void AdaptiveRangeLock::LeaveBucketsLocked(const RangeRequest& request) {
+  const PageRange range = request.range;
   if (IsLong(range)) {
     gate_.fetch_sub(1, std::memory_order_seq_cst);
     return;
@@ -150,7 +153,7 @@ void AdaptiveRangeLock::LeaveBucketLocked(std::size_t index) {
 
 RangeRequest* AdaptiveRangeLock::LeaveLocked(RangeRequest& request) {
   RangeRequest* const woken = tree_.Leave(request);
-  ConcealLocked(request.range);
+  LeaveBucketsLocked(request);
   return woken;
 }
 
@@ -243,7 +246,7 @@ void AdaptiveRangeLock::CheckInvariants() const {
     FREEHOLD_CHECK(HoldersOf(word) == 1 || ModeOf(word) == LockMode::kShared);
     FREEHOLD_CHECK(HoldersOf(word) != 0);
     tree_.ForEachOverlap(range, [](const RangeRequest& request) {
-      FREEHOLD_CHECK(IsLong(request.range));  // A3
+      FREEHOLD_CHECK(IsLong(request.range));  // as far as A3 can be seen from here
     });
   }
 }
@@ -265,7 +268,7 @@ void AdaptiveRangeLock::ForgetAll() {
 void AdaptiveRangeLock::Adopt(RangeRequest& request) {
   SpinLockHolder holder(lock_);
   request.bucket = nullptr;
-  ExposeLocked(request.range);
+  CloseBucketsLocked(request);
   tree_.TryEnter(request);
 }
 

@@ -43,7 +43,7 @@
 
 namespace freehold::vm::sync {
 
-// What fast lockers of a few granules write, on a line of its own.
+// What the fast lockers of a bucket write, on a line of its own.
 struct alignas(kCacheLineSize) LockBucket {
   static constexpr std::size_t kReaderSlots = 4;
 
@@ -177,10 +177,10 @@ class AdaptiveRangeLock {
   // not, it is taken off the word.
   bool Confirm(RangeRequest& request);
 
-  // Makes fast holders of `range` visible in the tree, and keeps new ones from it until
-  // ConcealLocked: closes its buckets, or raises the gate.
-  void ExposeLocked(PageRange range) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
-  void ConcealLocked(PageRange range) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
+  // Moves the fast holders that conflict with `request` into the tree, and keeps new ones from
+  // being confirmed until LeaveBucketsLocked: closes the buckets of its range, or raises the gate.
+  void CloseBucketsLocked(const RangeRequest& request) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
+  void LeaveBucketsLocked(const RangeRequest& request) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
   // Closes the bucket and moves its fast holders, if any, into the tree.
   void CloseLocked(std::size_t index) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
   void LeaveBucketLocked(std::size_t index) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
