@@ -214,17 +214,16 @@ void ForEachLock(const std::string& operation, const std::string& argument, Run 
 }
 
 bool RegisterCases() {
-  for (const auto& [operation, mode] : {std::pair{"pair_exclusive", LockMode::kExclusive},
-                                        {"pair_shared", LockMode::kShared}}) {
-    ForEachLock(
-        operation, "",
-        [mode = mode]<typename Lock>(benchmark::State& state) {
-          LockAndUnlock<Lock>(state, PagesAt(0), mode);
-        },
-        {.max_threads = 1});
+  for (const auto& [operation, mode] :
+       {std::pair{"pair_exclusive", LockMode::kExclusive}, {"pair_shared", LockMode::kShared}}) {
+    ForEachLock(operation, "",
+                [mode = mode]<typename Lock>(benchmark::State& state) {
+                  LockAndUnlock<Lock>(state, PagesAt(0), mode);
+                },
+                {.max_threads = 1});
   }
-  for (const auto& [argument, stride] : {std::pair{"own_granule", vm::kPagesPerHugePage},
-                                         {"same_granule", kPages}}) {
+  for (const auto& [argument, stride] :
+       {std::pair{"own_granule", vm::kPagesPerHugePage}, {"same_granule", kPages}}) {
     ForEachLock("disjoint", argument, [stride = stride]<typename Lock>(benchmark::State& state) {
       LockOwn<Lock>(state, stride, {kPages});
     });
@@ -235,10 +234,9 @@ bool RegisterCases() {
   ForEachLock("long_range", "own", []<typename Lock>(benchmark::State& state) {
     LockOwn<Lock>(state, kLongPages.value, kLongPages);
   });
-  ForEachLock(
-      "long_range", "beside",
-      []<typename Lock>(benchmark::State& state) { LockBesideLong<Lock>(state); },
-      {.min_threads = 2});
+  ForEachLock("long_range", "beside",
+              []<typename Lock>(benchmark::State& state) { LockBesideLong<Lock>(state); },
+              {.min_threads = 2});
   return true;
 }
 

@@ -81,9 +81,8 @@ void AdaptiveRangeLock::Downgrade(RangeRequest& request) {
     NoteHolder(*request.bucket, request);
     ReachSyncPoint(SyncPoint::kRelease, this);
     // Pairs with the compare-and-swap of the readers that join.
-    if (request.bucket->word.compare_exchange_strong(expected, request.fast_word,
-                                                     std::memory_order_release,
-                                                     std::memory_order_relaxed)) {
+    if (request.bucket->word.compare_exchange_strong(
+            expected, request.fast_word, std::memory_order_release, std::memory_order_relaxed)) {
       return;
     }
   }

@@ -151,9 +151,9 @@ class AdaptiveRangeLock {
     return static_cast<std::uint32_t>((word & kHoldersMask) / kOneHolder);
   }
   static constexpr PageRange RangeOf(std::uint64_t word) {
-    return PageRange::Of({(word >> kGranuleShift) * kPagesPerGranule +
-                          (word >> kOffsetShift & kPageMask)},
-                         {(word >> kCountShift & kPageMask) + 1});
+    return PageRange::Of(
+        {(word >> kGranuleShift) * kPagesPerGranule + (word >> kOffsetShift & kPageMask)},
+        {(word >> kCountShift & kPageMask) + 1});
   }
   // Whether a holder of `word` can share with those of `seen`: the same range, all of them readers,
   // and the count does not overflow.
@@ -211,9 +211,9 @@ ABSL_ATTRIBUTE_ALWAYS_INLINE inline bool AdaptiveRangeLock::TryAcquireFast(Range
   std::uint64_t seen = kIdle;
   // Acquires what those released who made it idle. Sequentially consistent with the gate: see
   // README.md.
-  while (ABSL_PREDICT_FALSE(!bucket.word.compare_exchange_strong(
-      seen, seen == kIdle ? mine : seen + kOneHolder, std::memory_order_seq_cst,
-      std::memory_order_relaxed))) {
+  while (ABSL_PREDICT_FALSE(
+      !bucket.word.compare_exchange_strong(seen, seen == kIdle ? mine : seen + kOneHolder,
+                                           std::memory_order_seq_cst, std::memory_order_relaxed))) {
     if (seen != kIdle && !CanJoin(mine, seen)) return false;
   }
   request.bucket = &bucket;
@@ -225,14 +225,17 @@ ABSL_ATTRIBUTE_ALWAYS_INLINE inline bool AdaptiveRangeLock::TryAcquireFast(Range
   return Confirm(request);
 }
 
-ABSL_ATTRIBUTE_ALWAYS_INLINE inline void AdaptiveRangeLock::NoteHolder(LockBucket& bucket, const RangeRequest& request) {
-  std::atomic<std::uint64_t>& slot = request.mode == LockMode::kExclusive
-                                         ? bucket.writer
-                                         : bucket.readers[request.thread_id % LockBucket::kReaderSlots];
+ABSL_ATTRIBUTE_ALWAYS_INLINE inline void AdaptiveRangeLock::NoteHolder(
+    LockBucket& bucket, const RangeRequest& request) {
+  std::atomic<std::uint64_t>& slot =
+      request.mode == LockMode::kExclusive
+          ? bucket.writer
+          : bucket.readers[request.thread_id % LockBucket::kReaderSlots];
   slot.store(WhoIs(request), std::memory_order_relaxed);
 }
 
-ABSL_ATTRIBUTE_ALWAYS_INLINE inline void AdaptiveRangeLock::ForgetReader(LockBucket& bucket, const RangeRequest& request) {
+ABSL_ATTRIBUTE_ALWAYS_INLINE inline void AdaptiveRangeLock::ForgetReader(
+    LockBucket& bucket, const RangeRequest& request) {
   if (request.mode == LockMode::kExclusive) return;
   std::atomic<std::uint64_t>& slot = bucket.readers[request.thread_id % LockBucket::kReaderSlots];
   if (slot.load(std::memory_order_relaxed) == WhoIs(request)) {

@@ -47,8 +47,8 @@ namespace freehold::vm::sync {
 
 // How ranges are told apart; the meaning of the lock is the same. Fixed at construction.
 enum class LockPolicy : std::uint8_t {
-  kCoarse,  // not at all: one fair reader-writer lock, the model of the kernel's mmap_lock
-  kTree,    // precisely: one tree of held and pending ranges, FIFO among those that overlap
+  kCoarse,    // not at all: one fair reader-writer lock, the model of the kernel's mmap_lock
+  kTree,      // precisely: one tree of held and pending ranges, FIFO among those that overlap
   kAdaptive,  // as precisely, FIFO too: a lock word per 2 MiB, and the tree where words do not do
 };
 

@@ -127,11 +127,11 @@ struct RangeRequest {
   std::uint32_t thread_id;
   Parker parker;
 
-  bool signalled;             // an Unpark is on its way: the request must stay until it arrived
-  bool is_proxy;              // stands for kAdaptive's fast holders: nobody waits with it
-  LockBucket* bucket;         // whose word alone says that this is held (kAdaptive); else null
-  Nanoseconds since;          // the age's start; 0: not seen yet
-  RangeRequest* next_woken;   // in the list of those to unpark after the internal lock
+  bool signalled;            // an Unpark is on its way: the request must stay until it arrived
+  bool is_proxy;             // stands for kAdaptive's fast holders: nobody waits with it
+  LockBucket* bucket;        // whose word alone says that this is held (kAdaptive); else null
+  Nanoseconds since;         // the age's start; 0: not seen yet
+  RangeRequest* next_woken;  // in the list of those to unpark after the internal lock
   union {
     std::uint64_t fast_word;  // what the bucket's word was, had this been the only holder
     TreeNode tree;

@@ -262,7 +262,8 @@ TEST_P(RangeLockModelTest, RandomSteps) {
 TEST_P(RangeLockModelTest, RandomStepsAcrossGranules) {
   for (const std::size_t scale : {100, 400, 3'000}) {
     for (std::uint64_t seed = 0; seed < 3; ++seed) Run(seed, 250, scale);
-  }}
+  }
+}
 
 }  // namespace
 }  // namespace freehold::vm::sync

@@ -215,9 +215,15 @@ constexpr Action::How kTry = Action::How::kTry;
 constexpr Action::How kUntil = Action::How::kUntil;
 
 // [0, 8) against the same, an overlapping, an enclosed and a disjoint range; for kAdaptive also one
-// that shares nothing but its lock word, one of two granules and two long ones, with and without it.
-constexpr PageRange kOthers[] = {Range(0, 8),       Range(4, 12),   Range(2, 4), Range(8, 16),
-                                 Range(33 * 512, 33 * 512 + 8), Range(4, 1000), Range(4, 10'000),
+// that shares nothing but its lock word, one of two granules and two long ones, with and without
+// it.
+constexpr PageRange kOthers[] = {Range(0, 8),
+                                 Range(4, 12),
+                                 Range(2, 4),
+                                 Range(8, 16),
+                                 Range(33 * 512, 33 * 512 + 8),
+                                 Range(4, 1000),
+                                 Range(4, 10'000),
                                  Range(512, 10'000)};
 
 TEST_P(RangeLockSchedTest, TwoThreadsEveryInterleaving) {
@@ -278,8 +284,11 @@ TEST_P(RangeLockSchedTest, LongRangesAndShortOnes) {
   constexpr PageRange kShort = Range(0, 8);
   constexpr PageRange kLong = Range(4, 10'000);
   for (const auto& [a, b] : {std::pair{kX, kX}, {kS, kX}, {kX, kS}}) {
-    for (const auto& [how_a, how_b] : {std::pair{kTry, kWait}, {kWait, kTry}, {kUntil, kWait},
-                                       {kWait, kUntil}, {kUntil, kTry}}) {
+    for (const auto& [how_a, how_b] : {std::pair{kTry, kWait},
+                                       {kWait, kTry},
+                                       {kUntil, kWait},
+                                       {kWait, kUntil},
+                                       {kUntil, kTry}}) {
       RunAll({{{a, kShort, how_a}}, {{b, kLong, how_b}}});
     }
   }

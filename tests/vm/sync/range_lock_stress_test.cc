@@ -70,7 +70,7 @@ class RangeLockStressTest : public ::testing::TestWithParam<LockPolicy> {
   RangeLock lock_{GetParam()};
   Memory memory_;
   std::atomic<std::uint64_t> written_{0};  // pages
-  std::size_t scale_ = 1;                  // how many pages of the lock a page of memory_ stands for
+  std::size_t scale_ = 1;  // how many pages of the lock a page of memory_ stands for
 
   PageRange Scaled(PageRange range) const {
     return {{range.first.value * scale_}, {range.end.value * scale_}};
@@ -92,7 +92,8 @@ class RangeLockStressTest : public ::testing::TestWithParam<LockPolicy> {
       case 3:
       case 4: {
         const Nanoseconds deadline = MonotonicNow() + Microseconds(dice / 65536 % 64);
-        return Use(Guard::Until(lock_, Scaled(range), mode, Operation::kTest, deadline), range, dice);
+        return Use(Guard::Until(lock_, Scaled(range), mode, Operation::kTest, deadline), range,
+                   dice);
       }
       default: return Use(Guard(lock_, Scaled(range), mode, Operation::kTest), range, dice);
     }
@@ -103,7 +104,8 @@ class RangeLockStressTest : public ::testing::TestWithParam<LockPolicy> {
     std::thread inspector([&] {
       while (!stop.load()) {
         lock_.CheckInvariants();
-        for (const HolderInfo& info : lock_.Holders(Scaled({{0}, {kPages}}))) EXPECT_NE(info.thread_id, 0u);
+        for (const HolderInfo& info : lock_.Holders(Scaled({{0}, {kPages}})))
+          EXPECT_NE(info.thread_id, 0u);
         std::this_thread::yield();
       }
     });
