@@ -48,9 +48,9 @@ struct AddressSpaceOptions {
   // Address space to reserve; halved until the kernel grants it, but not below `min_reserve`.
   Bytes reserve = TiB(16);
   Bytes min_reserve = GiB(64);
-  // kTree: one interval tree of held ranges per region. kCoarse: one reader-writer lock for the whole space,
-  // the mmap_sem model and baseline.
-  sync::LockPolicy lock_policy = sync::LockPolicy::kTree;
+  // kAdaptive: lock words for 2 MiB each, per region; kTree: one interval tree of held ranges per region.
+  // kCoarse: one reader-writer lock for the whole space, the mmap_sem model and baseline.
+  sync::LockPolicy lock_policy = sync::LockPolicy::kAdaptive;
   // Regions per zone; 0 chooses one per CPU, fewer when the reservation is small.
   unsigned regions_per_zone = 0;
   // Unmapped pages trap at once instead of staying resident for re-use. For debugging; slow.

@@ -12,6 +12,7 @@ QUICK = ("--smoke", "--threads=1,2", "--benchmark_min_time=0.001")
 STALL = ("--ranges=2", "--range_mib=8", "--min_seconds=0")
 
 SPACES = ("freehold", "coarse", "kernel")
+RANGE_LOCKS = ("freehold", "tree", "coarse", "shared_mutex")
 ALLOCATORS = ("freehold", "glibc", "mimalloc")
 
 
@@ -35,6 +36,15 @@ def map_names():
     others = ["map_populate_unmap/{}/1MiB", "map_mixed/{}/live64", "populate/{}/2MiB",
               "populate/{}/64MiB", "protect/{}/4KiB", "lookup/{}/1000"]
     return set().union(*(names(template, SPACES) for template in cycles + others))
+
+
+def range_lock_names():
+    any_threads = ["disjoint/{}/own_granule", "disjoint/{}/same_granule", "overlapping/{}", "mixed/{}",
+                   "long_range/{}/own"]
+    return set().union(*(names(template, RANGE_LOCKS) for template in any_threads),
+                       *(names(template, RANGE_LOCKS, (1,))
+                         for template in ("pair_exclusive/{}", "pair_shared/{}")),
+                       names("long_range/{}/beside", RANGE_LOCKS, (2,)))
 
 
 def malloc_names():
@@ -120,6 +130,14 @@ class BenchmarksSmokeTest(unittest.TestCase):
     def test_map_benchmark(self):
         document = self.run_benchmark("map_benchmark", map_names())
         self.assertEqual(self.measured_targets(document), ({"P2", "P3"}, {"P2", "P3"}))
+
+    def test_range_lock_benchmark(self):
+        document = self.run_benchmark("range_lock_benchmark", range_lock_names())
+        for run in document["benchmarks"]:
+            if run["name"].startswith(("overlapping/", "mixed/")):
+                waits = {f"longest_wait_us_{thread}" for thread in range(run["threads"])}
+                self.assertLessEqual(waits, set(run), run["name"])
+        self.assertEqual(self.measured_targets(document), ({"P5"}, {"P5"}))
 
     def test_malloc_benchmark(self):
         document = self.run_benchmark("malloc_benchmark", malloc_names())

@@ -81,6 +81,16 @@ class CompareTest(unittest.TestCase):
         (row,) = self.measured(runs, "P9")
         self.assertAlmostEqual(row["value"], 9)
 
+    def test_times_and_their_baselines(self):
+        def disjoint(implementation, threads, rate):
+            return run_of(f"disjoint/{implementation}/own_granule/threads:{threads}", items_per_second=rate)
+        rows = self.measured([run_of("pair_exclusive/freehold/threads:1", real_time=14.0),
+                              run_of("pair_shared/freehold/threads:1", real_time=16.0),
+                              disjoint("freehold", 1, 70e6), disjoint("freehold", 2, 140e6),
+                              disjoint("tree", 2, 20e6), disjoint("coarse", 2, 35e6)], "P5")
+        self.assertEqual([(row["value"], row["holds"]) for row in rows],
+                         [(14.0, True), (16.0, False), (2.0, True), (7.0, True), (4.0, False)])
+
     def test_counters_with_upper_and_lower_goals(self):
         rows = self.measured([run_of("populate_stall/freehold/populate/threads:2", calls_per_second=400e3,
                                      p999_us=61.0, worst_us=30e3, a_seconds=1.0),
