@@ -248,7 +248,14 @@ AddressSpaceStats AddressSpace::Stats() const {
   for (const Region* region : regions()) region->AddStats(stats);
   stats.purge_calls = purge_stage_->calls();
   stats.purged_pages = purge_stage_->pages();
+  stats.metadata = arena_->used();
   return stats;
+}
+
+sync::HoldHistogram AddressSpace::TreeLockHolds() const {
+  sync::HoldHistogram holds;
+  for (const Region* region : regions()) holds += region->TreeLockHolds();
+  return holds;
 }
 
 void AddressSpace::ForEachVma(void (*visit)(void* context, const VmaInfo& vma), void* context) const {

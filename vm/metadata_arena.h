@@ -38,6 +38,7 @@ class MetadataArena {
     return objects;
   }
 
+  Bytes used() const { return {next_.load(std::memory_order_relaxed)}; }
   Bytes committed() const { return {committed_.load(std::memory_order_relaxed)}; }
 
  private:

@@ -86,6 +86,8 @@ class alignas(kCacheLineSize) Region {
   sync::RangeLock& range_lock() const { return range_lock_; }
   bool is_heap() const { return zone_ != Zone::kMapping; }
   void AddStats(AddressSpaceStats& stats) const;
+  // Nothing unless AddressSpaceOptions::record_tree_lock_holds asked for it.
+  sync::HoldHistogram TreeLockHolds() const;
   void CheckInvariants() const;
 
  private:
@@ -123,8 +125,9 @@ class alignas(kCacheLineSize) Region {
 
   // Every verb asks for this before its first change, so that it cannot fail half-way: three insertions.
   bool HasMetadataLocked() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_) {
-    return spare_vma_count_ >= 3 && !tree_.NeedsNodes();
+    return HasVmasLocked() && !tree_.NeedsNodes();
   }
+  bool HasVmasLocked() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_) { return spare_vma_count_ >= 3; }
   // Gets metadata from the arena, outside the lock.
   Error Refill();
   Vma* TakeVmaLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
@@ -229,7 +232,7 @@ class alignas(kCacheLineSize) Region {
 
   // Held over mprotect. Only under a range guard, so that fork finds it free.
   sync::SpinLock commit_lock_{sync::LockRank::kPurge};
-  mutable sync::SpinLock tree_lock_{sync::LockRank::kRegion};
+  mutable sync::RecordedSpinLock tree_lock_{sync::LockRank::kRegion};
   VmaTree tree_;  // changed under tree_lock_; Lookup is lock-free
   FreeRanges free_ ABSL_GUARDED_BY(tree_lock_);
   Vma* spare_vmas_ ABSL_GUARDED_BY(tree_lock_) = nullptr;
