@@ -265,8 +265,6 @@ void AddressSpace::ForEachVma(void (*visit)(void* context, const VmaInfo& vma), 
       VmaInfo vmas[kBatch];
       const std::size_t size = region->CopyVmas(from, vmas, kBatch);
       for (std::size_t i = 0; i < size; ++i) visit(context, vmas[i]);
-      if (size < kBatch) break;
-      from = vmas[size - 1].range.end;
     }
   }
 }

@@ -7,37 +7,68 @@ namespace {
 
 // Extents looked at in a bin that holds several sizes, or for an alignment.
 constexpr int kSearchLimit = 8;
+// Extents that an extent older than the newest of its bin is compared with.
+constexpr int kOrderLimit = 32;
 // One unmap in so many pays for a mincore, after the first few.
 constexpr std::uint32_t kSampleEvery = 64;
 constexpr std::uint32_t kFirstSamples = 4;
 
 }  // namespace
 
+int FreeRanges::BinAtOrAbove(int bin, Knowledge knowledge) const {
+  const std::uint64_t* words = occupied_[Index(knowledge)];
+  for (int word = bin / 64; word < kOccupiedWords; ++word) {
+    const std::uint64_t from = word == bin / 64 ? ~std::uint64_t{0} << (bin % 64) : ~std::uint64_t{0};
+    if ((words[word] & from) != 0) return word * 64 + std::countr_zero(words[word] & from);
+  }
+  return kBinCount;
+}
+
+int FreeRanges::BinAtOrBelow(int bin) const {
+  for (int word = bin / 64; bin >= 0 && word >= 0; --word) {
+    std::uint64_t any = 0;
+    for (const auto& words : occupied_) any |= words[word];
+    if (word == bin / 64) any &= ~std::uint64_t{0} >> (63 - bin % 64);
+    if (any != 0) return word * 64 + 63 - std::countl_zero(any);
+  }
+  return -1;
+}
+
+void FreeRanges::SetOccupied(int bin, Knowledge knowledge, bool occupied) {
+  std::uint64_t& word = occupied_[Index(knowledge)][bin / 64];
+  const std::uint64_t bit = std::uint64_t{1} << (bin % 64);
+  word = occupied ? word | bit : word & ~bit;
+}
+
 void FreeRanges::Push(Vma* vma, std::uint32_t freed_at) {
   FREEHOLD_DCHECK(vma->Is(VmaState::kCached));
-  List& list = bins_[BinOf(vma->page_count())].lists[Index(vma->knowledge)];
-  vma->freed_at = freed_at;
+  const int bin = BinOf(vma->page_count());
+  List& list = bins_[bin].lists[Index(vma->knowledge)];
   // Nearly always the newest; parts of an extent that was split are as old as it was.
   Vma* older = list.newest;
   if (older != nullptr && older->freed_at > freed_at) {
     older = nullptr;
-    for (Vma* next = list.oldest; next->freed_at <= freed_at; next = next->newer) older = next;
+    Vma* next = list.oldest;
+    for (int i = 0; i < kOrderLimit && next->freed_at <= freed_at; ++i, next = next->newer) older = next;
+    if (older != nullptr && next->freed_at <= freed_at) freed_at = older->freed_at;
   }
+  vma->freed_at = freed_at;
   vma->older = older;
   vma->newer = older != nullptr ? older->newer : list.oldest;
   (vma->newer != nullptr ? vma->newer->older : list.newest) = vma;
   (older != nullptr ? older->newer : list.oldest) = vma;
-  ++list.size;
+  if (list.size++ == 0) SetOccupied(bin, vma->knowledge, true);
   ++extents_;
   if (vma->knowledge != Knowledge::kClean) dirty_pages_ += vma->page_count();
 }
 
 void FreeRanges::Remove(Vma* vma) {
-  List& list = bins_[BinOf(vma->page_count())].lists[Index(vma->knowledge)];
+  const int bin = BinOf(vma->page_count());
+  List& list = bins_[bin].lists[Index(vma->knowledge)];
   (vma->newer != nullptr ? vma->newer->older : list.newest) = vma->older;
   (vma->older != nullptr ? vma->older->newer : list.oldest) = vma->newer;
   vma->newer = vma->older = nullptr;
-  --list.size;
+  if (--list.size == 0) SetOccupied(bin, vma->knowledge, false);
   --extents_;
   if (vma->knowledge != Knowledge::kClean) dirty_pages_ -= vma->page_count();
 }
@@ -46,7 +77,7 @@ Vma* FreeRanges::Take(RegionPage count, Knowledge knowledge, std::uint64_t align
                       std::uint64_t origin) {
   const int own = BinOf(count);
   const int last = count <= kExactPages ? own : kBinCount - 1;
-  for (int bin = own; bin <= last; ++bin) {
+  for (int bin = BinAtOrAbove(own, knowledge); bin <= last; bin = BinAtOrAbove(bin + 1, knowledge)) {
     Vma* vma = bins_[bin].lists[Index(knowledge)].newest;
     for (int i = 0; vma != nullptr && i < kSearchLimit; ++i, vma = vma->older) {
       if (vma->page_count() < count || ((origin + vma->first_page()) & (alignment - 1)) != 0) continue;
@@ -104,6 +135,7 @@ void FreeRanges::CheckInvariants() const {
       }
       FREEHOLD_CHECK(list.oldest == newer);
       FREEHOLD_CHECK(size == list.size);
+      FREEHOLD_CHECK((occupied_[knowledge][bin / 64] >> (bin % 64) & 1) == (size != 0 ? 1 : 0));
       extents += size;
     }
   }

@@ -8,6 +8,8 @@
 // Units:         pages; times are ticks of the address space's coarse clock.
 // Invariants:    F1. An extent is in a bin exactly while its state is kCached.
 //                F2. Within a list, extents are ordered by the time they were freed, newest first.
+//                F3. occupied_ has a bit for every list that is not empty: searches are bounded by the words of
+//                    a bit set, not by bins or extents.
 #ifndef FREEHOLD_VM_FREE_RANGES_H_
 #define FREEHOLD_VM_FREE_RANGES_H_
 
@@ -32,7 +34,7 @@ class FreeRanges {
     return static_cast<int>(kExactPages) + (log2 - 6) * 4 + static_cast<int>((count >> (log2 - 2)) & 3);
   }
 
-  // REQUIRES: `vma` is kCached and in no bin.
+  // REQUIRES: `vma` is kCached and in no bin. An extent older than many in its bin may pass for older than it is.
   void Push(Vma* vma, std::uint32_t freed_at);
   // REQUIRES: `vma` is in a bin.
   void Remove(Vma* vma);
@@ -42,6 +44,8 @@ class FreeRanges {
   // finds, or null.
   Vma* Take(RegionPage count, Knowledge knowledge, std::uint64_t alignment, std::uint64_t origin);
 
+  // The highest bin up to `bin` that holds an extent; -1 if none does.
+  int BinAtOrBelow(int bin) const;
   // The extent of `bin` that has waited longest, or null.
   Vma* Oldest(int bin, Knowledge knowledge) const { return bins_[bin].lists[Index(knowledge)].oldest; }
   std::size_t ListSize(int bin, Knowledge knowledge) const {
@@ -61,7 +65,7 @@ class FreeRanges {
   // The unmap that was to be sampled tells nothing; try one later.
   void SkipSample(RegionPage count);
 
-  // CHECKs F1 and the sums.
+  // CHECKs F1 to F3 and the sums.
   void CheckInvariants() const;
 
  private:
@@ -78,8 +82,14 @@ class FreeRanges {
   };
   static constexpr std::uint32_t kShareOne = 1 << 16;
   static constexpr int Index(Knowledge knowledge) { return static_cast<int>(knowledge); }
+  static constexpr int kOccupiedWords = (kBinCount + 63) / 64;
+
+  // The lowest bin from `bin` on that holds an extent of `knowledge`; kBinCount if none does.
+  int BinAtOrAbove(int bin, Knowledge knowledge) const;
+  void SetOccupied(int bin, Knowledge knowledge, bool occupied);
 
   Bin bins_[kBinCount];
+  std::uint64_t occupied_[kKnowledgeCount][kOccupiedWords] = {};
   std::size_t dirty_pages_ = 0;
   std::size_t extents_ = 0;
 };

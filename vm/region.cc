@@ -134,9 +134,7 @@ Vma* Region::NextLocked(const Vma* vma) const {
 }
 
 void Region::SetBusyLocked(RegionPage first, RegionPage end, bool busy) {
-  for (Vma* vma = tree_.Find(first).vma(); vma != nullptr && vma->first_page() < end; vma = NextLocked(vma)) {
-    vma->busy = busy;
-  }
+  for (const RegionPage page : {first, end - 1}) tree_.Find(page).vma()->busy = busy;
 }
 
 void Region::MergeMappedLocked(RegionPage first, RegionPage end) {
