@@ -19,8 +19,8 @@ constexpr unsigned kClockShift = 24;
 // Below this many pages a region is not worth having: a small reservation gets fewer regions.
 constexpr std::size_t kMinRegionPages = MiB(4).value / kPageSize;
 
-// Metadata takes a two-hundredth of the space in the worst case (every page an extent needs more, and then
-// Map says kNoMetadata); reserving it costs nothing.
+// Enough for an extent a page: a record takes 64 bytes, its place in the tree 20 to 50. Reserving it costs
+// nothing, and whoever has a million VMAs commits a hundred megabytes of it.
 constexpr std::size_t kMetadataShare = 32;
 constexpr std::size_t kMinMetadataPages = MiB(8).value / kPageSize;
 
