@@ -13,9 +13,9 @@
 //
 // What is the same for all. Free memory goes back to the kernel at once (free_resident_limit is 0), so that 4 KiB
 // take the way that 4 GiB take, and everything but the verb itself is undone outside the measurement. The caches
-// are cold: before each verb a buffer larger than they are is read, since populating gigabytes leaves them cold
-// too. A hold includes one reading of the clock, and whatever interrupts the thread: `worst_ns` of a virtual
-// machine is the scheduler's.
+// are warm: right before each verb, all verbs run on a small mapping beside, since populating gigabytes leaves
+// them cold. A hold includes one reading of the clock, and whatever interrupts the thread: `worst_ns` of a
+// virtual machine is the scheduler's.
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
@@ -25,7 +25,6 @@
 #include <cstdlib>
 #include <functional>
 #include <string>
-#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "bench/support/cpu.h"
@@ -92,14 +91,6 @@ class Space {
   AddressSpace* space_;
 };
 
-// Evicts what the caches hold.
-void CoolCaches() {
-  static const std::vector<char> buffer(std::size_t{64} << 20, 1);
-  unsigned sum = 0;
-  for (std::size_t i = 0; i < buffer.size(); i += vm::kCacheLineSize) sum += static_cast<unsigned>(buffer[i]);
-  benchmark::DoNotOptimize(sum);
-}
-
 // Times `verb` and collects its holds.
 class Meter {
  public:
@@ -107,7 +98,6 @@ class Meter {
 
   template <typename Verb>
   void Measure(const Verb& verb) {
-    CoolCaches();
     vm::sync::HoldHistogram holds = space_.Holds();
     const std::uint64_t start = MonotonicNanoseconds();
     verb();
@@ -153,19 +143,29 @@ void ProtectPair(Space& space, PageRange range) {
   space.Protect(range, vm::os::Protection::kReadWrite);
 }
 
+constexpr vm::MapOptions kPopulated = {.huge_pages = vm::os::HugePages::kPrefer, .populate = true};
+
+// All verbs on a mapping of `size`, or of a huge page if that is less: in the same zone either way.
+void WarmUp(Space& space, Pages size) {
+  const PageRange range = space.Map(std::min(size, Pages{vm::kPagesPerHugePage}), kPopulated);
+  ProtectPair(space, range);
+  space.Unmap(range);
+}
+
 void OnOneMapping(benchmark::State& state, Verb verb, Pages size) {
   const ScopedPin pin(state.thread_index());
   Space space;
   Meter meter(state, space);
-  const vm::MapOptions populated = {.huge_pages = vm::os::HugePages::kPrefer, .populate = true};
   space.Unmap(space.Map(size));  // The address space for it is committed from now on.
   space.Purge();
   for (auto _ : state) {
     PageRange range;
     if (verb == Verb::kPopulate) {
-      meter.Measure([&] { range = space.Map(size, populated); });
+      WarmUp(space, size);
+      meter.Measure([&] { range = space.Map(size, kPopulated); });
     } else {
-      range = space.Map(size, populated);
+      range = space.Map(size, kPopulated);
+      WarmUp(space, size);
     }
     if (verb == Verb::kProtect) meter.Measure([&] { ProtectPair(space, range); });
     if (verb == Verb::kUnmap) {
@@ -186,6 +186,7 @@ void OnManyMappings(benchmark::State& state, Verb verb, std::size_t count) {
   Meter meter(state, space);
   for (auto _ : state) {
     const PageRange row = space.MapInARow(count);
+    WarmUp(space, {1});
     switch (verb) {
       case Verb::kProtect: meter.Measure([&] { ProtectPair(space, row); }); break;
       case Verb::kReplace: meter.Measure([&] { space.Replace(row); }); break;

@@ -85,17 +85,19 @@ void VmaTree::Init(Vma* all) {
   root_.store(root, std::memory_order_release);  // Pairs with the acquire in Lookup.
 }
 
-// The last slot whose key is at most `page`, or -1. Loads are acquires for the sake of lookups.
+// The last slot whose key is at most `page`, or -1. Loads are acquires for the sake of lookups. Sums instead of
+// branches: no predictor guesses which half of a node a random page is in.
 int VmaTree::SlotOf(const Node& node, RegionPage page) {
-  int low = 0;
+  const auto at_most = [&](int slot) { return node.key[slot].load(std::memory_order_acquire) <= page; };
   int size = std::min<int>(node.count.load(std::memory_order_acquire), kFanout);
-  while (size > 0) {
+  if (size == 0) return -1;
+  int low = 0;
+  while (size > 1) {
     const int half = size / 2;
-    const bool right = node.key[low + half].load(std::memory_order_acquire) <= page;
-    low = right ? low + half + 1 : low;
-    size = right ? size - half - 1 : half;
+    low += half & -static_cast<int>(at_most(low + half));
+    size -= half;
   }
-  return low - 1;
+  return low - static_cast<int>(!at_most(low));
 }
 
 // Fetches what a lookup reads of `node` in one go: it would wait for line after line otherwise.
