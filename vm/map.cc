@@ -92,7 +92,9 @@ Region::Choice Region::ChooseLocked(RegionPage count, const MapOptions& options,
   out.generation = ++last_generation_;
   out.protection = options.protection;
   out.zero = options.content == Content::kZeroed && vma->knowledge != Knowledge::kClean;
-  out.commit = !IsCommitted(vma->first_page(), vma->end_page());
+  // Many chunks are looked at without the tree lock, in Commit.
+  out.commit = is_heap() && (vma->page_count() > kChunksPerHold * chunk_pages_ ||
+                             !IsCommitted(vma->first_page(), vma->end_page()));
   const os::Protection now = is_heap() ? os::Protection::kReadWrite : os::Protection::kNone;
   out.protect = vma->kernel_vma || options.protection != now;
   out.unguard = is_heap() && shared_.options->strict_unmap;

@@ -112,6 +112,7 @@ class alignas(kCacheLineSize) Region {
 
   // What a verb does to this many extents takes about a microsecond.
   static constexpr int kExtentsPerHold = 16;
+  static constexpr std::size_t kChunksPerHold = 64;  // of committed_
 
   static constexpr std::size_t kPurgeBatch = 64;
   struct PurgeList {
