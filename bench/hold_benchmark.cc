@@ -218,7 +218,7 @@ bool RegisterCases() {
     std::size_t bytes;
   };
   // The same number of verbs for both: percentiles of few holds depend on how many there are.
-  constexpr int kVerbs = 24;
+  constexpr int kVerbs = 8;
   const bool has_memory = AvailableMemory() > 5 * kGiB;
   if (!has_memory) NoteLeftOut("tree_lock_hold/4GiB", "less than 5 GiB of memory available");
   for (const Verb verb : {Verb::kPopulate, Verb::kProtect, Verb::kUnmap}) {

@@ -142,10 +142,12 @@ class AddressSpace {
   Result<PageRange> Map(Pages count, const MapOptions& options = {});
 
   // Unmaps whatever is mapped in `range`: parts of VMAs, several VMAs, holes. Errors: kEmpty, kOverflow,
-  // kOutsideReservation, kNoMetadata (a split needs metadata), kSystem. Atomic per region.
+  // kOutsideReservation, kNoMetadata (a split needs metadata), kSystem. Fails as a whole per region; lookups may
+  // find an unmap of many VMAs partly done.
   Error Unmap(PageRange range);
 
-  // Changes the protection of `range`, which must be mapped throughout, else kNotMapped. Atomic per region.
+  // Changes the protection of `range`, which must be mapped throughout, else kNotMapped. Fails as a whole per
+  // region; lookups may find a change of many VMAs partly done.
   Error Protect(PageRange range, os::Protection protection);
 
   // The VMA that holds `page`; kNotMapped when there is none. Takes no lock and writes nothing.

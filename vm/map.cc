@@ -8,8 +8,8 @@
 // locked instead, and nobody can interfere.
 //
 // Fixed: the range is locked first, then every free page in it is claimed (made pending), prepared without
-// the tree lock, and the whole range is published as one extent in one critical section. Old mappings stay
-// visible to lookups until that moment.
+// the tree lock, and the range is published as one extent, which grows over kExtentsPerHold old ones in a critical
+// section. Old mappings stay visible to lookups until that moment.
 #include <algorithm>
 #include <optional>
 

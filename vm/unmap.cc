@@ -1,5 +1,5 @@
-// Unmap: lock the range exclusively, take the VMAs away from lookups in one critical section, downgrade, do
-// the kernel's work, let the extents be re-used.
+// Unmap: lock the range exclusively, take the VMAs away from lookups, kExtentsPerHold in a critical section,
+// downgrade, do the kernel's work, let the extents be re-used.
 //
 // In heap zones there is usually no kernel's work: pages stay resident and the extent goes to a bin. Strict
 // unmap, protections of their own and the mapping zone have some; then the extents are kDetached meanwhile,
