@@ -18,8 +18,6 @@ Result<MetadataArena*> MetadataArena::Create(os::Kernel& kernel, Pages size) {
   const bool may_grow_huge = kernel.features().huge_pages && size.bytes().value > kHugePageSize;
   const Result<PageRange> range = kernel.Reserve(size, {may_grow_huge ? kPagesPerHugePage : 1});
   if (!range.ok()) return range.error();
-  // Small pages serve as well.
-  if (may_grow_huge) (void)kernel.AdviseHugePages(*range, os::HugePages::kPrefer);
   const std::size_t first_step = std::min(kCommitStep, size.bytes().value);
   const Error committed =
       kernel.Protect(PageRange::FromBytes(range->address(), {first_step}), os::Protection::kReadWrite);
@@ -27,6 +25,8 @@ Result<MetadataArena*> MetadataArena::Create(os::Kernel& kernel, Pages size) {
     (void)kernel.Release(*range);
     return committed;
   }
+  // Small pages serve as well.
+  if (may_grow_huge) (void)kernel.AdviseHugePages(*range, os::HugePages::kPrefer);
   return new (range->address()) MetadataArena(kernel, *range, first_step);
 }
 
