@@ -20,10 +20,11 @@ constexpr std::string_view kPrefix = "FREEHOLD_";
 constexpr std::size_t kMaxName = 31;
 
 constexpr std::string_view kMallocChoices[] = {"freehold", "libc"};
-constexpr std::string_view kLockPolicies[] = {"coarse", "tree"};
+constexpr std::string_view kLockPolicies[] = {"coarse", "tree", "adaptive"};
 static_assert(static_cast<int>(MallocChoice::kLibc) == 1 &&
               static_cast<int>(LockPolicy::kCoarse) == 0 &&
-              static_cast<int>(LockPolicy::kTree) == 1);
+              static_cast<int>(LockPolicy::kTree) == 1 &&
+              static_cast<int>(LockPolicy::kAdaptive) == 2);
 
 constexpr std::uint64_t kMillisecond = vm::Milliseconds(1).value;
 

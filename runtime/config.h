@@ -29,7 +29,7 @@ struct Config {
   // kLibc: every call goes to libc's own malloc, and Freehold reserves nothing.
   MallocChoice malloc = MallocChoice::kFreehold;
   // See vm::AddressSpaceOptions for these four.
-  vm::sync::LockPolicy lock_policy = vm::sync::LockPolicy::kTree;
+  vm::sync::LockPolicy lock_policy = vm::sync::LockPolicy::kAdaptive;
   bool strict_unmap = false;
   vm::Bytes free_resident_limit = vm::MiB(256);
   vm::Nanoseconds decay = vm::Milliseconds(1000);

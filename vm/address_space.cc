@@ -19,8 +19,8 @@ constexpr unsigned kClockShift = 24;
 // Below this many pages a region is not worth having: a small reservation gets fewer regions.
 constexpr std::size_t kMinRegionPages = MiB(4).value / kPageSize;
 
-// Metadata takes a two-hundredth of the space in the worst case (every page an extent needs more, and then
-// Map says kNoMetadata); reserving it costs nothing.
+// Enough for an extent a page: a record takes 64 bytes, its place in the tree 20 to 50. Reserving it costs
+// nothing, and whoever has a million VMAs commits a hundred megabytes of it.
 constexpr std::size_t kMetadataShare = 32;
 constexpr std::size_t kMinMetadataPages = MiB(8).value / kPageSize;
 
@@ -262,7 +262,14 @@ AddressSpaceStats AddressSpace::Stats() const {
   for (const Region* region : regions()) region->AddStats(stats);
   stats.purge_calls = purge_stage_->calls();
   stats.purged_pages = purge_stage_->pages();
+  stats.metadata = arena_->used();
   return stats;
+}
+
+sync::HoldHistogram AddressSpace::TreeLockHolds() const {
+  sync::HoldHistogram holds;
+  for (const Region* region : regions()) holds += region->TreeLockHolds();
+  return holds;
 }
 
 void AddressSpace::ForEachVma(void (*visit)(void* context, const VmaInfo& vma), void* context) const {
@@ -272,8 +279,6 @@ void AddressSpace::ForEachVma(void (*visit)(void* context, const VmaInfo& vma), 
       VmaInfo vmas[kBatch];
       const std::size_t size = region->CopyVmas(from, vmas, kBatch);
       for (std::size_t i = 0; i < size; ++i) visit(context, vmas[i]);
-      if (size < kBatch) break;
-      from = vmas[size - 1].range.end;
     }
   }
 }

@@ -26,6 +26,7 @@
 #include "vm/os/kernel.h"
 #include "vm/page_range.h"
 #include "vm/result.h"
+#include "vm/sync/hold_histogram.h"
 #include "vm/sync/range_lock.h"
 #include "vm/sync/spin_lock.h"
 #include "vm/units.h"
@@ -48,9 +49,9 @@ struct AddressSpaceOptions {
   // Address space to reserve; halved until the kernel grants it, but not below `min_reserve`.
   Bytes reserve = TiB(16);
   Bytes min_reserve = GiB(64);
-  // kTree: one interval tree of held ranges per region. kCoarse: one reader-writer lock for the whole space,
-  // the mmap_sem model and baseline.
-  sync::LockPolicy lock_policy = sync::LockPolicy::kTree;
+  // kAdaptive: lock words for 2 MiB each, per region; kTree: one interval tree of held ranges per region.
+  // kCoarse: one reader-writer lock for the whole space, the mmap_sem model and baseline.
+  sync::LockPolicy lock_policy = sync::LockPolicy::kAdaptive;
   // Regions per zone; 0 chooses one per CPU, fewer when the reservation is small.
   unsigned regions_per_zone = 0;
   // Unmapped pages trap at once instead of staying resident for re-use. For debugging; slow.
@@ -59,6 +60,8 @@ struct AddressSpaceOptions {
   Bytes free_resident_limit = MiB(256);
   // How long free memory stays resident before Tick() purges it.
   Nanoseconds decay = Milliseconds(1000);
+  // Times every hold of a region's tree lock, for TreeLockHolds(); two clock readings each.
+  bool record_tree_lock_holds = false;
 };
 
 enum class Placement : std::uint8_t {
@@ -111,6 +114,7 @@ struct AddressSpaceStats {
   Bytes committed;       // readable and writable for the kernel
   Bytes mapped;          // handed out by Map
   Bytes free_resident;   // free or cached, possibly resident
+  Bytes metadata;        // handed out for the space's own records; the largest share is the VMAs and their trees
   std::uint64_t vmas = 0;
   std::uint64_t maps = 0;
   std::uint64_t unmaps = 0;
@@ -138,10 +142,12 @@ class AddressSpace {
   Result<PageRange> Map(Pages count, const MapOptions& options = {});
 
   // Unmaps whatever is mapped in `range`: parts of VMAs, several VMAs, holes. Errors: kEmpty, kOverflow,
-  // kOutsideReservation, kNoMetadata (a split needs metadata), kSystem. Atomic per region.
+  // kOutsideReservation, kNoMetadata (a split needs metadata), kSystem. Fails as a whole per region; lookups may
+  // find an unmap of many VMAs partly done.
   Error Unmap(PageRange range);
 
-  // Changes the protection of `range`, which must be mapped throughout, else kNotMapped. Atomic per region.
+  // Changes the protection of `range`, which must be mapped throughout, else kNotMapped. Fails as a whole per
+  // region; lookups may find a change of many VMAs partly done.
   Error Protect(PageRange range, os::Protection protection);
 
   // The VMA that holds `page`; kNotMapped when there is none. Takes no lock and writes nothing.
@@ -167,6 +173,9 @@ class AddressSpace {
   bool Contains(const void* address) const { return reservation_.Contains(PageNumber::Of(address)); }
   os::Kernel& kernel() const { return *kernel_; }
   AddressSpaceStats Stats() const;
+  // How long tree locks were held since Create, all regions together; empty unless
+  // AddressSpaceOptions::record_tree_lock_holds is set.
+  sync::HoldHistogram TreeLockHolds() const;
 
   // Calls `visit` for every mapped VMA in ascending order, from consistent copies of up to 64 VMAs of a region;
   // no lock is held during the call. Pages mapped all the time are visited once; no page is visited twice: of a

@@ -5,15 +5,38 @@
 namespace freehold::vm {
 namespace {
 
+// Extents that an extent older than the newest of its bin is compared with.
+constexpr int kOrderLimit = 32;
 // One unmap in so many pays for a mincore, after the first few.
 constexpr std::uint32_t kSampleEvery = 64;
 constexpr std::uint32_t kFirstSamples = 4;
 
 }  // namespace
 
-Vma* FreeRanges::FindOlder(const List& list, std::uint32_t freed_at) {
+int FreeRanges::BinAtOrAbove(int bin, Knowledge knowledge) const {
+  const std::uint64_t* words = occupied_[Index(knowledge)];
+  for (int word = bin / 64; word < kOccupiedWords; ++word) {
+    const std::uint64_t from = word == bin / 64 ? ~std::uint64_t{0} << (bin % 64) : ~std::uint64_t{0};
+    if ((words[word] & from) != 0) return word * 64 + std::countr_zero(words[word] & from);
+  }
+  return kBinCount;
+}
+
+int FreeRanges::BinAtOrBelow(int bin) const {
+  for (int word = bin / 64; bin >= 0 && word >= 0; --word) {
+    std::uint64_t any = 0;
+    for (const auto& words : occupied_) any |= words[word];
+    if (word == bin / 64) any &= ~std::uint64_t{0} >> (63 - bin % 64);
+    if (any != 0) return word * 64 + 63 - std::countl_zero(any);
+  }
+  return -1;
+}
+
+Vma* FreeRanges::FindOlder(const List& list, std::uint32_t& freed_at) {
   Vma* older = nullptr;
-  for (Vma* next = list.oldest; next->freed_at <= freed_at; next = next->newer) older = next;
+  Vma* next = list.oldest;
+  for (int i = 0; i < kOrderLimit && next->freed_at <= freed_at; ++i, next = next->newer) older = next;
+  if (older != nullptr && next->freed_at <= freed_at) freed_at = older->freed_at;
   return older;
 }
 
@@ -47,6 +70,7 @@ void FreeRanges::CheckInvariants() const {
       }
       FREEHOLD_CHECK(list.oldest == newer);
       FREEHOLD_CHECK(size == list.size);
+      FREEHOLD_CHECK((occupied_[knowledge][bin / 64] >> (bin % 64) & 1) == (size != 0 ? 1 : 0));
       extents += size;
     }
   }

@@ -8,6 +8,8 @@
 // Units:         pages; times are ticks of the address space's coarse clock.
 // Invariants:    F1. An extent is in a bin exactly while its state is kCached.
 //                F2. Within a list, extents are ordered by the time they were freed, newest first.
+//                F3. occupied_ has a bit for every list that is not empty: searches are bounded by the words of
+//                    a bit set, not by bins or extents.
 #ifndef FREEHOLD_VM_FREE_RANGES_H_
 #define FREEHOLD_VM_FREE_RANGES_H_
 
@@ -34,7 +36,7 @@ class FreeRanges {
     return static_cast<int>(kExactPages) + (log2 - 6) * 4 + static_cast<int>((count >> (log2 - 2)) & 3);
   }
 
-  // REQUIRES: `vma` is kCached and in no bin.
+  // REQUIRES: `vma` is kCached and in no bin. An extent older than many in its bin may pass for older than it is.
   void Push(Vma* vma, std::uint32_t freed_at);
   // REQUIRES: `vma` is in a bin.
   void Remove(Vma* vma);
@@ -44,6 +46,8 @@ class FreeRanges {
   // finds, or null.
   Vma* Take(RegionPage count, Knowledge knowledge, std::uint64_t alignment, std::uint64_t origin);
 
+  // The highest bin up to `bin` that holds an extent; -1 if none does.
+  int BinAtOrBelow(int bin) const;
   // The extent of `bin` that has waited longest, or null.
   Vma* Oldest(int bin, Knowledge knowledge) const { return bins_[bin].lists[Index(knowledge)].oldest; }
   std::size_t ListSize(int bin, Knowledge knowledge) const {
@@ -63,7 +67,7 @@ class FreeRanges {
   // The unmap that was to be sampled tells nothing; try one later.
   void SkipSample(RegionPage count);
 
-  // CHECKs F1 and the sums.
+  // CHECKs F1 to F3 and the sums.
   void CheckInvariants() const;
 
  private:
@@ -82,48 +86,63 @@ class FreeRanges {
   // Extents looked at in a bin that holds several sizes, or for an alignment.
   static constexpr int kSearchLimit = 8;
   static constexpr int Index(Knowledge knowledge) { return static_cast<int>(knowledge); }
+  static constexpr int kOccupiedWords = (kBinCount + 63) / 64;
 
-  // The newest of `list` that was freed no later than `freed_at`, or null.
-  static Vma* FindOlder(const List& list, std::uint32_t freed_at);
+  // The lowest bin from `bin` on that holds an extent of `knowledge`; kBinCount if none does.
+  int BinAtOrAbove(int bin, Knowledge knowledge) const;
+  void SetOccupied(int bin, Knowledge knowledge, bool occupied);
+
+  // The newest of `list` that was freed no later than `freed_at`, or null. Looks at kOrderLimit extents, and makes
+  // `freed_at` as old as the last of them if that is not enough.
+  static Vma* FindOlder(const List& list, std::uint32_t& freed_at);
 
   Bin bins_[kBinCount];
+  std::uint64_t occupied_[kKnowledgeCount][kOccupiedWords] = {};
   std::size_t dirty_pages_ = 0;
   std::size_t extents_ = 0;
 };
 
 // Inline: these are on the path of every map and unmap.
 
+inline void FreeRanges::SetOccupied(int bin, Knowledge knowledge, bool occupied) {
+  std::uint64_t& word = occupied_[Index(knowledge)][bin / 64];
+  const std::uint64_t bit = std::uint64_t{1} << (bin % 64);
+  word = occupied ? word | bit : word & ~bit;
+}
+
 inline void FreeRanges::Push(Vma* vma, std::uint32_t freed_at) {
   FREEHOLD_DCHECK(vma->Is(VmaState::kCached));
-  List& list = bins_[BinOf(vma->page_count())].lists[Index(vma->knowledge)];
-  vma->freed_at = freed_at;
+  const int bin = BinOf(vma->page_count());
+  List& list = bins_[bin].lists[Index(vma->knowledge)];
   // Nearly always the newest; parts of an extent that was split are as old as it was.
   Vma* older = list.newest;
   if (ABSL_PREDICT_FALSE(older != nullptr && older->freed_at > freed_at)) older = FindOlder(list, freed_at);
+  vma->freed_at = freed_at;
   vma->older = older;
   vma->newer = older != nullptr ? older->newer : list.oldest;
   (vma->newer != nullptr ? vma->newer->older : list.newest) = vma;
   (older != nullptr ? older->newer : list.oldest) = vma;
-  ++list.size;
+  if (list.size++ == 0) SetOccupied(bin, vma->knowledge, true);
   ++extents_;
   if (vma->knowledge != Knowledge::kClean) dirty_pages_ += vma->page_count();
 }
 
 inline void FreeRanges::Remove(Vma* vma) {
-  List& list = bins_[BinOf(vma->page_count())].lists[Index(vma->knowledge)];
+  const int bin = BinOf(vma->page_count());
+  List& list = bins_[bin].lists[Index(vma->knowledge)];
   (vma->newer != nullptr ? vma->newer->older : list.newest) = vma->older;
   (vma->older != nullptr ? vma->older->newer : list.oldest) = vma->newer;
   vma->newer = vma->older = nullptr;
-  --list.size;
+  if (--list.size == 0) SetOccupied(bin, vma->knowledge, false);
   --extents_;
   if (vma->knowledge != Knowledge::kClean) dirty_pages_ -= vma->page_count();
 }
 
 inline Vma* FreeRanges::Take(RegionPage count, Knowledge knowledge, std::uint64_t alignment,
-                      std::uint64_t origin) {
+                             std::uint64_t origin) {
   const int own = BinOf(count);
   const int last = count <= kExactPages ? own : kBinCount - 1;
-  for (int bin = own; bin <= last; ++bin) {
+  for (int bin = BinAtOrAbove(own, knowledge); bin <= last; bin = BinAtOrAbove(bin + 1, knowledge)) {
     Vma* vma = bins_[bin].lists[Index(knowledge)].newest;
     for (int i = 0; vma != nullptr && i < kSearchLimit; ++i, vma = vma->older) {
       if (vma->page_count() < count || ((origin + vma->first_page()) & (alignment - 1)) != 0) continue;

@@ -5,6 +5,12 @@
 #include "vm/region.h"
 
 namespace freehold::vm {
+namespace {
+
+// Extents that one hold of the tree lock looks at for CopyVmas, mapped or not. Steps along leaves are cheap.
+constexpr int kVisitsPerCopy = 64;
+
+}  // namespace
 
 VmaInfo Region::InfoOf(const VmaTree::View& view, VmaState& state) const {
   state = view.state;
@@ -33,20 +39,23 @@ VmaInfo Region::LookupHeld(PageNumber page, VmaState& state, const Guard& guard)
   return InfoOf(view, state);
 }
 
-std::size_t Region::CopyVmas(PageNumber from, VmaInfo* out, std::size_t capacity) const {
+std::size_t Region::CopyVmas(PageNumber& from, VmaInfo* out, std::size_t capacity) const {
   sync::SpinLockHolder holder(tree_lock_);
   std::size_t size = 0;
   VmaTree::Path path = tree_.Find(ToRegion(from));
+  const PageNumber lowest = from;
+  int visits = 0;
   do {
     const Vma& vma = *path.vma();
-    if (!vma.Is(VmaState::kMapped)) continue;
     // An extent made since the last copy may begin before `from`.
     const PageRange range = RangeOf(vma);
-    out[size++] = {.range = {std::max(range.first, from), range.end},
+    from = range.end;
+    if (!vma.Is(VmaState::kMapped)) continue;
+    out[size++] = {.range = {std::max(range.first, lowest), range.end},
                    .protection = vma.protection.load(std::memory_order_relaxed),
                    .zone = zone_,
                    .generation = vma.generation.load(std::memory_order_relaxed)};
-  } while (size < capacity && tree_.Next(path));
+  } while (size < capacity && ++visits < kVisitsPerCopy && tree_.Next(path));
   return size;
 }
 

@@ -8,8 +8,8 @@
 // locked instead, and nobody can interfere.
 //
 // Fixed: the range is locked first, then every free page in it is claimed (made pending), prepared without
-// the tree lock, and the whole range is published as one extent in one critical section. Old mappings stay
-// visible to lookups until that moment.
+// the tree lock, and the range is published as one extent, which grows over kExtentsPerHold old ones in a critical
+// section. Old mappings stay visible to lookups until that moment.
 #include <algorithm>
 #include <optional>
 
@@ -99,7 +99,9 @@ Region::Choice Region::ChooseLocked(RegionPage count, const MapOptions& options,
   out.generation = ++last_generation_;
   out.protection = options.protection;
   out.zero = options.content == Content::kZeroed && vma->knowledge != Knowledge::kClean;
-  out.commit = !IsCommitted(vma->first_page(), vma->end_page());
+  // Many chunks are looked at without the tree lock, in Commit.
+  out.commit = is_heap() && (vma->page_count() > kChunksPerHold * chunk_pages_ ||
+                             !IsCommitted(vma->first_page(), vma->end_page()));
   const os::Protection now = is_heap() ? os::Protection::kReadWrite : os::Protection::kNone;
   out.protect = vma->kernel_vma || options.protection != now;
   out.unguard = is_heap() && shared_.options->strict_unmap;
@@ -203,96 +205,152 @@ Result<PageRange> Region::MapFixed(PageRange range, const MapOptions& options) {
   const Guard guard(range_lock_, range, Mode::kExclusive, sync::Operation::kMap);
   const RegionPage first = ToRegion(range.first);
   const RegionPage end = ToRegion(range.end);
-  std::uint64_t generation = 0;
-  bool clean = false;
-  for (bool claimed = false; !claimed;) {
-    Claim claim;
-    {
-      sync::SpinLockHolder holder(tree_lock_);
-      claim = ClaimLocked(first, end, options.placement, generation, clean);
-    }
-    switch (claim) {
-      case Claim::kClaimed:
-        claimed = true;
-        break;
-      case Claim::kOverlap:
-        return ErrorCode::kOverlap;
-      case Claim::kPurging:
-        WaitForPurges();
-        break;
-      case Claim::kNoMetadata:
-        if (const Error error = Refill(); !error.ok()) return error;
-        break;
-    }
-  }
-  const Error error = PrepareFixed(range, options, clean, guard);
-  sync::SpinLockHolder holder(tree_lock_);
-  SetBusyLocked(first, end, false);
+  const Result<Claim> claim = ClaimFixed(first, end, options.placement);
+  if (!claim.ok()) return claim.error();
+  const Error error = PrepareFixed(range, options, claim->clean, guard);
   if (!error.ok()) {
-    UnclaimLocked(first, end);
+    Unclaim(*claim);
     return error;
   }
-  // One write makes the first extent the new mapping of the whole range; the others, hidden by it or still
-  // seen as what they were, then go.
-  Vma* vma = tree_.Find(first).vma();
-  for (Vma* old = vma; old != nullptr && old->first_page() < end; old = NextLocked(old)) {
-    if (!old->Is(VmaState::kMapped)) continue;
-    mapped_pages_.Subtract(old->page_count());
-    if (old == vma) vmas_.Subtract(1);
-  }
-  vma->knowledge = Knowledge::kUnknown;
-  // In the mapping zone, old content (Content::kAnything) may lie behind a protection of kNone.
-  vma->kernel_vma = is_heap() ? options.protection != os::Protection::kReadWrite
-                              : options.protection != os::Protection::kNone || !clean;
-  if (is_heap() && vma->kernel_vma) heap_splits_.Add(1);
-  PublishLocked(vma, end - first, options.protection, generation);
-  while (NextLocked(vma) != nullptr && NextLocked(vma)->first_page() < end) DropNextLocked(vma);
+  PublishFixed(*claim, options.protection);
   return range;
 }
 
-// Makes `first` and `end` borders, and everything between them that is not mapped pending. `clean`: no page of
-// the range was used since it was last zero.
-Region::Claim Region::ClaimLocked(RegionPage first, RegionPage end, Placement placement,
-                                  std::uint64_t& generation, bool& clean) {
-  if (!HasMetadataLocked()) return Claim::kNoMetadata;
-  clean = true;
-  for (Vma* vma = tree_.Find(first).vma(); vma != nullptr && vma->first_page() < end;
-       vma = NextLocked(vma)) {
-    if (vma->Is(VmaState::kPurging)) return Claim::kPurging;
-    if (vma->Is(VmaState::kMapped) && placement == Placement::kFixed) return Claim::kOverlap;
-    clean = clean && !vma->Is(VmaState::kMapped) && vma->knowledge == Knowledge::kClean &&
-            !vma->kernel_vma;
+Result<Region::Claim> Region::ClaimFixed(RegionPage first, RegionPage end, Placement placement) {
+  Claim claim = {.first = first, .end = end, .placement = placement, .next = first};
+  for (;;) {
+    ClaimResult result;
+    {
+      sync::SpinLockHolder holder(tree_lock_);
+      result = ClaimLocked(claim);
+    }
+    Error error;
+    switch (result) {
+      case ClaimResult::kClaimed:
+        return claim;
+      case ClaimResult::kMore:
+        break;
+      case ClaimResult::kOverlap:
+        error = {ErrorCode::kOverlap};
+        break;
+      case ClaimResult::kPurging:
+        WaitForPurges();
+        break;
+      case ClaimResult::kNoMetadata:
+        error = Refill();
+        break;
+    }
+    if (error.ok()) continue;
+    Unclaim(claim);
+    return error;
   }
-  // Maps that chose pages in the range and wait for it lose them, whole: they will try again.
-  //   before   |   kPending   |            chosen by a Map that waits
-  //                first    end
-  //   after    | cached | claimed | cached |
-  for (RegionPage page = first; page < end;) {
-    Vma* vma = tree_.Find(page).vma();
-    page = vma->end_page();
-    if (vma->Is(VmaState::kPending)) GiveBackLocked(vma);
-  }
-  IsolateLocked(first, end);
-  generation = ++last_generation_;
-  for (Vma* vma = tree_.Find(first).vma(); vma != nullptr && vma->first_page() < end;
-       vma = NextLocked(vma)) {
-    if (vma->Is(VmaState::kMapped)) continue;
-    if (vma->Is(VmaState::kCached)) free_.Remove(vma);
-    SetStateLocked(vma, VmaState::kPending);
-    VmaWriter(*vma).SetGeneration(generation);
-  }
-  SetBusyLocked(first, end, true);
-  return Claim::kClaimed;
 }
 
-// Undoes ClaimLocked.
-void Region::UnclaimLocked(RegionPage first, RegionPage end) {
-  for (RegionPage page = first; page < end;) {
-    Vma* vma = tree_.Find(page).vma();
-    page = vma->end_page();
+// Makes everything in the range that is not mapped pending, up to kExtentsPerHold extents at a time.
+Region::ClaimResult Region::ClaimLocked(Claim& claim) {
+  ClaimResult refusal;
+  if (claim.generation == 0 && !StartClaimLocked(claim, refusal)) return refusal;
+  for (int visits = 0; claim.next < claim.end; ++visits) {
+    if (visits == kExtentsPerHold) return ClaimResult::kMore;
+    const Vma* vma = tree_.Find(claim.next).vma();
+    if (vma->Is(VmaState::kPurging)) return ClaimResult::kPurging;
+    if (vma->Is(VmaState::kMapped) && claim.placement == Placement::kFixed) return ClaimResult::kOverlap;
+    claim.next = ClaimExtentLocked(claim.next, claim)->end_page();
+  }
+  return ClaimResult::kClaimed;
+}
+
+// Makes the ends of the range borders, and claims the extents there, so that nothing grows across them later.
+// What can be seen at once to be in the way is refused before anything changes.
+//   before   |   kPending   |            chosen by a Map that waits: it loses its pages, whole, and tries again
+//                first    end
+//   after    | cached | claimed | cached |
+bool Region::StartClaimLocked(Claim& claim, ClaimResult& refusal) {
+  refusal = ClaimResult::kNoMetadata;
+  if (!HasMetadataLocked()) return false;
+  RegionPage page = claim.first;
+  for (int visits = 0; page < claim.end; ++visits) {
+    const Vma* vma = tree_.Find(visits < kExtentsPerHold ? page : claim.end - 1).vma();
+    refusal = vma->Is(VmaState::kPurging) ? ClaimResult::kPurging : ClaimResult::kOverlap;
+    if (vma->Is(VmaState::kPurging)) return false;
+    if (vma->Is(VmaState::kMapped) && claim.placement == Placement::kFixed) return false;
+    page = visits < kExtentsPerHold ? vma->end_page() : claim.end;
+  }
+  for (const RegionPage border : {claim.first, claim.end - 1}) {
+    Vma* vma = tree_.Find(border).vma();
     if (vma->Is(VmaState::kPending)) GiveBackLocked(vma);
   }
-  MergeMappedLocked(first, end);
+  IsolateLocked(claim.first, claim.end);
+  claim.generation = ++last_generation_;
+  for (const RegionPage border : {claim.first, claim.end - 1}) ClaimExtentLocked(border, claim);
+  SetBusyLocked(claim.first, claim.end, true);
+  return true;
+}
+
+// Claims the extent of `page`, unless it is mapped, and looks whether it was clean. Returns it.
+Vma* Region::ClaimExtentLocked(RegionPage page, Claim& claim) {
+  Vma* vma = tree_.Find(page).vma();
+  const bool pending = vma->Is(VmaState::kPending);
+  if (pending && vma->generation.load(std::memory_order_relaxed) == claim.generation) return vma;
+  if (pending) {
+    GiveBackLocked(vma);
+    vma = tree_.Find(page).vma();
+  }
+  const bool mapped = vma->Is(VmaState::kMapped);
+  claim.clean = claim.clean && !mapped && vma->knowledge == Knowledge::kClean && !vma->kernel_vma;
+  if (mapped) return vma;
+  if (vma->Is(VmaState::kCached)) free_.Remove(vma);
+  SetStateLocked(vma, VmaState::kPending);
+  VmaWriter(*vma).SetGeneration(claim.generation);
+  return vma;
+}
+
+// Undoes ClaimFixed, however far it came.
+void Region::Unclaim(const Claim& claim) {
+  if (claim.generation == 0) return;
+  for (RegionPage page = claim.first; page < claim.end;) {
+    sync::SpinLockHolder holder(tree_lock_);
+    if (page == claim.first) SetBusyLocked(claim.first, claim.end, false);
+    for (int visits = 0; page < claim.end && visits < kExtentsPerHold; ++visits) {
+      Vma* vma = tree_.Find(page).vma();
+      page = vma->end_page();
+      if (vma->Is(VmaState::kPending) && vma->generation.load(std::memory_order_relaxed) == claim.generation) {
+        GiveBackLocked(vma);
+      }
+    }
+    if (page < claim.end) continue;
+    for (const RegionPage border : {claim.first, claim.end}) MergeMappedLocked(border, border);
+  }
+}
+
+// One write makes the first extent the new mapping of all that one hold is about; the others, hidden by it or
+// still seen as what they were, then go. The next hold lets it grow.
+void Region::PublishFixed(const Claim& claim, os::Protection protection) {
+  for (RegionPage page = claim.first; page < claim.end;) {
+    sync::SpinLockHolder holder(tree_lock_);
+    Vma* vma = tree_.Find(claim.first).vma();
+    const RegionPage from = page;
+    for (int visits = 0; page < claim.end && visits < kExtentsPerHold; ++visits) {
+      const Vma* old = tree_.Find(page).vma();
+      page = old->end_page();
+      if (!old->Is(VmaState::kMapped)) continue;
+      mapped_pages_.Subtract(old->page_count());
+      if (old == vma) vmas_.Subtract(1);
+    }
+    if (from == claim.first) {
+      vma->knowledge = Knowledge::kUnknown;
+      // In the mapping zone, old content (Content::kAnything) may lie behind a protection of kNone.
+      vma->kernel_vma = is_heap() ? protection != os::Protection::kReadWrite
+                                  : protection != os::Protection::kNone || !claim.clean;
+      if (is_heap() && vma->kernel_vma) heap_splits_.Add(1);
+      PublishLocked(vma, page - from, protection, claim.generation);
+    } else {
+      VmaWriter(*vma).SetRange(claim.first, page - claim.first);
+      mapped_pages_.Add(page - from);
+    }
+    while (NextLocked(vma) != nullptr && NextLocked(vma)->first_page() < page) DropNextLocked(vma);
+    if (page == claim.end) vma->busy = false;
+  }
 }
 
 // The kernel's side of a fixed mapping, steps that can fail first. On error the old mappings have their

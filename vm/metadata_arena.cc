@@ -7,13 +7,16 @@
 namespace freehold::vm {
 namespace {
 
-// One mprotect per step: rare enough for mmap_lock, small enough for strict overcommit.
+// One mprotect per step: rare enough for mmap_lock, small enough for strict overcommit. An arena that is larger
+// than a huge page grows by huge pages: the kernel uses one only where all of it is committed at the first touch.
 constexpr std::size_t kCommitStep = MiB(1).value;
+constexpr std::size_t StepBelow(std::size_t end) { return end <= kHugePageSize ? kCommitStep : kHugePageSize; }
 
 }  // namespace
 
 Result<MetadataArena*> MetadataArena::Create(os::Kernel& kernel, Pages size) {
-  const Result<PageRange> range = kernel.Reserve(size, {1});
+  const bool may_grow_huge = kernel.features().huge_pages && size.bytes().value > kHugePageSize;
+  const Result<PageRange> range = kernel.Reserve(size, {may_grow_huge ? kPagesPerHugePage : 1});
   if (!range.ok()) return range.error();
   const std::size_t first_step = std::min(kCommitStep, size.bytes().value);
   const Error committed =
@@ -22,6 +25,8 @@ Result<MetadataArena*> MetadataArena::Create(os::Kernel& kernel, Pages size) {
     (void)kernel.Release(*range);
     return committed;
   }
+  // Small pages serve as well.
+  if (may_grow_huge) (void)kernel.AdviseHugePages(*range, os::HugePages::kPrefer);
   return new (range->address()) MetadataArena(kernel, *range, first_step);
 }
 
@@ -51,8 +56,9 @@ void* MetadataArena::Allocate(Bytes size, std::size_t alignment) {
 bool MetadataArena::CommitTo(std::size_t end) {
   std::size_t committed = committed_.load(std::memory_order_acquire);
   if (end <= committed) return true;
+  const std::size_t unit = StepBelow(end);
   const std::size_t goal =
-      std::min((end + kCommitStep - 1) / kCommitStep * kCommitStep, range_.bytes().value);
+      std::min((end + unit - 1) / unit * unit, range_.bytes().value);
   const PageRange step = PageRange::FromBytes(range_.address() + committed, {goal - committed});
   if (!kernel_.Protect(step, os::Protection::kReadWrite).ok()) return false;
   // Release pairs with the acquire above: whoever sees the new bound may touch the memory.

@@ -19,7 +19,8 @@ namespace freehold::vm {
 // Thread safety: thread-safe and lock-free; may make a system call, so no short lock may be held.
 class MetadataArena {
  public:
-  // Reserves `size` and places the arena itself at its start. Errors: kSystem.
+  // Reserves `size` and places the arena itself at its start. From the third megabyte on it asks for huge pages:
+  // lookups among many VMAs would miss the TLB for each record. Errors: kSystem.
   static Result<MetadataArena*> Create(os::Kernel& kernel, Pages size);
   // Releases everything that was ever allocated. REQUIRES: nothing of it is used any more.
   static void Destroy(MetadataArena* arena);
@@ -38,6 +39,7 @@ class MetadataArena {
     return objects;
   }
 
+  Bytes used() const { return {next_.load(std::memory_order_relaxed)}; }
   Bytes committed() const { return {committed_.load(std::memory_order_relaxed)}; }
 
  private:

@@ -4,6 +4,8 @@
 // In a heap zone this splits the zone's kernel VMA until the memory is unmapped or made read-write again:
 // correctness comes first, and AddressSpaceStats::heap_splits counts it. Memory that is meant to be protected
 // should be mapped so from the start, in the mapping zone.
+#include <algorithm>
+
 #include "vm/os/check.h"
 #include "vm/region.h"
 
@@ -13,16 +15,12 @@ Error Region::Protect(PageRange part, os::Protection protection) {
   const Guard guard(range_lock_, part, Mode::kExclusive, sync::Operation::kProtect);
   const RegionPage first = ToRegion(part.first);
   const RegionPage end = ToRegion(part.end);
+  const Result<bool> differs = ProtectionDiffers(first, end, protection);
+  if (!differs.ok()) return differs.error();
+  if (!*differs) return Error::Ok();
   for (bool ready = false; !ready;) {
     {
       sync::SpinLockHolder holder(tree_lock_);
-      bool changes = false;
-      for (const Vma* vma = tree_.Find(first).vma(); vma != nullptr && vma->first_page() < end;
-           vma = NextLocked(vma)) {
-        if (!vma->Is(VmaState::kMapped)) return {ErrorCode::kNotMapped};
-        changes = changes || vma->protection.load(std::memory_order_relaxed) != protection;
-      }
-      if (!changes) return Error::Ok();
       ready = HasMetadataLocked();
       if (ready) {
         IsolateLocked(first, end);
@@ -33,22 +31,54 @@ Error Region::Protect(PageRange part, os::Protection protection) {
     if (const Error error = Refill(); !error.ok()) return error;
   }
   const Error error = shared_.kernel->Protect(part, protection);
-  if (!error.ok()) RestoreProtection(part, guard);
+  if (error.ok()) {
+    RecordProtection(first, end, protection);
+    return error;
+  }
+  RestoreProtection(part, guard);
   sync::SpinLockHolder holder(tree_lock_);
   SetBusyLocked(first, end, false);
-  if (error.ok()) {
-    const bool kernel_vma =
-        is_heap() ? protection != os::Protection::kReadWrite : protection != os::Protection::kNone;
-    for (Vma* vma = tree_.Find(first).vma(); vma != nullptr && vma->first_page() < end;
-         vma = NextLocked(vma)) {
+  MergeMappedLocked(first, first);
+  MergeMappedLocked(end, end);
+  return error;
+}
+
+// The range is held: what is mapped stays so from one hold of the tree lock to the next.
+Result<bool> Region::ProtectionDiffers(RegionPage first, RegionPage end, os::Protection protection) const {
+  bool differs = false;
+  for (RegionPage page = first; page < end;) {
+    sync::SpinLockHolder holder(tree_lock_);
+    for (int visits = 0; page < end && visits < kExtentsPerHold; ++visits) {
+      const Vma* vma = tree_.Find(page).vma();
+      page = vma->end_page();
+      if (!vma->Is(VmaState::kMapped)) return ErrorCode::kNotMapped;
+      differs = differs || vma->protection.load(std::memory_order_relaxed) != protection;
+    }
+  }
+  return differs;
+}
+
+// Ends SetBusyLocked when it has come to the end.
+void Region::RecordProtection(RegionPage first, RegionPage end, os::Protection protection) {
+  const bool kernel_vma =
+      is_heap() ? protection != os::Protection::kReadWrite : protection != os::Protection::kNone;
+  for (RegionPage page = first; page < end;) {
+    sync::SpinLockHolder holder(tree_lock_);
+    const RegionPage from = page;
+    for (int visits = 0; page < end && visits < kExtentsPerHold; ++visits) {
+      Vma* vma = tree_.Find(page).vma();
+      page = vma->end_page();
       VmaWriter(*vma).SetProtection(protection);
       // In the mapping zone, content stays behind a protection of kNone: it needs a reset like any other.
       vma->kernel_vma = kernel_vma || !is_heap();
     }
-    if (is_heap() && kernel_vma) heap_splits_.Add(1);
+    if (page >= end) {
+      SetBusyLocked(first, end, false);
+      if (is_heap() && kernel_vma) heap_splits_.Add(1);
+      MergeMappedLocked(first, first + 1);
+    }
+    MergeMappedLocked(from, std::min(page, end));
   }
-  MergeMappedLocked(first, end);
-  return error;
 }
 
 }  // namespace freehold::vm

@@ -23,16 +23,15 @@ Pages Region::PurgeFree(std::uint32_t until, Pages keep) {
   Pages purged;
   for (;;) {
     PurgeList list;
-    {
+    for (bool more = true; more && list.size < kPurgeBatch;) {
       sync::SpinLockHolder holder(tree_lock_);
-      CollectLocked(until, keep.value, list);
+      more = CollectLocked(until, keep.value, list);
     }
     if (list.size == 0) return purged;
     SortRanges(list);
     const bool discarded = shared_.purge_stage->Discard({list.ranges, list.size}).ok();
     RestoreProtections(list);
-    sync::SpinLockHolder holder(tree_lock_);
-    const Pages cleaned = FinishPurgingLocked(list, discarded, /*keep=*/false);
+    const Pages cleaned = FinishPurging(list, discarded, /*keep=*/false);
     // What the kernel refuses stays cached, and is not tried again at once.
     if (cleaned.value == 0) return purged;
     purged += cleaned;
@@ -41,24 +40,28 @@ Pages Region::PurgeFree(std::uint32_t until, Pages keep) {
 
 // Large bins first: they hold the most for the fewest ranges. Clean extents go back too, so that address
 // space merges again.
-void Region::CollectLocked(std::uint32_t until, std::size_t keep_pages, PurgeList& list) {
+bool Region::CollectLocked(std::uint32_t until, std::size_t keep_pages, PurgeList& list) {
+  int visits = 0;
   const auto oldest = [&](int bin, Knowledge knowledge) ABSL_NO_THREAD_SAFETY_ANALYSIS {
     Vma* vma = free_.Oldest(bin, knowledge);
     return vma != nullptr && vma->freed_at <= until ? vma : nullptr;
   };
-  for (int bin = FreeRanges::kBinCount - 1; bin >= 0; --bin) {
+  for (int bin = free_.BinAtOrBelow(FreeRanges::kBinCount - 1); bin >= 0; bin = free_.BinAtOrBelow(bin - 1)) {
     for (const Knowledge knowledge : {Knowledge::kUnknown, Knowledge::kResident}) {
       Vma* vma = nullptr;
       while (list.size < kPurgeBatch && free_.dirty_pages() > keep_pages &&
              (vma = oldest(bin, knowledge)) != nullptr) {
+        if (visits++ == kExtentsPerHold) return true;
         StartPurgingLocked(vma, list);
       }
     }
     while (Vma* vma = oldest(bin, Knowledge::kClean)) {
+      if (visits++ == kExtentsPerHold) return true;
       free_.Remove(vma);
       FreeLocked(vma);
     }
   }
+  return false;
 }
 
 // An Unmap may have left an extent with a protection that the kernel would not change back.
@@ -86,20 +89,24 @@ void Region::SortRanges(PurgeList& list) {
             [](const PageRange& a, const PageRange& b) { return a.first < b.first; });
 }
 
-Pages Region::FinishPurgingLocked(const PurgeList& list, bool discarded, bool keep) {
+Pages Region::FinishPurging(const PurgeList& list, bool discarded, bool keep) {
   Pages cleaned;
-  for (std::size_t i = 0; i < list.size; ++i) {
-    Vma* vma = list.vmas[i];
-    if (!discarded || vma->kernel_vma) {
-      CacheLocked(vma, Knowledge::kUnknown);
-      continue;
+  for (std::size_t i = 0; i < list.size;) {
+    sync::SpinLockHolder holder(tree_lock_);
+    const std::size_t begin = i;
+    for (const std::size_t end = std::min(list.size, begin + kExtentsPerHold); i < end; ++i) {
+      Vma* vma = list.vmas[i];
+      if (!discarded || vma->kernel_vma) {
+        CacheLocked(vma, Knowledge::kUnknown);
+        continue;
+      }
+      cleaned += {vma->page_count()};
+      keep ? CacheLocked(vma, Knowledge::kClean) : FreeLocked(vma);
     }
-    cleaned += {vma->page_count()};
-    keep ? CacheLocked(vma, Knowledge::kClean) : FreeLocked(vma);
+    // Release pairs with the acquire in WaitForPurges.
+    purges_in_flight_.store(purges_in_flight_.load(std::memory_order_relaxed) - static_cast<std::uint32_t>(i - begin),
+                            std::memory_order_release);
   }
-  // Release pairs with the acquire in WaitForPurges.
-  purges_in_flight_.store(purges_in_flight_.load(std::memory_order_relaxed) - static_cast<std::uint32_t>(list.size),
-                          std::memory_order_release);
   return cleaned;
 }
 
@@ -111,13 +118,13 @@ bool Region::WorthCleaningLocked(RegionPage count) const {
 
 void Region::CleanBin(RegionPage count) {
   PurgeList list;
-  {
+  const int bin = FreeRanges::BinOf(count);
+  for (bool more = true; more && list.size < kPurgeBatch;) {
     sync::SpinLockHolder holder(tree_lock_);
-    const int bin = FreeRanges::BinOf(count);
-    while (list.size < kPurgeBatch) {
+    for (int visits = 0; more && visits < kExtentsPerHold && list.size < kPurgeBatch; ++visits) {
       Vma* vma = free_.Oldest(bin, Knowledge::kUnknown);
-      if (vma == nullptr) break;
-      StartPurgingLocked(vma, list);
+      more = vma != nullptr;
+      if (more) StartPurgingLocked(vma, list);
     }
   }
   if (list.size == 0) return;
@@ -125,8 +132,7 @@ void Region::CleanBin(RegionPage count) {
   Error error;
   const bool discarded =
       shared_.purge_stage->TryDiscard({list.ranges, list.size}, error) && error.ok();
-  sync::SpinLockHolder holder(tree_lock_);
-  (void)FinishPurgingLocked(list, discarded, /*keep=*/true);
+  (void)FinishPurging(list, discarded, /*keep=*/true);
 }
 
 // A fixed Map met an extent that is being purged. That ends without any lock that this thread holds, within

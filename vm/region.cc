@@ -27,6 +27,11 @@ Error Region::Init() {
   committed_ = static_cast<std::uint64_t*>(
       shared_.arena->Allocate({(chunks + 63) / 64 * sizeof(std::uint64_t)}, alignof(std::uint64_t)));
   if (committed_ == nullptr) return {ErrorCode::kNoMetadata};
+  if (shared_.options->record_tree_lock_holds) {
+    auto* recorder = shared_.arena->New<sync::HoldRecorder>();
+    if (recorder == nullptr) return {ErrorCode::kNoMetadata};
+    tree_lock_.InstallRecorder(recorder);
+  }
   if (const Error error = Refill(); !error.ok()) return error;
   sync::SpinLockHolder holder(tree_lock_);
   Vma* all = TakeVmaLocked();
@@ -36,13 +41,20 @@ Error Region::Init() {
 }
 
 Error Region::Refill() {
+  bool needs_vmas = true;
+  bool needs_nodes = true;
+  {
+    sync::SpinLockHolder holder(tree_lock_);
+    needs_vmas = !HasVmasLocked();
+    needs_nodes = tree_.NeedsNodes();
+  }
   // What one of the two gets is kept when there is nothing left for the other.
-  Vma* vmas = shared_.arena->New<Vma>(kRefillVmas);
-  VmaTree::Node* nodes = shared_.arena->New<VmaTree::Node>(kRefillNodes);
+  Vma* vmas = needs_vmas ? shared_.arena->New<Vma>(kRefillVmas) : nullptr;
+  VmaTree::Node* nodes = needs_nodes ? shared_.arena->New<VmaTree::Node>(kRefillNodes) : nullptr;
   sync::SpinLockHolder holder(tree_lock_);
   for (std::size_t i = 0; vmas != nullptr && i < kRefillVmas; ++i) ReturnVmaLocked(&vmas[i]);
   for (std::size_t i = 0; nodes != nullptr && i < kRefillNodes; ++i) tree_.AddNode(&nodes[i]);
-  const bool more = vmas != nullptr && nodes != nullptr;
+  const bool more = (vmas != nullptr || !needs_vmas) && (nodes != nullptr || !needs_nodes);
   return more || HasMetadataLocked() ? Error::Ok() : Error{ErrorCode::kNoMetadata};
 }
 
@@ -124,9 +136,7 @@ Vma* Region::NextLocked(const Vma* vma) const {
 }
 
 void Region::SetBusyLocked(RegionPage first, RegionPage end, bool busy) {
-  for (Vma* vma = tree_.Find(first).vma(); vma != nullptr && vma->first_page() < end; vma = NextLocked(vma)) {
-    vma->busy = busy;
-  }
+  for (const RegionPage page : {first, end - 1}) tree_.Find(page).vma()->busy = busy;
 }
 
 void Region::MergeMappedLocked(RegionPage first, RegionPage end) {
@@ -284,6 +294,11 @@ void Region::AddStats(AddressSpaceStats& stats) const {
   stats.coarse_retries += coarse_retries_.get();
   sync::SpinLockHolder holder(tree_lock_);
   stats.free_resident = stats.free_resident + pages(free_.dirty_pages());
+}
+
+sync::HoldHistogram Region::TreeLockHolds() const {
+  const sync::HoldRecorder* recorder = tree_lock_.recorder();
+  return recorder != nullptr ? recorder->Read() : sync::HoldHistogram();
 }
 
 void Region::CheckInvariants() const {

@@ -9,7 +9,9 @@
 //                G2. A kPending extent belongs to the one Map that set its generation. Whoever holds its range
 //                    exclusively may take it away, which changes the generation.
 //                G3. A kDetached extent lies under a range guard of the Unmap that detached it.
-//                G4. A free extent of a heap zone has the zone's own protection; one of the mapping zone is
+//                G4. A verb visits at most kExtentsPerHold extents in one hold of tree_lock_. One over more of them
+//                    goes on in further holds, under its range lock; between, lookups find part of it done.
+//                G5. A free extent of a heap zone has the zone's own protection; one of the mapping zone is
 //                    inaccessible.
 #ifndef FREEHOLD_VM_REGION_H_
 #define FREEHOLD_VM_REGION_H_
@@ -73,8 +75,9 @@ class alignas(kCacheLineSize) Region {
   // The same for whoever holds the page's range and relies on what is mapped there: under the tree lock, by
   // which an Unmap that takes no range lock (UnmapWhole) is seen, or sees the holder.
   VmaInfo LookupHeld(PageNumber page, VmaState& state, const sync::RangeLock::Guard& guard) const;
-  // Copies up to `capacity` mapped VMAs from `from` on, in order, and no page below it; returns how many.
-  std::size_t CopyVmas(PageNumber from, VmaInfo* out, std::size_t capacity) const;
+  // Copies up to `capacity` of the next mapped VMAs from `from` on, in order, and no page below it; returns how
+  // many, and in `from` where to go on: the end of the region when it has seen all.
+  std::size_t CopyVmas(PageNumber& from, VmaInfo* out, std::size_t capacity) const;
   // purge.cc
   // Gives cached extents freed at or before `until` back, the oldest first, until at most `keep` pages of
   // possibly resident memory are left in the bins. Returns the pages given back.
@@ -89,6 +92,8 @@ class alignas(kCacheLineSize) Region {
   sync::RangeLock& range_lock() const { return range_lock_; }
   bool is_heap() const { return zone_ != Zone::kMapping; }
   void AddStats(AddressSpaceStats& stats) const;
+  // Nothing unless AddressSpaceOptions::record_tree_lock_holds asked for it.
+  sync::HoldHistogram TreeLockHolds() const;
   void CheckInvariants() const;
 
  private:
@@ -109,6 +114,10 @@ class alignas(kCacheLineSize) Region {
     bool needed() const { return commit || protect || zero || unguard; }
   };
 
+  // What a verb does to this many extents takes about a microsecond.
+  static constexpr int kExtentsPerHold = 16;
+  static constexpr std::size_t kChunksPerHold = 64;  // of committed_
+
   static constexpr std::size_t kPurgeBatch = 64;
   struct PurgeList {
     Vma* vmas[kPurgeBatch];
@@ -127,8 +136,9 @@ class alignas(kCacheLineSize) Region {
 
   // Every verb asks for this before its first change, so that it cannot fail half-way: three insertions.
   bool HasMetadataLocked() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_) {
-    return spare_vma_count_ >= 3 && !tree_.NeedsNodes();
+    return HasVmasLocked() && !tree_.NeedsNodes();
   }
+  bool HasVmasLocked() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_) { return spare_vma_count_ >= 3; }
   // Gets metadata from the arena, outside the lock.
   Error Refill();
   Vma* TakeVmaLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
@@ -144,7 +154,8 @@ class alignas(kCacheLineSize) Region {
   // Removes the right neighbour of `vma`, whose pages `vma` covers already.
   void DropNextLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Keeps other verbs from merging the extents of [first, end) with theirs, between two critical sections of a
-  // verb that holds exactly these pages and has made their borders borders of extents.
+  // verb that holds exactly these pages and has made their borders borders of extents. The outermost two are
+  // enough: nobody else merges mapped extents within the range.
   void SetBusyLocked(RegionPage first, RegionPage end, bool busy) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Merges mapped neighbours of one mapping that have equal attributes, around and within [first, end), unless
   // they are busy.
@@ -191,10 +202,21 @@ class alignas(kCacheLineSize) Region {
   Result<PageRange> Finish(const Preparation& preparation, const Guard& guard);
   Error Prepare(const Preparation& preparation);
   // What MapFixed finds in its range.
-  enum class Claim : std::uint8_t { kClaimed, kOverlap, kPurging, kNoMetadata };
-  Claim ClaimLocked(RegionPage first, RegionPage end, Placement placement, std::uint64_t& generation,
-                    bool& clean) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
-  void UnclaimLocked(RegionPage first, RegionPage end) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  enum class ClaimResult : std::uint8_t { kClaimed, kMore, kOverlap, kPurging, kNoMetadata };
+  struct Claim {
+    RegionPage first;
+    RegionPage end;
+    Placement placement;
+    RegionPage next;               // everything below is claimed; the two outermost extents from the start
+    std::uint64_t generation = 0;  // of the mapping to be; 0 until the range was cut out
+    bool clean = true;             // no page so far was used since it was last zero
+  };
+  Result<Claim> ClaimFixed(RegionPage first, RegionPage end, Placement placement);
+  ClaimResult ClaimLocked(Claim& claim) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  bool StartClaimLocked(Claim& claim, ClaimResult& refusal) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  Vma* ClaimExtentLocked(RegionPage page, Claim& claim) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  void Unclaim(const Claim& claim);
+  void PublishFixed(const Claim& claim, os::Protection protection);
   Error PrepareFixed(PageRange range, const MapOptions& options, bool clean, const Guard& guard);
   void RestoreProtection(PageRange range, const Guard& guard);
   // Fills with zeroes: by memset where that is cheaper than faults, else by a discard.
@@ -207,10 +229,20 @@ class alignas(kCacheLineSize) Region {
   bool RetireWholeLocked(PageRange part, std::size_t sampled) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Whether a border of `part` goes through a mapped extent.
   bool IsCutLocked(PageRange part) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
-  // Takes everything mapped in `part` away from lookups; true when some of it needs kernel work.
-  bool DetachLocked(PageRange part) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // What is left of an Unmap to take away from lookups, and what that has found.
+  struct Detachment {
+    RegionPage next = 0;
+    RegionPage end = 0;
+    std::uint64_t newest = 0;  // generation: later mappings came into holes of the range and stay
+    bool zap = false;      // some of it needs kernel work
+    bool reset = false;    // in the mapping zone: some of it was ever accessible
+  };
+  // Cuts mapped extents at the borders of `part`.
+  Detachment StartDetachLocked(PageRange part) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // Takes up to kExtentsPerHold extents away from lookups; true when that was all.
+  bool DetachLocked(Detachment& detachment) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   void RetireLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
-  Error ZapDetached(PageRange part, const Guard& guard);
+  Error ZapDetached(PageRange part, bool reset, const Guard& guard);
   bool Trap(PageRange range);
   Error Untrap(PageRange range);
   void RemapDetached(PageRange part);
@@ -219,16 +251,21 @@ class alignas(kCacheLineSize) Region {
   static constexpr std::size_t kNoSample = SIZE_MAX;
   std::size_t SampleResidency(PageRange part);
 
+  // protect.cc
+  // Whether something in [first, end) has another protection; kNotMapped where something is not mapped.
+  Result<bool> ProtectionDiffers(RegionPage first, RegionPage end, os::Protection protection) const;
+  void RecordProtection(RegionPage first, RegionPage end, os::Protection protection);
+
   // purge.cc
   bool OverFreeLimit() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
-  void CollectLocked(std::uint32_t until, std::size_t keep_pages, PurgeList& list)
+  // Visits up to kExtentsPerHold extents; false when there are no more.
+  bool CollectLocked(std::uint32_t until, std::size_t keep_pages, PurgeList& list)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   void StartPurgingLocked(Vma* vma, PurgeList& list) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   void RestoreProtections(PurgeList& list);
   static void SortRanges(PurgeList& list);
   // Ends kPurging; returns the pages that are clean now. `keep`: in their bin, for the next Map.
-  Pages FinishPurgingLocked(const PurgeList& list, bool discarded, bool keep)
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  Pages FinishPurging(const PurgeList& list, bool discarded, bool keep);
   // Whether the bin of `count` has gathered enough extents of unknown content for one cheap discard.
   bool WorthCleaningLocked(RegionPage count) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Discards what such a bin has gathered, if nobody else is discarding, and keeps the extents as clean.
@@ -244,7 +281,7 @@ class alignas(kCacheLineSize) Region {
 
   // Held over mprotect. Only under a range guard, so that fork finds it free.
   sync::SpinLock commit_lock_{sync::LockRank::kPurge};
-  mutable sync::SpinLock tree_lock_{sync::LockRank::kRegion};
+  mutable sync::RecordedSpinLock tree_lock_{sync::LockRank::kRegion};
   VmaTree tree_;  // changed under tree_lock_; Lookup is lock-free
   FreeRanges free_ ABSL_GUARDED_BY(tree_lock_);
   Vma* spare_vmas_ ABSL_GUARDED_BY(tree_lock_) = nullptr;

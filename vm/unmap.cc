@@ -1,5 +1,5 @@
-// Unmap: lock the range exclusively, take the VMAs away from lookups in one critical section, downgrade, do
-// the kernel's work, let the extents be re-used.
+// Unmap: lock the range exclusively, take the VMAs away from lookups, kExtentsPerHold in a critical section,
+// downgrade, do the kernel's work, let the extents be re-used.
 //
 // In heap zones there is usually no kernel's work: pages stay resident and the extent goes to a bin. Strict
 // unmap, protections of their own and the mapping zone have some; then the extents are kDetached meanwhile,
@@ -23,26 +23,25 @@ Error Region::Unmap(PageRange part) {
   if (sample || !UnmapWhole(part, over_limit)) {
     Guard guard(range_lock_, part, Mode::kExclusive, sync::Operation::kUnmap);
     const std::size_t sampled = sample ? SampleResidency(part) : kNoSample;
-    bool zap = false;
-    for (;;) {
+    Detachment detachment;
+    for (bool started = false, done = false; !done;) {
       {
         sync::SpinLockHolder holder(tree_lock_);
-        bool done = RetireWholeLocked(part, sampled);
-        if (!done && (HasMetadataLocked() || !IsCutLocked(part))) {
-          zap = DetachLocked(part);
-          done = true;
+        if (!started) {
+          done = RetireWholeLocked(part, sampled);
+          started = done || HasMetadataLocked() || !IsCutLocked(part);
+          if (started && !done) detachment = StartDetachLocked(part);
         }
+        if (started && !done) done = DetachLocked(detachment);
         over_limit = OverFreeLimit();
-        if (done) {
-          unmaps_.Add(1);
-          break;
-        }
+        if (done) unmaps_.Add(1);
       }
+      if (started) continue;
       if (const Error error = Refill(); !error.ok()) return error;
     }
-    if (zap) {
+    if (detachment.zap) {
       guard.Downgrade();
-      if (const Error error = ZapDetached(part, guard); !error.ok()) return error;
+      if (const Error error = ZapDetached(part, detachment.reset, guard); !error.ok()) return error;
     }
   }
   if (over_limit) {
@@ -106,7 +105,7 @@ bool Region::IsCutLocked(PageRange part) const {
 //   before   |  A  |  hole  |  B     |        A, B mapped
 //               part.first      part.end
 //   after    | A|d |  hole  | d |  B |        d: detached, or free at once
-bool Region::DetachLocked(PageRange part) {
+Region::Detachment Region::StartDetachLocked(PageRange part) {
   const RegionPage first = ToRegion(part.first);
   const RegionPage end = ToRegion(part.end);
   // Free extents that cross the borders stay as they are.
@@ -115,38 +114,45 @@ bool Region::DetachLocked(PageRange part) {
     Vma* vma = tree_.Find(border).vma();
     if (vma->Is(VmaState::kMapped) && vma->first_page() < border) SplitLocked(vma, border);
   }
-  // In the mapping zone one call resets all of the part, or fails, and then all of it is mapped again: nothing
-  // is free before. Without anything that was ever accessible there is no call.
-  bool reset = false;
-  for (const Vma* vma = tree_.Find(first).vma(); !is_heap() && vma != nullptr && vma->first_page() < end;
-       vma = NextLocked(vma)) {
-    reset = reset || (vma->Is(VmaState::kMapped) && vma->kernel_vma);
-  }
-  bool zap = false;
-  for (RegionPage page = first; page < end;) {
+  return {.next = first, .end = end, .newest = last_generation_};
+}
+
+// Whoever maps in a hole of the range needs no range lock (MapOnce): such a mapping has a newer generation.
+bool Region::DetachLocked(Detachment& detachment) {
+  RegionPage page = detachment.next;
+  for (int visits = 0; page < detachment.end && visits < kExtentsPerHold; ++visits) {
     Vma* vma = tree_.Find(page).vma();
     page = vma->end_page();
-    if (!vma->Is(VmaState::kMapped)) continue;
+    if (!vma->Is(VmaState::kMapped) || vma->generation.load(std::memory_order_relaxed) > detachment.newest) {
+      continue;
+    }
+    vma->busy = false;
     if (is_heap() && !vma->kernel_vma && !shared_.options->strict_unmap) {
       RetireLocked(vma);
       continue;
     }
     mapped_pages_.Subtract(vma->page_count());
     vmas_.Subtract(1);
-    if (!is_heap() && !reset) {
-      FreeLocked(vma);
-      continue;
-    }
     SetStateLocked(vma, VmaState::kDetached);
-    zap = true;
+    detachment.zap = true;
+    detachment.reset = detachment.reset || (!is_heap() && vma->kernel_vma);
   }
-  return zap;
+  detachment.next = page;
+  if (page >= detachment.end) return true;
+  // Its neighbour beyond the range may be a part of the same mapping, and somebody may merge there meanwhile.
+  Vma* last = tree_.Find(detachment.end - 1).vma();
+  if (last->Is(VmaState::kMapped) && last->generation.load(std::memory_order_relaxed) <= detachment.newest) {
+    last->busy = true;
+  }
+  return false;
 }
 
-Error Region::ZapDetached(PageRange part, const Guard& guard) {
+Error Region::ZapDetached(PageRange part, bool reset, const Guard& guard) {
   FREEHOLD_DCHECK(guard.Covers(part, Mode::kShared));
-  // Nothing but this verb's own extents has pages or protections in the part: others map under the range.
-  if (!is_heap()) {
+  // In the mapping zone one call resets all of the part, or fails, and then all of it is mapped again. Nothing
+  // but this verb's own extents has pages or protections in the part: others map under the range. Without
+  // anything that was ever accessible there is no call.
+  if (reset) {
     if (const Error error = shared_.kernel->Reset(part); !error.ok()) {
       RemapDetached(part);
       return error;
@@ -184,17 +190,21 @@ bool Region::Trap(PageRange range) {
 
 // A failed Unmap: everything is mapped as it was.
 void Region::RemapDetached(PageRange part) {
-  sync::SpinLockHolder holder(tree_lock_);
   const RegionPage end = ToRegion(part.end);
-  for (Vma* vma = tree_.Find(ToRegion(part.first)).vma(); vma != nullptr && vma->first_page() < end;
-       vma = NextLocked(vma)) {
-    if (!vma->Is(VmaState::kDetached)) continue;
-    SetStateLocked(vma, VmaState::kMapped);
-    mapped_pages_.Add(vma->page_count());
-    vmas_.Add(1);
+  for (RegionPage page = ToRegion(part.first); page < end;) {
+    sync::SpinLockHolder holder(tree_lock_);
+    const RegionPage from = page;
+    for (int visits = 0; page < end && visits < kExtentsPerHold; ++visits) {
+      Vma* vma = tree_.Find(page).vma();
+      page = vma->end_page();
+      if (!vma->Is(VmaState::kDetached)) continue;
+      SetStateLocked(vma, VmaState::kMapped);
+      mapped_pages_.Add(vma->page_count());
+      vmas_.Add(1);
+    }
+    MergeMappedLocked(from, std::min(page, end));
+    if (page >= end) unmaps_.Subtract(1);
   }
-  unmaps_.Subtract(1);
-  MergeMappedLocked(ToRegion(part.first), end);
 }
 
 }  // namespace freehold::vm

@@ -1,6 +1,7 @@
 #include "vm/vma_tree.h"
 
 #include <algorithm>
+#include <cstddef>
 
 #include "vm/os/check.h"
 
@@ -15,6 +16,9 @@ constexpr int kLookupAttempts = 64;
 // A node with fewer entries looks for a neighbour to merge with; the merged node keeps room to grow.
 constexpr int kMergeBelow = VmaTree::kFanout / 4;
 constexpr int kMergedAtMost = VmaTree::kFanout * 3 / 4;
+
+// What a full node keeps when it is split for an insertion at its end.
+constexpr int kAscendingKeep = VmaTree::kFanout - 4;
 
 // Field accesses of the (only) writer: it reads its own stores.
 int Count(const Node& node) { return node.count.load(std::memory_order_relaxed); }
@@ -81,17 +85,27 @@ void VmaTree::Init(Vma* all) {
   root_.store(root, std::memory_order_release);  // Pairs with the acquire in Lookup.
 }
 
-// The last slot whose key is at most `page`, or -1. Loads are acquires for the sake of lookups.
+// The last slot whose key is at most `page`, or -1. Loads are acquires for the sake of lookups. Sums instead of
+// branches: no predictor guesses which half of a node a random page is in.
 int VmaTree::SlotOf(const Node& node, RegionPage page) {
-  int low = 0;
+  const auto at_most = [&](int slot) { return node.key[slot].load(std::memory_order_acquire) <= page; };
   int size = std::min<int>(node.count.load(std::memory_order_acquire), kFanout);
-  while (size > 0) {
+  if (size == 0) return -1;
+  int low = 0;
+  while (size > 1) {
     const int half = size / 2;
-    const bool right = node.key[low + half].load(std::memory_order_acquire) <= page;
-    low = right ? low + half + 1 : low;
-    size = right ? size - half - 1 : half;
+    low += half & -static_cast<int>(at_most(low + half));
+    size -= half;
   }
-  return low - 1;
+  return low - static_cast<int>(!at_most(low));
+}
+
+// Fetches what a lookup reads of `node` in one go: it would wait for line after line otherwise.
+static inline void Prefetch(const Node* node) {
+  constexpr std::size_t kRead = offsetof(Node, gap);
+  for (std::size_t i = 0; i < kRead; i += kCacheLineSize) {
+    __builtin_prefetch(reinterpret_cast<const std::byte*>(node) + i);
+  }
 }
 
 bool VmaTree::Lookup(RegionPage page, View& view) const {
@@ -113,6 +127,7 @@ bool VmaTree::Lookup(RegionPage page, View& view) const {
       // The entry may be anything while the node changes: believe it only once the version is confirmed.
       if (node->version.load(std::memory_order_acquire) != version) break;
       const Node* child = static_cast<const Node*>(entry);
+      Prefetch(child);
       const std::uint32_t child_version = child->version.load(std::memory_order_acquire);
       if ((child_version & 1) != 0 || node->version.load(std::memory_order_acquire) != version) break;
       node = child;
@@ -219,16 +234,15 @@ void VmaTree::EraseAt(Node& node, int slot) {
   SetCount(node, size - 1);
 }
 
-// Moves the upper half of `left` to a new node on its right.
-VmaTree::Node* VmaTree::SplitInto(Node& left) {
+// Moves all but the first `keep` entries of `left` to a new node on its right.
+VmaTree::Node* VmaTree::SplitInto(Node& left, int keep) {
   Node* right = TakeNode();
   NodeWriter left_writer(left);
   NodeWriter right_writer(*right);
-  const int half = kFanout / 2;
   right->height.store(static_cast<std::uint8_t>(Height(left)), std::memory_order_release);
-  for (int i = half; i < kFanout; ++i) Move(*right, i - half, left, i);
-  SetCount(*right, kFanout - half);
-  SetCount(left, half);
+  for (int i = keep; i < kFanout; ++i) Move(*right, i - keep, left, i);
+  SetCount(*right, kFanout - keep);
+  SetCount(left, keep);
   return right;
 }
 
@@ -257,10 +271,12 @@ void VmaTree::InsertAfter(const Path& path, Vma* vma) {
   RegionPage gap = GapOf(*vma);
   while (Count(*path.node_[level]) == kFanout) {
     Node* left = path.node_[level];
-    Node* right = SplitInto(*left);
-    const int half = Count(*left);
-    slot <= half ? InsertAt(*left, slot, key, entry, gap)
-                 : InsertAt(*right, slot - half, key, entry, gap);
+    // Maps that carve the lowest gap insert in ascending order, just before the last entry or after it: nodes
+    // that are left behind stay as they are, so they are left nearly full.
+    const int keep = slot >= kFanout - 1 ? kAscendingKeep : kFanout / 2;
+    Node* right = SplitInto(*left, keep);
+    slot <= keep ? InsertAt(*left, slot, key, entry, gap)
+                 : InsertAt(*right, slot - keep, key, entry, gap);
     key = Key(*right, 0);
     entry = right;
     gap = MaxGap(*right);

@@ -33,7 +33,7 @@ void AddressSpaceOf<policy>::Die(vm::Error error, const char* verb) {
   DieOfError(error, verb);
 }
 
-template class AddressSpaceOf<vm::sync::LockPolicy::kTree>;
+template class AddressSpaceOf<vm::sync::LockPolicy::kAdaptive>;
 template class AddressSpaceOf<vm::sync::LockPolicy::kCoarse>;
 
 }  // namespace freehold::bench

@@ -101,7 +101,7 @@ class AddressSpaceOf {
 };
 
 // The product, and the product under one lock for the whole space: the model of mmap_lock.
-using FreeholdSpace = AddressSpaceOf<vm::sync::LockPolicy::kTree>;
+using FreeholdSpace = AddressSpaceOf<vm::sync::LockPolicy::kAdaptive>;
 using CoarseSpace = AddressSpaceOf<vm::sync::LockPolicy::kCoarse>;
 
 // One fresh `Space` per run of a case, shared by its threads: SetUp and TearDown go into

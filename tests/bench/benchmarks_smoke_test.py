@@ -12,6 +12,7 @@ QUICK = ("--smoke", "--threads=1,2", "--benchmark_min_time=0.001")
 STALL = ("--ranges=2", "--range_mib=8", "--min_seconds=0")
 
 SPACES = ("freehold", "coarse", "kernel")
+RANGE_LOCKS = ("freehold", "tree", "coarse", "shared_mutex")
 ALLOCATORS = ("freehold", "glibc", "mimalloc")
 
 
@@ -37,6 +38,34 @@ def map_names():
     return set().union(*(names(template, SPACES) for template in cycles + others))
 
 
+def range_lock_names():
+    any_threads = ["disjoint/{}/own_granule", "disjoint/{}/same_granule", "overlapping/{}", "mixed/{}",
+                   "long_range/{}/own"]
+    return set().union(*(names(template, RANGE_LOCKS) for template in any_threads),
+                       *(names(template, RANGE_LOCKS, (1,))
+                         for template in ("pair_exclusive/{}", "pair_shared/{}")),
+                       names("long_range/{}/beside", RANGE_LOCKS, (2,)))
+
+
+INDEXES = ("freehold", "btree_shared_mutex", "map")
+
+
+def vma_tree_names():
+    sizes = (100, 10000, 1000000)
+    operations = [f"{operation}/{{}}/{size}" for operation in ("vma_map", "vma_unmap", "vma_gap")
+                  for size in sizes]
+    return set().union(
+        *(names(f"vma_lookup/{{}}/{size}", INDEXES) for size in (*sizes, 100000)),
+        names("vma_lookup_churn/{}/100000", INDEXES, (2,)),
+        *(names(template, INDEXES, (1,)) for template in operations))
+
+
+def hold_names():
+    verbs = [f"{verb}_{size}" for verb in ("populate", "protect", "unmap") for size in ("4KiB", "4GiB")]
+    verbs += [f"{verb}_{count}vmas" for verb in ("protect", "unmap", "replace") for count in (1, 100000)]
+    return set().union(*(names(f"tree_lock_hold/{{}}/{verb}", ("freehold",), (1,)) for verb in verbs))
+
+
 def malloc_names():
     any_threads = ["small_lifo/{}/64B", "small_lifo/{}/mixed", "small_fifo/{}", "mixed_random/{}",
                    "burst/{}/lifo", "burst/{}/fifo", "burst/{}/random", "thread_churn/{}",
@@ -56,6 +85,8 @@ OPTIONAL = {
                                        "populate_stall/freehold/populate_huge"},
     "populate/kernel": {"populate/kernel/2MiB", "populate/kernel/64MiB"},
     "lookup/kernel": {"lookup/kernel/1000"},
+    "tree_lock_hold/4GiB": {f"tree_lock_hold/freehold/{verb}_4GiB"
+                            for verb in ("populate", "protect", "unmap")},
 }
 
 
@@ -120,6 +151,30 @@ class BenchmarksSmokeTest(unittest.TestCase):
     def test_map_benchmark(self):
         document = self.run_benchmark("map_benchmark", map_names())
         self.assertEqual(self.measured_targets(document), ({"P2", "P3"}, {"P2", "P3"}))
+
+    def test_range_lock_benchmark(self):
+        document = self.run_benchmark("range_lock_benchmark", range_lock_names())
+        for run in document["benchmarks"]:
+            if run["name"].startswith(("overlapping/", "mixed/")):
+                waits = {f"longest_wait_us_{thread}" for thread in range(run["threads"])}
+                self.assertLessEqual(waits, set(run), run["name"])
+        self.assertEqual(self.measured_targets(document), ({"P5"}, {"P5"}))
+
+    def test_vma_tree_benchmark(self):
+        document = self.run_benchmark("vma_tree_benchmark", vma_tree_names())
+        self.assertEqual(self.measured_targets(document), ({"P4"}, {"P4"}))
+        for run in document["benchmarks"]:
+            if run["name"].startswith("vma_lookup/"):
+                self.assertLessEqual({"bytes_per_vma", "lookup_ns"}, set(run), run["name"])
+
+    def test_hold_benchmark(self):
+        document = self.run_benchmark("hold_benchmark", hold_names())
+        for run in document["benchmarks"]:
+            self.assertGreater(run["holds"], 0, run["name"])
+            self.assertLessEqual(run["p50_ns"], run["p99_ns"], run["name"])
+            self.assertLessEqual(run["p999_ns"], run["worst_ns"], run["name"])
+        if any("4GiB" in run["name"] for run in document["benchmarks"]):
+            self.assertEqual(self.measured_targets(document), ({"P6"}, {"P6"}))
 
     def test_malloc_benchmark(self):
         document = self.run_benchmark("malloc_benchmark", malloc_names())

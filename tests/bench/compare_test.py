@@ -81,6 +81,16 @@ class CompareTest(unittest.TestCase):
         (row,) = self.measured(runs, "P9")
         self.assertAlmostEqual(row["value"], 9)
 
+    def test_times_and_their_baselines(self):
+        def disjoint(implementation, threads, rate):
+            return run_of(f"disjoint/{implementation}/own_granule/threads:{threads}", items_per_second=rate)
+        rows = self.measured([run_of("pair_exclusive/freehold/threads:1", real_time=14.0),
+                              run_of("pair_shared/freehold/threads:1", real_time=16.0),
+                              disjoint("freehold", 1, 70e6), disjoint("freehold", 2, 140e6),
+                              disjoint("tree", 2, 20e6), disjoint("coarse", 2, 35e6)], "P5")
+        self.assertEqual([(row["value"], row["holds"]) for row in rows],
+                         [(14.0, True), (16.0, False), (2.0, True), (7.0, True), (4.0, False)])
+
     def test_counters_with_upper_and_lower_goals(self):
         rows = self.measured([run_of("populate_stall/freehold/populate/threads:2", calls_per_second=400e3,
                                      p999_us=61.0, worst_us=30e3, a_seconds=1.0),
@@ -88,6 +98,17 @@ class CompareTest(unittest.TestCase):
         verdicts = {row["case"].split(": ")[1]: (row["value"], row["holds"]) for row in rows}
         self.assertEqual(verdicts, {"calls_per_second": (400e3, True), "p999_us": (61.0, False),
                                     "worst_us": (30e3, True), "a_seconds vs kernel": (0.5, True)})
+
+    def test_holds_of_large_ranges_may_be_a_bucket_longer(self):
+        rows = self.measured([run_of(f"tree_lock_hold/freehold/unmap_{size}/threads:1", p50_ns=p50, p99_ns=p99)
+                              for size, p50, p99 in (("4KiB", 100.0, 1000.0), ("4GiB", 125.0, 1500.0))], "P6")
+        self.assertEqual([(row["case"].split("threads:1: ")[1], row["value"], row["holds"]) for row in rows],
+                         [("p50_ns vs unmap_4KiB", 1.25, True), ("p99_ns vs unmap_4KiB", 1.5, False)])
+
+    def test_lookups_have_a_ratio_and_a_time(self):
+        rows = self.measured([run_of("vma_lookup/freehold/100000/threads:2", items_per_second=10e6, lookup_ns=101.0),
+                              run_of("vma_lookup/btree_shared_mutex/100000/threads:2", items_per_second=1e6)], "P4")
+        self.assertEqual([(row["value"], row["holds"]) for row in rows], [(10, True), (101.0, False)])
 
     def test_star_covers_every_variant(self):
         variants = ("populate", "populate_huge")

@@ -125,6 +125,7 @@ TEST(ConfigTest, Choices) {
   EXPECT_EQ(Good("FREEHOLD_MALLOC=Freehold").malloc, MallocChoice::kFreehold);
   EXPECT_EQ(Good("FREEHOLD_LOCK_POLICY=coarse").lock_policy, vm::sync::LockPolicy::kCoarse);
   EXPECT_EQ(Good("FREEHOLD_LOCK_POLICY=tree").lock_policy, vm::sync::LockPolicy::kTree);
+  EXPECT_EQ(Good("FREEHOLD_LOCK_POLICY=adaptive").lock_policy, vm::sync::LockPolicy::kAdaptive);
   ExpectBad("FREEHOLD_MALLOC=glibc");
   ExpectBad("FREEHOLD_LOCK_POLICY=");
 }

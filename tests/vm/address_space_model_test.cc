@@ -29,11 +29,12 @@ AddressSpaceOptions Small() {
 }
 
 std::vector<Variant> Variants() {
-  std::vector<Variant> variants = {{"Tree", Small()}, {"Coarse", Small()}, {"Strict", Small()},
-                                   {"TightFreeLimit", Small()}};
+  std::vector<Variant> variants = {{"Adaptive", Small()}, {"Coarse", Small()}, {"Strict", Small()},
+                                   {"TightFreeLimit", Small()}, {"Tree", Small()}};
   variants[1].options.lock_policy = sync::LockPolicy::kCoarse;
   variants[2].options.strict_unmap = true;
   variants[3].options.free_resident_limit = KiB(256);
+  variants[4].options.lock_policy = sync::LockPolicy::kTree;
   return variants;
 }
 

@@ -363,6 +363,81 @@ TEST_P(StressTest, ReadersBesideWriters) {
   });
 }
 
+// What is mapped all the time is found all the time, while it is split, merged and replaced: a lookup finds the
+// mapping that was there or a newer one, and its range holds the page.
+TEST_P(StressTest, LookupsNeverMissWhatIsMapped) {
+  constexpr std::size_t kPages = 160;
+  const PageRange all = Part(space_->reservation(), 0, kPages);
+  MustMapAt(*space_, all);
+  std::vector<std::uint64_t> newest[kThreads];
+  for (std::vector<std::uint64_t>& one : newest) one.resize(kPages);
+  Run(7, [&](int thread, Random& random) {
+    const std::size_t first = random() % kPages;
+    if (thread < 2) {
+      const Result<VmaInfo> vma = space_->Lookup(Part(all, first, 1).first);
+      ASSERT_TRUE(vma.ok());
+      ASSERT_TRUE(vma->range.Contains(Part(all, first, 1).first));
+      ASSERT_TRUE(all.Contains(vma->range));
+      ASSERT_GE(vma->generation, newest[thread][first]) << "an old mapping after a new one";
+      newest[thread][first] = vma->generation;
+      return;
+    }
+    // Single pages most of the time, so that whole runs of VMAs are there to be replaced and protected.
+    const std::size_t most = random() % 8 == 0 ? kPages - first : std::min<std::size_t>(kPages - first, 2);
+    const PageRange range = Part(all, first, 1 + random() % most);
+    if (random() % 2 == 0) {
+      MapOptions options = At(range.first, Placement::kReplace);
+      options.content = Content::kAnything;
+      ASSERT_TRUE(space_->Map(range.count(), options).ok());
+    } else {
+      ASSERT_TRUE(
+          space_->Protect(range, random() % 2 == 0 ? Protection::kReadWrite : Protection::kRead).ok());
+    }
+  });
+  EXPECT_EQ(space_->Stats().mapped, all.bytes());
+  ASSERT_TRUE(space_->Unmap(all).ok());
+}
+
+// An unmap of many VMAs takes several holds of the tree lock. What others map in between, in the pages that it has
+// let go, is theirs.
+TEST_P(StressTest, LongUnmapsSpareWhatComesAfterThem) {
+  constexpr std::size_t kVmas = 60;
+  constexpr std::size_t kVmaPages = 70;  // large enough to merge when cached
+  std::atomic<std::uint64_t> next_stamp{1};
+  Run(8, [&](int thread, Random& random) {
+    if (thread < 2) {
+      const Result<PageRange> row = space_->Map({kVmas * kVmaPages});
+      if (!row.ok()) return;
+      for (std::size_t i = 0; i < kVmas; ++i) {
+        MapOptions options = At(Part(*row, i * kVmaPages, 1).first, Placement::kReplace);
+        options.content = Content::kAnything;
+        const std::size_t pages = random() % 2 == 0 ? kVmaPages : 1;
+        ASSERT_TRUE(space_->Map({pages}, options).ok());
+      }
+      ASSERT_TRUE(space_->Unmap(*row).ok());
+      return;
+    }
+    Owned mine[8];
+    for (Owned& one : mine) {
+      const Result<PageRange> range = space_->Map({1 + random() % 100}, {.content = Content::kAnything});
+      if (!range.ok()) continue;
+      one = {*range, next_stamp.fetch_add(1) << 16};
+      Stamp(one.range, one.stamp);
+    }
+    for (const Owned& one : mine) {
+      if (one.range.empty()) continue;
+      for (PageNumber page = one.range.first; page < one.range.end; page = page + Pages{1}) {
+        const Result<VmaInfo> vma = space_->Lookup(page);
+        ASSERT_TRUE(vma.ok());
+        ASSERT_EQ(vma->range, one.range);
+      }
+      ASSERT_TRUE(HasStamp(one.range, one.stamp));
+      ASSERT_TRUE(space_->Unmap(one.range).ok());
+    }
+  });
+  EXPECT_TRUE(Vmas(*space_).empty());
+}
+
 // The kernel refuses now and then, while threads are in the middle of things: who is told so finds the memory as
 // it was, and everyone else notices nothing.
 TEST_P(StressTest, OwnMemoryStaysOwnWhileCallsFail) {

@@ -117,7 +117,8 @@ TEST_F(RuleDDeathTest, WaitingRefuses) {
     parker.Unpark();
     parker.Park();
   });
-  for (const sync::LockPolicy policy : {sync::LockPolicy::kTree, sync::LockPolicy::kCoarse}) {
+  for (const sync::LockPolicy policy :
+       {sync::LockPolicy::kAdaptive, sync::LockPolicy::kTree, sync::LockPolicy::kCoarse}) {
     sync::RangeLock lock(policy);
     const PageRange range = {{1}, {5}};
     SpinLockHolder holder(tree_lock_);
@@ -240,7 +241,9 @@ TEST_P(CleanTest, FailingVerbs) {
   }
 }
 
-constexpr Config kConfigs[] = {{"tree", sync::LockPolicy::kTree, false},
+constexpr Config kConfigs[] = {{"adaptive", sync::LockPolicy::kAdaptive, false},
+                               {"adaptiveStrict", sync::LockPolicy::kAdaptive, true},
+                               {"tree", sync::LockPolicy::kTree, false},
                                {"treeStrict", sync::LockPolicy::kTree, true},
                                {"coarse", sync::LockPolicy::kCoarse, false},
                                {"coarseStrict", sync::LockPolicy::kCoarse, true}};

@@ -80,7 +80,7 @@ inline bool IsZero(PageRange range) { return IsFilledWith(range, 0); }
 // ---- Spaces ----
 
 // Four regions of 64 MiB: two plain, one dense, one for mappings.
-inline AddressSpaceOptions SmallOptions(sync::LockPolicy policy = sync::LockPolicy::kTree) {
+inline AddressSpaceOptions SmallOptions(sync::LockPolicy policy = AddressSpaceOptions().lock_policy) {
   return {.reserve = MiB(256), .min_reserve = MiB(16), .lock_policy = policy, .regions_per_zone = 1};
 }
 inline constexpr std::size_t kSmallRegionPages = MiB(64).value / kPageSize;
@@ -346,7 +346,8 @@ inline std::string PolicyName(const testing::TestParamInfo<sync::LockPolicy>& in
 
 #define FREEHOLD_INSTANTIATE_POLICIES(suite)                                             \
   INSTANTIATE_TEST_SUITE_P(Policies, suite,                                              \
-                           testing::Values(::freehold::vm::sync::LockPolicy::kTree,      \
+                           testing::Values(::freehold::vm::sync::LockPolicy::kAdaptive,  \
+                                           ::freehold::vm::sync::LockPolicy::kTree,      \
                                            ::freehold::vm::sync::LockPolicy::kCoarse),   \
                            ::freehold::vm::test::PolicyName)
 

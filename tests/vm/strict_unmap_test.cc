@@ -242,7 +242,9 @@ TEST_P(StrictUnmapTest, AFailedMapLeavesTraps) {
   }
 }
 
-constexpr Param kParams[] = {{sync::LockPolicy::kTree, Means::kGuards},
+constexpr Param kParams[] = {{sync::LockPolicy::kAdaptive, Means::kGuards},
+                             {sync::LockPolicy::kAdaptive, Means::kProtection},
+                             {sync::LockPolicy::kTree, Means::kGuards},
                              {sync::LockPolicy::kTree, Means::kProtection},
                              {sync::LockPolicy::kCoarse, Means::kGuards},
                              {sync::LockPolicy::kCoarse, Means::kProtection}};

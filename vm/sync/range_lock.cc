@@ -11,40 +11,21 @@ constexpr PageRange kWholeSpace{{0}, {~std::size_t{0} >> kPageShift}};
 
 }  // namespace
 
-// Written by the thread itself only; initial-exec, so that reading it never allocates.
-RangeLock::Guard*& RangeLock::HeldGuards() {
-  static constinit thread_local Guard* head __attribute__((tls_model("initial-exec"))) = nullptr;
-  return head;
-}
+constinit thread_local RangeLock::Guard* RangeLock::held_guards_ = nullptr;
 
-RangeLock::Guard::Guard(RangeLock& lock, PageRange range, Mode mode, Operation operation,
-                        Waits waits, Nanoseconds deadline, AcquisitionSite site)
-    : lock_(lock), request_(range, mode, operation, os::CurrentThreadId()) {
-  FREEHOLD_DCHECK(!range.empty());
-  if (waits != Waits::kNever) CheckRangeRank(&lock, this, range, site);
-  held_ = Acquire(waits, deadline);
-  if (!held_) return;
-  RecordRangeRank(&lock, this, range, site);
-  LinkHeld();
-}
-
-bool RangeLock::Guard::Acquire(Waits waits, Nanoseconds deadline) {
+bool RangeLock::Guard::AcquireSlow(Waits waits, Nanoseconds deadline) {
   const Nanoseconds* const until = waits == Waits::kUntil ? &deadline : nullptr;
+  request_.bucket = nullptr;
   switch (lock_.policy_) {
     case LockPolicy::kCoarse: return AcquireCoarse(waits, until);
-    case LockPolicy::kTree: break;
+    case LockPolicy::kTree:
+      if (waits == Waits::kNever) return lock_.tree_.TryAcquire(request_);
+      return lock_.tree_.Acquire(request_, until);
+    case LockPolicy::kAdaptive:
+      if (waits == Waits::kNever) return lock_.adaptive_.TryAcquireSlow(request_);
+      return lock_.adaptive_.AcquireSlow(request_, until);
   }
-  if (waits == Waits::kNever) return lock_.tree_.TryAcquire(request_);
-  return lock_.tree_.Acquire(request_, until);
-}
-
-RangeLock::Guard::Guard(RangeLock& lock, PageRange range, Mode mode, Operation operation,
-                        AcquisitionSite site)
-    : Guard(lock, range, mode, operation, Waits::kForever, Nanoseconds{0}, site) {}
-
-RangeLock::Guard RangeLock::Guard::Try(RangeLock& lock, PageRange range, Mode mode,
-                                       Operation operation, AcquisitionSite site) {
-  return Guard(lock, range, mode, operation, Waits::kNever, Nanoseconds{0}, site);
+  return false;
 }
 
 RangeLock::Guard RangeLock::Guard::Until(RangeLock& lock, PageRange range, Mode mode,
@@ -58,15 +39,11 @@ RangeLock::Guard RangeLock::Guard::WholeSpace(RangeLock& lock, Mode mode, Operat
   return Guard(lock, kWholeSpace, mode, operation, Waits::kForever, Nanoseconds{0}, site);
 }
 
-void RangeLock::Guard::Release() {
-  FREEHOLD_DCHECK(held_);
-  CheckNoShortLockHeld("range unlock");
-  held_ = false;
-  UnlinkHeld();
-  ReleaseRank(this);
+void RangeLock::Guard::ReleaseSlow() {
   switch (lock_.policy_) {
     case LockPolicy::kCoarse: return ReleaseCoarse();
     case LockPolicy::kTree: return lock_.tree_.Release(request_);
+    case LockPolicy::kAdaptive: return lock_.adaptive_.ReleaseSlow(request_);
   }
 }
 
@@ -76,6 +53,7 @@ void RangeLock::Guard::Downgrade() {
   switch (lock_.policy_) {
     case LockPolicy::kCoarse: return DowngradeCoarse();
     case LockPolicy::kTree: return lock_.tree_.Downgrade(request_);
+    case LockPolicy::kAdaptive: return lock_.adaptive_.Downgrade(request_);
   }
 }
 
@@ -83,7 +61,7 @@ bool RangeLock::Guard::AcquireCoarse(Waits waits, const Nanoseconds* deadline) {
   const Guard* const anchor = lock_.FindStrongestHeld();
   if (ABSL_PREDICT_FALSE(anchor != nullptr)) {
     anchors_ = false;
-    for (const Guard* guard = HeldGuards(); guard != nullptr; guard = guard->next_held_) {
+    for (const Guard* guard = held_guards_; guard != nullptr; guard = guard->next_held_) {
       const bool conflicts = &guard->lock_ == &lock_ &&
                              guard->request_.range.Overlaps(request_.range) &&
                              Conflict(guard->request_.mode, request_.mode);
@@ -127,9 +105,9 @@ void RangeLock::Guard::MoveAnchorTo(Guard& other) {
 }
 
 RangeLock::Guard* RangeLock::FindStrongestHeld() const {
-  if (ABSL_PREDICT_TRUE(HeldGuards() == nullptr)) return nullptr;
+  if (ABSL_PREDICT_TRUE(held_guards_ == nullptr)) return nullptr;
   Guard* strongest = nullptr;
-  for (Guard* guard = HeldGuards(); guard != nullptr; guard = guard->next_held_) {
+  for (Guard* guard = held_guards_; guard != nullptr; guard = guard->next_held_) {
     if (&guard->lock_ != this) continue;
     if (strongest == nullptr || guard->request_.mode > strongest->request_.mode ||
         (guard->request_.mode == strongest->request_.mode && guard->anchors_)) {
@@ -139,24 +117,12 @@ RangeLock::Guard* RangeLock::FindStrongestHeld() const {
   return strongest;
 }
 
-void RangeLock::Guard::LinkHeld() {
-  Guard*& head = HeldGuards();
-  next_held_ = head;
-  link_to_this_ = &head;
-  if (head != nullptr) head->link_to_this_ = &next_held_;
-  head = this;
-}
-
-void RangeLock::Guard::UnlinkHeld() {
-  *link_to_this_ = next_held_;
-  if (next_held_ != nullptr) next_held_->link_to_this_ = link_to_this_;
-}
-
 HolderList RangeLock::Holders(PageRange range) const {
   HolderList list;
   switch (policy_) {
     case LockPolicy::kCoarse: coarse_.AppendHolders(list); break;
     case LockPolicy::kTree: tree_.AppendHolders(range, list); break;
+    case LockPolicy::kAdaptive: adaptive_.AppendHolders(range, list); break;
   }
   return list;
 }
@@ -164,21 +130,24 @@ HolderList RangeLock::Holders(PageRange range) const {
 void RangeLock::ReinitAfterFork() {
   coarse_.ForgetAll();
   tree_.ForgetAll();
-  for (Guard* guard = HeldGuards(); guard != nullptr; guard = guard->next_held_) {
+  adaptive_.ForgetAll();
+  for (Guard* guard = held_guards_; guard != nullptr; guard = guard->next_held_) {
     if (&guard->lock_ != this) continue;
     guard->request_.thread_id = os::CurrentThreadId();
     if (!guard->anchors_) continue;
     switch (policy_) {
       case LockPolicy::kCoarse: coarse_.Adopt(guard->request_); break;
       case LockPolicy::kTree: tree_.Adopt(guard->request_); break;
+      case LockPolicy::kAdaptive: adaptive_.Adopt(guard->request_); break;
     }
   }
 }
 
-bool RangeLock::MayBeHeld(PageRange) const {
+bool RangeLock::MayBeHeld(PageRange range) const {
   switch (policy_) {
     case LockPolicy::kCoarse: return true;
     case LockPolicy::kTree: return tree_.in_use();
+    case LockPolicy::kAdaptive: return adaptive_.MayBeHeld(range);
   }
   return true;
 }
@@ -186,6 +155,7 @@ bool RangeLock::MayBeHeld(PageRange) const {
 void RangeLock::CheckInvariants() const {
   coarse_.CheckInvariants();
   tree_.CheckInvariants();
+  adaptive_.CheckInvariants();
 }
 
 }  // namespace freehold::vm::sync

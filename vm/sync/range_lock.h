@@ -19,17 +19,24 @@
 //                destroy it, since the one that released before may still be waking others.
 // Invariants:    R1. Held guards that overlap are all kShared.
 //                R2. A request waits only for older requests that overlap it and conflict with it
-//                    (kTree), or for any older request that conflicts with it (kCoarse).
+//                    (kTree, kAdaptive), or for any older request that conflicts with it (kCoarse).
+//                    Under kAdaptive, a request that finds itself behind a long one is such an
+//                    older request to others for the moment in which it steps back.
 //                R3. Of the requests that wait, the oldest is passed by at most a constant number
-//                    of younger ones that conflict with it (kTree: none), so no mode starves.
+//                    of younger ones that conflict with it (kTree, kAdaptive: none), so no mode
+//                    starves.
 #ifndef FREEHOLD_VM_SYNC_RANGE_LOCK_H_
 #define FREEHOLD_VM_SYNC_RANGE_LOCK_H_
 
 #include <cstddef>
 #include <cstdint>
 
+#include "absl/base/attributes.h"
+#include "absl/base/optimization.h"
+#include "vm/os/check.h"
 #include "vm/os/thread_id.h"
 #include "vm/page_range.h"
+#include "vm/sync/adaptive_range_lock.h"
 #include "vm/sync/coarse_lock.h"
 #include "vm/sync/lock_rank.h"
 #include "vm/sync/range_request.h"
@@ -40,14 +47,16 @@ namespace freehold::vm::sync {
 
 // How ranges are told apart; the meaning of the lock is the same. Fixed at construction.
 enum class LockPolicy : std::uint8_t {
-  kCoarse,  // not at all: one fair reader-writer lock, the model of the kernel's mmap_lock
-  kTree,    // precisely: one tree of held and pending ranges, FIFO among those that overlap
+  kCoarse,    // not at all: one fair reader-writer lock, the model of the kernel's mmap_lock
+  kTree,      // precisely: one tree of held and pending ranges, FIFO among those that overlap
+  kAdaptive,  // as precisely, FIFO too: a lock word per 2 MiB, and the tree where words do not do
 };
 
 constexpr const char* ToString(LockPolicy policy) {
   switch (policy) {
     case LockPolicy::kCoarse: return "coarse";
     case LockPolicy::kTree: return "tree";
+    case LockPolicy::kAdaptive: return "adaptive";
   }
   return "unknown";
 }
@@ -79,7 +88,7 @@ class RangeLock {
     Guard(const Guard&) = delete;
     Guard& operator=(const Guard&) = delete;
     // Releases if held. Wakes waiters, which may be a system call. REQUIRES: no short lock is held.
-    ~Guard() {
+    ABSL_ATTRIBUTE_ALWAYS_INLINE ~Guard() {
       if (held_) Release();
     }
 
@@ -106,7 +115,8 @@ class RangeLock {
     Guard(RangeLock& lock, PageRange range, Mode mode, Operation operation, Waits waits,
           Nanoseconds deadline, AcquisitionSite site);
 
-    bool Acquire(Waits waits, Nanoseconds deadline);
+    bool AcquireSlow(Waits waits, Nanoseconds deadline);
+    void ReleaseSlow();
     void LinkHeld();
     void UnlinkHeld();
     // kCoarse only: see anchors_.
@@ -116,7 +126,7 @@ class RangeLock {
     void MoveAnchorTo(Guard& other);
 
     RangeLock& lock_;
-    bool held_ = false;
+    bool held_;
     // Under kCoarse, disjoint guards of one thread are one holder, or the second would wait for the
     // first. The anchor is the one whose request the lock knows; its mode is the strongest of them.
     bool anchors_ = true;
@@ -149,7 +159,9 @@ class RangeLock {
   void CheckInvariants() const;
 
  private:
-  static Guard*& HeldGuards();
+  // Of this thread, the last one first. Written by the thread itself only; initial-exec, so that
+  // reading it never allocates.
+  static constinit thread_local Guard* held_guards_ __attribute__((tls_model("initial-exec")));
   // The strongest guard of this lock that this thread holds, the anchor if several are; null if
   // none.
   Guard* FindStrongestHeld() const;
@@ -157,7 +169,68 @@ class RangeLock {
   const LockPolicy policy_;
   CoarseLock coarse_;
   TreeRangeLock tree_;
+  AdaptiveRangeLock adaptive_;
 };
+
+// Inlined wherever GCC would rather not: a call costs as much as half of the fast path.
+ABSL_ATTRIBUTE_ALWAYS_INLINE inline RangeLock::Guard::Guard(RangeLock& lock, PageRange range,
+                                                            Mode mode, Operation operation,
+                                                            Waits waits, Nanoseconds deadline,
+                                                            AcquisitionSite site)
+    : lock_(lock), request_(range, mode, operation, os::CurrentThreadId()) {
+  FREEHOLD_DCHECK(!range.empty());
+  if (waits != Waits::kNever) CheckRangeRank(&lock, this, range, site);
+  held_ = (ABSL_PREDICT_TRUE(lock.policy_ == LockPolicy::kAdaptive) &&
+           ABSL_PREDICT_TRUE(lock.adaptive_.TryAcquireFast(request_))) ||
+          AcquireSlow(waits, deadline);
+  if (!held_) return;
+  RecordRangeRank(&lock, this, range, site);
+  LinkHeld();
+}
+
+ABSL_ATTRIBUTE_ALWAYS_INLINE inline RangeLock::Guard::Guard(RangeLock& lock, PageRange range,
+                                                            Mode mode, Operation operation,
+                                                            AcquisitionSite site)
+    : Guard(lock, range, mode, operation, Waits::kForever, Nanoseconds{0}, site) {}
+
+inline RangeLock::Guard RangeLock::Guard::Try(RangeLock& lock, PageRange range, Mode mode,
+                                              Operation operation, AcquisitionSite site) {
+  return Guard(lock, range, mode, operation, Waits::kNever, Nanoseconds{0}, site);
+}
+
+ABSL_ATTRIBUTE_ALWAYS_INLINE inline void RangeLock::Guard::Release() {
+  FREEHOLD_DCHECK(held_);
+  CheckNoShortLockHeld("range unlock");
+  held_ = false;
+  UnlinkHeld();
+  ReleaseRank(this);
+  if (ABSL_PREDICT_TRUE(request_.bucket != nullptr) &&
+      ABSL_PREDICT_TRUE(lock_.adaptive_.TryReleaseFast(request_))) {
+    return;
+  }
+  ReleaseSlow();
+}
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+// GCC 12, once it has inlined this, no longer sees that the destructor takes the guard off.
+#pragma GCC diagnostic ignored "-Wdangling-pointer"
+#endif
+ABSL_ATTRIBUTE_ALWAYS_INLINE inline void RangeLock::Guard::LinkHeld() {
+  Guard*& head = held_guards_;
+  next_held_ = head;
+  link_to_this_ = &head;
+  if (head != nullptr) head->link_to_this_ = &next_held_;
+  head = this;
+}
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+
+ABSL_ATTRIBUTE_ALWAYS_INLINE inline void RangeLock::Guard::UnlinkHeld() {
+  *link_to_this_ = next_held_;
+  if (next_held_ != nullptr) next_held_->link_to_this_ = link_to_this_;
+}
 
 }  // namespace freehold::vm::sync
 

@@ -93,8 +93,11 @@ struct HolderList {
   const HolderInfo* end() const { return entries.data() + count; }
 };
 
+struct LockBucket;  // of adaptive_range_lock.h
+
 // A request for `range`, held or waiting. Lives in its Guard, on the requesting thread's stack; the
-// fields below `parker` belong to the policy that it was handed to, which initialises what it uses.
+// fields below `parker` belong to the policy that it was handed to, which initialises what it uses:
+// each store less is felt where all of a lock and unlock is a few nanoseconds.
 struct RangeRequest {
   // In the tree of held and pending requests (tree_range_lock.h).
   struct TreeNode {
@@ -113,8 +116,10 @@ struct RangeRequest {
     bool granted;
   };
 
+  // The range in two pieces: copied as one, GCC reads both back from the stack, where they were
+  // stored one by one, and the processor waits for that.
   constexpr RangeRequest(PageRange r, LockMode m, Operation o, std::uint32_t thread)
-      : range(r), mode(m), operation(o), thread_id(thread) {}
+      : range{r.first, r.end}, mode(m), operation(o), thread_id(thread) {}
 
   PageRange range;
   LockMode mode;
@@ -122,10 +127,13 @@ struct RangeRequest {
   std::uint32_t thread_id;
   Parker parker;
 
+  bool signalled;            // an Unpark is on its way: the request must stay until it arrived
+  bool is_proxy;             // stands for kAdaptive's fast holders: nobody waits with it
+  LockBucket* bucket;        // whose word alone says that this is held (kAdaptive); else null
   Nanoseconds since;         // the age's start; 0: not seen yet
   RangeRequest* next_woken;  // in the list of those to unpark after the internal lock
-  bool signalled;            // an Unpark is on its way: the request must stay until it arrived
   union {
+    std::uint64_t fast_word;  // what the bucket's word was, had this been the only holder
     TreeNode tree;
     QueueNode queue;
   };

@@ -154,16 +154,17 @@ class Actor {
 
 class RangeLockModelTest : public ::testing::TestWithParam<LockPolicy> {
  protected:
-  void Run(std::uint64_t seed, int steps) {
+  // `scale`: how many pages a page of the model stands for.
+  void Run(std::uint64_t seed, int steps, std::size_t scale) {
     RangeLock lock(GetParam());
     Model model(GetParam() != LockPolicy::kCoarse);
     std::vector<std::unique_ptr<Actor>> actors;
     for (std::size_t i = 0; i < kActors; ++i) actors.push_back(std::make_unique<Actor>(lock));
     std::mt19937_64 random(seed);
     std::ostringstream log;
-    log << "seed " << seed << "\n";
+    log << "seed " << seed << ", scale " << scale << "\n";
     for (int i = 0; i < steps; ++i) {
-      const Step step = Choose(random, model);
+      const Step step = Choose(random, model, scale);
       log << step;
       Perform(step, model, actors);
       ASSERT_TRUE(Matches(model, lock, actors)) << log.str();
@@ -180,13 +181,15 @@ class RangeLockModelTest : public ::testing::TestWithParam<LockPolicy> {
   }
 
  private:
-  static Step Choose(std::mt19937_64& random, const Model& model) {
+  static Step Choose(std::mt19937_64& random, const Model& model, std::size_t scale) {
     while (true) {
       Step step{};
       step.actor = random() % kActors;
       const std::size_t first = random() % kPagesOfModel;
       const std::size_t count = random() % 8 == 0 ? kPagesOfModel : 1 + random() % 6;
-      step.range = {{first}, {first + count}};
+      step.range = {{first * scale}, {(first + count) * scale}};
+      // A short one among the long ones.
+      if (random() % 2 == 0) step.range = PageRange::Of(step.range.first, {count});
       step.mode = random() % 2 == 0 ? LockMode::kShared : LockMode::kExclusive;
       if (!model.IsRequesting(step.actor)) {
         const std::uint64_t kind = random() % 6;
@@ -247,11 +250,19 @@ class RangeLockModelTest : public ::testing::TestWithParam<LockPolicy> {
 };
 
 INSTANTIATE_TEST_SUITE_P(Policies, RangeLockModelTest,
-                         ::testing::Values(LockPolicy::kCoarse, LockPolicy::kTree),
+                         ::testing::Values(LockPolicy::kCoarse, LockPolicy::kTree,
+                                           LockPolicy::kAdaptive),
                          [](const auto& info) { return ToString(info.param); });
 
 TEST_P(RangeLockModelTest, RandomSteps) {
-  for (std::uint64_t seed = 0; seed < 4; ++seed) Run(seed, 250);
+  for (std::uint64_t seed = 0; seed < 4; ++seed) Run(seed, 250, 1);
+}
+
+// For kAdaptive: ranges within one granule, across several, and long ones.
+TEST_P(RangeLockModelTest, RandomStepsAcrossGranules) {
+  for (const std::size_t scale : {100, 400, 3'000}) {
+    for (std::uint64_t seed = 0; seed < 3; ++seed) Run(seed, 250, scale);
+  }
 }
 
 }  // namespace

@@ -135,7 +135,7 @@ class RangeLockSchedTest : public ::testing::TestWithParam<LockPolicy> {
     }
     const Outcome outcome = scheduler.Run(bodies, chooser, [&] { lock.CheckInvariants(); });
     lock.CheckInvariants();
-    EXPECT_EQ(lock.Holders(Range(0, 1000)).total, 0u);
+    EXPECT_EQ(lock.Holders(Range(0, 100'000)).total, 0u);
     return outcome;
   }
 
@@ -206,15 +206,25 @@ class RangeLockSchedTest : public ::testing::TestWithParam<LockPolicy> {
 };
 
 INSTANTIATE_TEST_SUITE_P(Policies, RangeLockSchedTest,
-                         ::testing::Values(LockPolicy::kCoarse, LockPolicy::kTree),
+                         ::testing::Values(LockPolicy::kCoarse, LockPolicy::kTree,
+                                           LockPolicy::kAdaptive),
                          [](const auto& info) { return ToString(info.param); });
 
 constexpr Action::How kWait = Action::How::kWait;
 constexpr Action::How kTry = Action::How::kTry;
 constexpr Action::How kUntil = Action::How::kUntil;
 
-// [0, 8) against the same, an overlapping, an enclosed and a disjoint range.
-constexpr PageRange kOthers[] = {Range(0, 8), Range(4, 12), Range(2, 4), Range(8, 16)};
+// [0, 8) against the same, an overlapping, an enclosed and a disjoint range; for kAdaptive also one
+// that shares nothing but its lock word, one of two granules and two long ones, with and without
+// it.
+constexpr PageRange kOthers[] = {Range(0, 8),
+                                 Range(4, 12),
+                                 Range(2, 4),
+                                 Range(8, 16),
+                                 Range(33 * 512, 33 * 512 + 8),
+                                 Range(4, 1000),
+                                 Range(4, 10'000),
+                                 Range(512, 10'000)};
 
 TEST_P(RangeLockSchedTest, TwoThreadsEveryInterleaving) {
   for (const PageRange other : kOthers) {
@@ -268,9 +278,56 @@ TEST_P(RangeLockSchedTest, ThreeThreadsWithDeadlines) {
          kThorough ? 3 : 2);
 }
 
+// Many granules against one: under kAdaptive the former raises the gate that the latter looks at.
+TEST_P(RangeLockSchedTest, LongRangesAndShortOnes) {
+  if (GetParam() == LockPolicy::kCoarse) GTEST_SKIP() << "all ranges are one to it";
+  constexpr PageRange kShort = Range(0, 8);
+  constexpr PageRange kLong = Range(4, 10'000);
+  for (const auto& [a, b] : {std::pair{kX, kX}, {kS, kX}, {kX, kS}}) {
+    for (const auto& [how_a, how_b] : {std::pair{kTry, kWait},
+                                       {kWait, kTry},
+                                       {kUntil, kWait},
+                                       {kWait, kUntil},
+                                       {kUntil, kTry}}) {
+      RunAll({{{a, kShort, how_a}}, {{b, kLong, how_b}}});
+    }
+  }
+  RunAll({{{kX, kShort, kWait, true}}, {{kX, kLong}}});
+  RunAll({{{kX, kShort, kWait, true}}, {{kS, kLong}}});
+  RunAll({{{kX, kShort}, {kS, kShort}}, {{kX, kLong}, {kX, kLong}}}, kThorough ? 5 : 3);
+}
+
+// The long one moves readers, or one that has not looked at the gate yet, into the tree; the third
+// finds them there.
+TEST_P(RangeLockSchedTest, LongRangesAndTwoShortOnes) {
+  if (GetParam() == LockPolicy::kCoarse) GTEST_SKIP() << "all ranges are one to it";
+  constexpr PageRange kLong = Range(4, 10'000);
+  constexpr int kBound = kThorough ? 3 : 2;
+  for (const LockMode mode : {kX, kS}) {
+    RunAll({{{kX, kLong}}, {{mode, Range(0, 8)}}, {{mode, Range(0, 8)}}}, kBound);
+    RunAll({{{kX, kLong}}, {{mode, Range(0, 8)}}, {{kX, Range(8, 16)}}}, kBound);
+    RunAll({{{kS, kLong}}, {{mode, Range(0, 8)}}, {{kX, Range(4, 1000)}}}, kBound);
+    RunAll({{{kX, kLong}}, {{mode, Range(0, 8), kTry}}, {{kX, Range(2, 6), kUntil}}}, kBound);
+  }
+  RunAll({{{kX, kLong}}, {{kS, Range(5'000, 20'000)}}, {{kX, Range(0, 8)}}}, kBound);
+}
+
+TEST_P(RangeLockSchedTest, LongRangesPreemptedInsideInternalLocks) {
+  if (GetParam() == LockPolicy::kCoarse) GTEST_SKIP() << "all ranges are one to it";
+  constexpr int kInside = kThorough ? 3 : 2;
+  RunAll({{{kX, Range(0, 8)}}, {{kX, Range(4, 10'000)}}}, kInside, true);
+  RunAll({{{kS, Range(0, 8)}}, {{kS, Range(0, 8)}}, {{kX, Range(4, 10'000)}}}, kInside - 1, true);
+  RunAll({{{kX, Range(0, 8)}}, {{kX, Range(8, 16)}}, {{kX, Range(4, 10'000)}}}, kInside - 1, true);
+}
+
 TEST_P(RangeLockSchedTest, DisjointRangesNeverWait) {
   if (GetParam() == LockPolicy::kCoarse) GTEST_SKIP() << "all ranges are one to it";
-  RunAll({{{kX, Range(0, 8)}, {kS, Range(0, 4)}}, {{kX, Range(8, 16)}, {kX, Range(10, 11)}}});
+  RunAll({{{kX, Range(0, 8)}, {kS, Range(0, 4)}}, {{kX, Range(8, 16)}, {kX, Range(10, 11)}}},
+         kThorough ? Exhaustive::kUnlimited : 4);
+  // In one lock word, and beside a long one.
+  constexpr int kBound = kThorough ? 4 : 2;
+  RunAll({{{kX, Range(0, 8)}, {kX, Range(2, 4)}}, {{kX, Range(33 * 512, 33 * 512 + 8)}}}, kBound);
+  RunAll({{{kX, Range(0, 8)}, {kS, Range(0, 8)}}, {{kX, Range(8, 10'000)}}}, kBound);
   EXPECT_EQ(waits_, 0u);
 }
 
@@ -327,15 +384,21 @@ TEST_P(RangeLockSchedTest, TwoGuardsAThread) {
 
 TEST_P(RangeLockSchedTest, RandomScriptsAndSchedules) {
   Scheduler scheduler({.threads = 5, .spurious_wakes = 2});
-  for (std::uint64_t seed = 0; seed < 400; ++seed) {
+  for (std::uint64_t seed = 0; seed < 600; ++seed) {
     std::mt19937_64 random(seed);
+    // Ranges within a granule, across a few, across many.
+    constexpr std::size_t kScales[] = {1, 200, 2'000};
+    const std::size_t scale = kScales[seed % 3];
     std::vector<Script> scripts(5);
     for (Script& script : scripts) {
       for (int i = 0; i < 4; ++i) {
         const std::size_t first = random() % 12;
+        const std::size_t end = first + 1 + random() % 6;
         const LockMode mode = random() % 2 == 0 ? kX : kS;
+        const bool short_one = scale != 1 && random() % 2 == 0;
         script.push_back({.mode = mode,
-                          .range = Range(first, first + 1 + random() % 6),
+                          .range = short_one ? Range(first * scale, first * scale + 1)
+                                             : Range(first * scale, end * scale),
                           .how = static_cast<Action::How>(random() % 3),
                           .downgrade = mode == kX && random() % 4 == 0});
       }

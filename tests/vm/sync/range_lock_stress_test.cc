@@ -70,6 +70,11 @@ class RangeLockStressTest : public ::testing::TestWithParam<LockPolicy> {
   RangeLock lock_{GetParam()};
   Memory memory_;
   std::atomic<std::uint64_t> written_{0};  // pages
+  std::size_t scale_ = 1;  // how many pages of the lock a page of memory_ stands for
+
+  PageRange Scaled(PageRange range) const {
+    return {{range.first.value * scale_}, {range.end.value * scale_}};
+  }
 
   void Operate(std::mt19937_64& random) {
     const std::uint64_t dice = random();
@@ -83,21 +88,47 @@ class RangeLockStressTest : public ::testing::TestWithParam<LockPolicy> {
         return;
       }
       case 1:
-      case 2: return Use(Guard::Try(lock_, range, mode, Operation::kTest), range, dice);
+      case 2: return Use(Guard::Try(lock_, Scaled(range), mode, Operation::kTest), range, dice);
       case 3:
       case 4: {
         const Nanoseconds deadline = MonotonicNow() + Microseconds(dice / 65536 % 64);
-        return Use(Guard::Until(lock_, range, mode, Operation::kTest, deadline), range, dice);
+        return Use(Guard::Until(lock_, Scaled(range), mode, Operation::kTest, deadline), range,
+                   dice);
       }
-      default: return Use(Guard(lock_, range, mode, Operation::kTest), range, dice);
+      default: return Use(Guard(lock_, Scaled(range), mode, Operation::kTest), range, dice);
     }
+  }
+
+  void RunRandomOperations() {
+    std::atomic<bool> stop{false};
+    std::thread inspector([&] {
+      while (!stop.load()) {
+        lock_.CheckInvariants();
+        for (const HolderInfo& info : lock_.Holders(Scaled({{0}, {kPages}})))
+          EXPECT_NE(info.thread_id, 0u);
+        std::this_thread::yield();
+      }
+    });
+    std::vector<std::thread> threads;
+    for (std::size_t i = 0; i < kThreads; ++i) {
+      threads.emplace_back([&, i] {
+        std::mt19937_64 random(i);
+        for (int round = 0; round < kRounds; ++round) Operate(random);
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    stop.store(true);
+    inspector.join();
+    EXPECT_EQ(memory_.Read({{0}, {kPages}}), written_.load());
+    EXPECT_EQ(lock_.Holders(Scaled({{0}, {kPages}})).total, 0u);
+    lock_.CheckInvariants();
   }
 
  private:
   // The guard comes as a prvalue and is built in place.
   void Use(Guard&& guard, PageRange range, std::uint64_t dice) {
     if (!guard.held()) return;
-    EXPECT_TRUE(guard.Covers(range, guard.mode()));
+    EXPECT_TRUE(guard.Covers(Scaled(range), guard.mode()));
     memory_.Enter(range, guard.mode());
     if (guard.mode() == LockMode::kExclusive) {
       memory_.Write(range);
@@ -114,31 +145,16 @@ class RangeLockStressTest : public ::testing::TestWithParam<LockPolicy> {
 };
 
 INSTANTIATE_TEST_SUITE_P(Policies, RangeLockStressTest,
-                         ::testing::Values(LockPolicy::kCoarse, LockPolicy::kTree),
+                         ::testing::Values(LockPolicy::kCoarse, LockPolicy::kTree,
+                                           LockPolicy::kAdaptive),
                          [](const auto& info) { return ToString(info.param); });
 
-TEST_P(RangeLockStressTest, RandomOperations) {
-  std::atomic<bool> stop{false};
-  std::thread inspector([&] {
-    while (!stop.load()) {
-      lock_.CheckInvariants();
-      for (const HolderInfo& info : lock_.Holders({{0}, {kPages}})) EXPECT_NE(info.thread_id, 0u);
-      std::this_thread::yield();
-    }
-  });
-  std::vector<std::thread> threads;
-  for (std::size_t i = 0; i < kThreads; ++i) {
-    threads.emplace_back([&, i] {
-      std::mt19937_64 random(i);
-      for (int round = 0; round < kRounds; ++round) Operate(random);
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-  stop.store(true);
-  inspector.join();
-  EXPECT_EQ(memory_.Read({{0}, {kPages}}), written_.load());
-  EXPECT_EQ(lock_.Holders({{0}, {kPages}}).total, 0u);
-  lock_.CheckInvariants();
+TEST_P(RangeLockStressTest, RandomOperations) { RunRandomOperations(); }
+
+// For kAdaptive: a granule each, a few, and more than a few.
+TEST_P(RangeLockStressTest, RandomOperationsAcrossGranules) {
+  scale_ = kPagesPerHugePage;
+  RunRandomOperations();
 }
 
 // Readers that always overlap each other keep the range held; a writer gets in all the same, and so

@@ -1,0 +1,248 @@
+// How long verbs hold a region's tree lock, and whether that depends on how much they are about (DESIGN §12, P6).
+//
+//   tree_lock_hold/freehold/populate_SIZE        map SIZE and make all of it present
+//   tree_lock_hold/freehold/protect_SIZE         SIZE of present pages: read-only, then read-write
+//   tree_lock_hold/freehold/unmap_SIZE           unmap SIZE of present pages; all of them go back to the kernel
+//   tree_lock_hold/freehold/VERB_COUNTvmas       the same verbs, and `replace`, a fixed map over what is there, on
+//                                                a range of COUNT mappings of one page, untouched
+//
+// What is measured. The holds of tree locks during the verb, and nothing else, by AddressSpace::TreeLockHolds():
+// the counters `p50_ns`, `p99_ns`, `p999_ns` and `worst_ns` are percentiles of a hold, at most 25 % too high, and
+// `holds` is how many there were for one verb. Time is that of the verb. The baseline is the smallest SIZE, or
+// COUNT: a verb that does its work outside the lock has the same holds for all.
+//
+// What is the same for all. Free memory goes back to the kernel at once (free_resident_limit is 0), so that 4 KiB
+// take the way that 4 GiB take, and everything but the verb itself is undone outside the measurement. The caches
+// are warm: right before each verb, all verbs run on a small mapping beside, since populating gigabytes leaves
+// them cold. A hold includes one reading of the clock, and whatever interrupts the thread: `worst_ns` of a
+// virtual machine is the scheduler's.
+#include <benchmark/benchmark.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "bench/support/cpu.h"
+#include "bench/support/kernel_memory.h"
+#include "bench/support/runner.h"
+#include "bench/support/tick_clock.h"
+#include "vm/address_space.h"
+#include "vm/os/linux_kernel.h"
+#include "vm/sync/hold_histogram.h"
+
+namespace freehold::bench {
+namespace {
+
+using vm::AddressSpace;
+using vm::PageNumber;
+using vm::PageRange;
+using vm::Pages;
+
+constinit vm::os::LinuxKernel linux_kernel;
+
+void Require(vm::Error error, const char* verb) {
+  if (error.ok()) return;
+  std::fprintf(stderr, "AddressSpace::%s: %s\n", verb, vm::ToString(error.code));
+  std::exit(1);
+}
+
+class Space {
+ public:
+  Space() {
+    const vm::Result<AddressSpace*> space = AddressSpace::Create(
+        linux_kernel, {.free_resident_limit = {0}, .record_tree_lock_holds = true});
+    Require(space.error(), "Create");
+    space_ = *space;
+  }
+  ~Space() { AddressSpace::Destroy(space_); }
+  Space(const Space&) = delete;
+  Space& operator=(const Space&) = delete;
+
+  PageRange Map(Pages count, const vm::MapOptions& options = {}) {
+    const vm::Result<PageRange> range = space_->Map(count, options);
+    Require(range.error(), "Map");
+    return *range;
+  }
+  // `count` mappings of a page in a row.
+  PageRange MapInARow(std::size_t count) {
+    const PageRange row = Map({count});
+    for (PageNumber page = row.first; page < row.end; page = page + Pages{1}) Replace({page, page + Pages{1}});
+    return row;
+  }
+  void Replace(PageRange range) {
+    (void)Map(range.count(), {.placement = vm::Placement::kReplace,
+                              .address = range.address(),
+                              .content = vm::Content::kAnything});
+  }
+  void Unmap(PageRange range) { Require(space_->Unmap(range), "Unmap"); }
+  void Protect(PageRange range, vm::os::Protection protection) {
+    Require(space_->Protect(range, protection), "Protect");
+  }
+  // As after Create, but for what is committed.
+  void Purge() { (void)space_->Purge(vm::PurgeScope::kAll); }
+  vm::sync::HoldHistogram Holds() const { return space_->TreeLockHolds(); }
+
+ private:
+  AddressSpace* space_;
+};
+
+// Times `verb` and collects its holds.
+class Meter {
+ public:
+  Meter(benchmark::State& state, const Space& space) : state_(state), space_(space) {}
+
+  template <typename Verb>
+  void Measure(const Verb& verb) {
+    vm::sync::HoldHistogram holds = space_.Holds();
+    const std::uint64_t start = MonotonicNanoseconds();
+    verb();
+    state_.SetIterationTime(static_cast<double>(MonotonicNanoseconds() - start) * 1e-9);
+    vm::sync::HoldHistogram after = space_.Holds();
+    after -= holds;
+    holds_ += after;
+  }
+  void Report() const {
+    const auto percentile = [&](double fraction) {
+      return static_cast<double>(holds_.Percentile(fraction).value);
+    };
+    state_.counters["p50_ns"] = percentile(0.5);
+    state_.counters["p99_ns"] = percentile(0.99);
+    state_.counters["p999_ns"] = percentile(0.999);
+    state_.counters["worst_ns"] = percentile(1);
+    state_.counters["holds"] =
+        static_cast<double>(holds_.count()) / static_cast<double>(state_.iterations());
+  }
+
+ private:
+  benchmark::State& state_;
+  const Space& space_;
+  vm::sync::HoldHistogram holds_;
+};
+
+// ---- Verbs on one mapping. ----------------------------------------------------------------------
+
+enum class Verb { kPopulate, kProtect, kUnmap, kReplace };
+
+const char* NameOf(Verb verb) {
+  switch (verb) {
+    case Verb::kPopulate: return "populate";
+    case Verb::kProtect: return "protect";
+    case Verb::kUnmap: return "unmap";
+    case Verb::kReplace: return "replace";
+  }
+  return "";
+}
+
+void ProtectPair(Space& space, PageRange range) {
+  space.Protect(range, vm::os::Protection::kRead);
+  space.Protect(range, vm::os::Protection::kReadWrite);
+}
+
+constexpr vm::MapOptions kPopulated = {.huge_pages = vm::os::HugePages::kPrefer, .populate = true};
+
+// All verbs on a mapping of `size`, or of a huge page if that is less: in the same zone either way.
+void WarmUp(Space& space, Pages size) {
+  const PageRange range = space.Map(std::min(size, Pages{vm::kPagesPerHugePage}), kPopulated);
+  ProtectPair(space, range);
+  space.Unmap(range);
+}
+
+void OnOneMapping(benchmark::State& state, Verb verb, Pages size) {
+  const ScopedPin pin(state.thread_index());
+  Space space;
+  Meter meter(state, space);
+  space.Unmap(space.Map(size));  // The address space for it is committed from now on.
+  space.Purge();
+  for (auto _ : state) {
+    PageRange range;
+    if (verb == Verb::kPopulate) {
+      WarmUp(space, size);
+      meter.Measure([&] { range = space.Map(size, kPopulated); });
+    } else {
+      range = space.Map(size, kPopulated);
+      WarmUp(space, size);
+    }
+    if (verb == Verb::kProtect) meter.Measure([&] { ProtectPair(space, range); });
+    if (verb == Verb::kUnmap) {
+      meter.Measure([&] { space.Unmap(range); });
+    } else {
+      space.Unmap(range);
+    }
+    space.Purge();
+  }
+  meter.Report();
+}
+
+// ---- Verbs on many mappings. --------------------------------------------------------------------
+
+void OnManyMappings(benchmark::State& state, Verb verb, std::size_t count) {
+  const ScopedPin pin(state.thread_index());
+  Space space;
+  Meter meter(state, space);
+  for (auto _ : state) {
+    const PageRange row = space.MapInARow(count);
+    WarmUp(space, {1});
+    switch (verb) {
+      case Verb::kProtect: meter.Measure([&] { ProtectPair(space, row); }); break;
+      case Verb::kReplace: meter.Measure([&] { space.Replace(row); }); break;
+      default: meter.Measure([&] { space.Unmap(row); }); break;
+    }
+    space.Unmap(row);
+    space.Purge();
+  }
+  meter.Report();
+}
+
+// ---- Registration. ------------------------------------------------------------------------------
+
+constexpr std::size_t kKiB = 1024;
+constexpr std::size_t kGiB = std::size_t{1} << 30;
+
+void RegisterOne(Verb verb, const std::string& size, int iterations,
+                 const std::function<void(benchmark::State&)>& function) {
+  Register(absl::StrCat("tree_lock_hold/freehold/", NameOf(verb), "_", size), function,
+           {.max_threads = 1,
+            .manual_time = true,
+            .iterations = static_cast<int>(Scaled(static_cast<std::size_t>(iterations), 1)),
+            .unit = benchmark::kMicrosecond});
+}
+
+bool RegisterCases() {
+  struct Size {
+    const char* name;
+    std::size_t bytes;
+  };
+  // The same number of verbs for both: percentiles of few holds depend on how many there are.
+  constexpr int kVerbs = 8;
+  const bool has_memory = AvailableMemory() > 5 * kGiB;
+  if (!has_memory) NoteLeftOut("tree_lock_hold/4GiB", "less than 5 GiB of memory available");
+  for (const Verb verb : {Verb::kPopulate, Verb::kProtect, Verb::kUnmap}) {
+    for (const Size& size : {Size{"4KiB", 4 * kKiB}, Size{"4GiB", 4 * kGiB}}) {
+      if (size.bytes >= kGiB && !has_memory) continue;
+      const Pages pages = vm::PagesFor({Scaled(size.bytes, std::min(size.bytes, std::size_t{8} << 20))});
+      RegisterOne(verb, size.name, kVerbs,
+                  [verb, pages](benchmark::State& state) { OnOneMapping(state, verb, pages); });
+    }
+  }
+  constexpr int kVerbsOnMany = 4;
+  for (const Verb verb : {Verb::kProtect, Verb::kUnmap, Verb::kReplace}) {
+    for (const std::size_t count : {std::size_t{1}, std::size_t{100'000}}) {
+      const std::size_t scaled = Scaled(count, std::min<std::size_t>(count, 100));
+      RegisterOne(verb, absl::StrCat(count, "vmas"), kVerbsOnMany,
+                  [verb, scaled](benchmark::State& state) { OnManyMappings(state, verb, scaled); });
+    }
+  }
+  return true;
+}
+
+}  // namespace
+}  // namespace freehold::bench
+
+int main(int argc, char** argv) {
+  return freehold::bench::RunBenchmarks(argc, argv, freehold::bench::RegisterCases);
+}
