@@ -253,7 +253,7 @@ struct Block {
 };
 
 // No sanitizer takes it for an access by the program to memory that it has not been given yet.
-[[gnu::target("avx2"), gnu::no_sanitize("address", "thread", "undefined")]]
+__attribute__((target("avx2"), no_sanitize("address", "thread", "undefined")))
 void ClearNonZero(Block* blocks, std::size_t count) {
   const Vector zero = {};
   for (Block* block = blocks; block < blocks + count; ++block) {
