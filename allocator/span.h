@@ -50,10 +50,12 @@ class LinkCode {
   FreeObject* end() const { return end_; }
   std::uint64_t Tag(const void* p) const { return AddressOf(p) ^ secret_; }
   bool IsTagged(const void* p) const { return static_cast<const FreeObject*>(p)->tag == Tag(p); }
-  // From an object to the next one in its list: the exclusive or of their addresses. Huge for end().
-  std::uint64_t Distance(const FreeObject* p) const { return p->link ^ secret_; }
+  // The object that follows `p`. The next allocation waits for this: one step after the link is there. The exclusive
+  // or of both addresses is the distance between them, which for end() is huge.
   FreeObject* Next(const FreeObject* p) const {
-    return reinterpret_cast<FreeObject*>(AddressOf(p) ^ Distance(p));
+    std::uint64_t tag = Tag(p);
+    asm("" : "+r"(tag));  // or the compiler would mix in address and secret one after the other, behind the link
+    return reinterpret_cast<FreeObject*>(tag ^ p->link);
   }
   // Makes `p` a free object that `next` follows.
   void Link(FreeObject* p, const FreeObject* next) const {

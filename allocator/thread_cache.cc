@@ -142,7 +142,7 @@ Span* ThreadCache::NewSpanLocked(SizeClass size_class) {
   if (info.units == 1 && stash_size_ > 0) {
     run.start = stash_[--stash_size_]->start;
   } else {
-    run = heap_->page_heap_.Allocate(id_, info.units);
+    run = heap_->page_heap_.Allocate(Home(), info.units);
     if (run.start == 0) return nullptr;
   }
   Span* span = spans_.At(run.start);
@@ -207,7 +207,7 @@ void* ThreadCache::AllocateAligned(std::size_t alignment, std::size_t size) {
 
 void* ThreadCache::AllocateLarge(std::size_t alignment, std::size_t size, bool zeroed) {
   if (++slow_paths_ % kMaintenancePeriod == 0) Maintain();
-  return heap_->large_.Allocate(id_, {.size = size, .alignment = alignment, .zeroed = zeroed});
+  return heap_->large_.Allocate(Home(), {.size = size, .alignment = alignment, .zeroed = zeroed});
 }
 
 void* ThreadCache::Reallocate(void* p, std::size_t size) {
@@ -221,7 +221,7 @@ void* ThreadCache::Reallocate(void* p, std::size_t size) {
     return p;
   }
   const bool grows = size > usable;
-  void* to = is_large && grows ? heap_->large_.Allocate(id_, {.size = size, .will_grow = true})
+  void* to = is_large && grows ? heap_->large_.Allocate(Home(), {.size = size, .will_grow = true})
                                : Allocate(size);
   if (to == nullptr) return grows ? nullptr : p;
   std::memcpy(to, p, std::min(size, usable));
@@ -230,6 +230,8 @@ void* ThreadCache::Reallocate(void* p, std::size_t size) {
 }
 
 // ---- spans ----
+
+unsigned ThreadCache::Home() const { return heap_->space_.kernel().CurrentCpu(); }
 
 bool ThreadCache::IsCarved(const Span* span) { return span->carved == InfoOf(span).capacity; }
 

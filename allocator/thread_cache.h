@@ -136,6 +136,10 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   Span* NewSpanLocked(SizeClass size_class) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
   void* PopCarved(Span* span, ClassRequest& request);
 
+  // Which part of the page heap to use: what threads that never run at the same time free and allocate lies in
+  // one core's cache.
+  unsigned Home() const;
+
   // ---- spans ----
   static bool IsCarved(const Span* span);
   // Puts `span`, which is in no list, where C1 says; it has `used` objects that are not free.
@@ -219,9 +223,9 @@ class alignas(vm::kCacheLineSize) ThreadCache {
 
 inline void* ThreadCache::Pop(Span* span, std::uint64_t reach) const {
   FreeObject* object = span->free;
-  const std::uint64_t distance = code_.Distance(object);
-  if (ABSL_PREDICT_FALSE(distance >= reach)) return nullptr;
-  span->free = reinterpret_cast<FreeObject*>(AddressOf(object) ^ distance);
+  FreeObject* next = code_.Next(object);
+  if (ABSL_PREDICT_FALSE((AddressOf(next) ^ AddressOf(object)) >= reach)) return nullptr;
+  span->free = next;
   object->tag = 0;
   return object;
 }

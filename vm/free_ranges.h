@@ -142,7 +142,8 @@ inline Vma* FreeRanges::Take(RegionPage count, Knowledge knowledge, std::uint64_
                              std::uint64_t origin) {
   const int own = BinOf(count);
   const int last = count <= kExactPages ? own : kBinCount - 1;
-  for (int bin = BinAtOrAbove(own, knowledge); bin <= last; bin = BinAtOrAbove(bin + 1, knowledge)) {
+  for (int bin = count <= kExactPages ? own : BinAtOrAbove(own, knowledge); bin <= last;
+       bin = BinAtOrAbove(bin + 1, knowledge)) {
     Vma* vma = bins_[bin].lists[Index(knowledge)].newest;
     for (int i = 0; vma != nullptr && i < kSearchLimit; ++i, vma = vma->older) {
       if (vma->page_count() < count || ((origin + vma->first_page()) & (alignment - 1)) != 0) continue;

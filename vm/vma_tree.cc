@@ -1,6 +1,11 @@
 #include "vm/vma_tree.h"
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include <algorithm>
+#include <bit>
 #include <cstddef>
 
 #include "vm/os/check.h"
@@ -85,19 +90,36 @@ void VmaTree::Init(Vma* all) {
   root_.store(root, std::memory_order_release);  // Pairs with the acquire in Lookup.
 }
 
-// The last slot whose key is at most `page`, or -1. Loads are acquires for the sake of lookups. Sums instead of
-// branches: no predictor guesses which half of a node a random page is in.
+// The last slot whose key is at most `page`, or -1. All keys are compared at once: a search by halves waits for five
+// loads in a row, and no predictor guesses which half of a node a random page is in.
 int VmaTree::SlotOf(const Node& node, RegionPage page) {
-  const auto at_most = [&](int slot) { return node.key[slot].load(std::memory_order_acquire) <= page; };
-  int size = std::min<int>(node.count.load(std::memory_order_acquire), kFanout);
-  if (size == 0) return -1;
-  int low = 0;
-  while (size > 1) {
-    const int half = size / 2;
-    low += half & -static_cast<int>(at_most(low + half));
-    size -= half;
+  const int count = std::min<int>(node.count.load(std::memory_order_acquire), kFanout);
+  std::uint32_t above = 0;  // a bit for each key above `page`
+#if defined(__SSE2__) && !defined(FREEHOLD_TSAN)
+  static_assert(offsetof(Node, key) + 32 * sizeof(RegionPage) <= sizeof(Node), "reads 32 keys, whatever kFanout is");
+  const auto* keys = reinterpret_cast<const __m128i*>(node.key);
+  // The comparison is of signed numbers: both sides move down by half of the range.
+  const __m128i half = _mm_set1_epi32(INT32_MIN);
+  const __m128i wanted = _mm_xor_si128(_mm_set1_epi32(static_cast<int>(page)), half);
+  const auto compare = [&](const __m128i* four) {
+    return _mm_cmpgt_epi32(_mm_xor_si128(_mm_loadu_si128(four), half), wanted);
+  };
+  for (int i = 0; i < 2; ++i, keys += 4) {
+    const __m128i low = _mm_packs_epi32(compare(keys), compare(keys + 1));
+    const __m128i high = _mm_packs_epi32(compare(keys + 2), compare(keys + 3));
+    const __m128i bytes = _mm_packs_epi16(low, high);
+    above |= static_cast<std::uint32_t>(_mm_movemask_epi8(bytes)) << (16 * i);
   }
-  return low - static_cast<int>(!at_most(low));
+  // These loads are plain to the compiler, though acquires to the hardware: none moves below the caller's check of
+  // the node's version.
+  std::atomic_signal_fence(std::memory_order_acquire);
+#else
+  for (int slot = 0; slot < kFanout; ++slot) {
+    above |= std::uint32_t{node.key[slot].load(std::memory_order_acquire) > page} << slot;
+  }
+#endif
+  // Keys ascend, so the first one above tells. What lies behind `count` is nobody's.
+  return std::countr_zero(above | std::uint32_t{1} << count) - 1;
 }
 
 // Fetches what a lookup reads of `node` in one go: it would wait for line after line otherwise.
