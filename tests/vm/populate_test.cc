@@ -3,6 +3,7 @@
 #include <cerrno>
 #include <functional>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "gtest/gtest.h"
@@ -303,6 +304,21 @@ TEST_P(DiscardTest, ThenReuse) {
     ASSERT_EQ(Discard({Part(range, round % 8, 1)}), Error::Ok());
     ASSERT_TRUE(space_->Unmap(range).ok());
   }
+}
+
+// Whoever held the first range and waited for the second would wait for a Protect of both that came in between.
+TEST_P(DiscardTest, OfSeveralRangesBesideVerbsOverAllOfThem) {
+  const PageRange all = MustMap(*space_, 12);
+  const PageRange ranges[] = {Part(all, 0, 2), Part(all, 4, 2), Part(all, 8, 2)};
+  std::atomic<bool> done{false};
+  std::thread protector([&] {
+    for (int i = 0; !done.load(); ++i) {
+      EXPECT_TRUE(space_->Protect(all, i % 2 == 0 ? Protection::kRead : Protection::kReadWrite).ok());
+    }
+  });
+  for (int i = 0; i < 2000; ++i) ASSERT_TRUE(space_->Discard(ranges).ok());
+  done.store(true);
+  protector.join();
 }
 
 FREEHOLD_INSTANTIATE_POLICIES(DiscardTest);
