@@ -215,10 +215,10 @@ class AddressSpace {
   }
   // kEmpty, kOverflow or kOutsideReservation, or fine.
   Error CheckRange(PageRange range) const;
-  // The same, or kNotMapped: `range` lies in one region and is mapped throughout.
   // Lookup by a holder of the page's range: see Region::LookupHeld.
   Result<VmaInfo> LookupHeld(PageNumber page, const sync::RangeLock::Guard& guard) const;
-  // `guard`: of the range, or null.
+  // As CheckRange, or kNotMapped: `range` lies in one region and is mapped throughout. `guard`: of the range, or
+  // null.
   Error CheckDiscard(PageRange range, const sync::RangeLock::Guard* guard) const;
   // Map without populating.
   Result<PageRange> Place(Pages count, const MapOptions& options);

@@ -92,6 +92,9 @@ class FreeRanges {
   int BinAtOrAbove(int bin, Knowledge knowledge) const;
   void SetOccupied(int bin, Knowledge knowledge, bool occupied);
 
+  // Takes from one bin.
+  Vma* TakeFrom(int bin, RegionPage count, Knowledge knowledge, std::uint64_t alignment, std::uint64_t origin);
+
   // The newest of `list` that was freed no later than `freed_at`, or null. Looks at kOrderLimit extents, and makes
   // `freed_at` as old as the last of them if that is not enough.
   static Vma* FindOlder(const List& list, std::uint32_t& freed_at);
@@ -138,18 +141,23 @@ inline void FreeRanges::Remove(Vma* vma) {
   if (vma->knowledge != Knowledge::kClean) dirty_pages_ -= vma->page_count();
 }
 
+inline Vma* FreeRanges::TakeFrom(int bin, RegionPage count, Knowledge knowledge, std::uint64_t alignment,
+                                 std::uint64_t origin) {
+  Vma* vma = bins_[bin].lists[Index(knowledge)].newest;
+  for (int i = 0; vma != nullptr && i < kSearchLimit; ++i, vma = vma->older) {
+    if (vma->page_count() < count || ((origin + vma->first_page()) & (alignment - 1)) != 0) continue;
+    Remove(vma);
+    return vma;
+  }
+  return nullptr;
+}
+
 inline Vma* FreeRanges::Take(RegionPage count, Knowledge knowledge, std::uint64_t alignment,
                              std::uint64_t origin) {
-  const int own = BinOf(count);
-  const int last = count <= kExactPages ? own : kBinCount - 1;
-  for (int bin = count <= kExactPages ? own : BinAtOrAbove(own, knowledge); bin <= last;
-       bin = BinAtOrAbove(bin + 1, knowledge)) {
-    Vma* vma = bins_[bin].lists[Index(knowledge)].newest;
-    for (int i = 0; vma != nullptr && i < kSearchLimit; ++i, vma = vma->older) {
-      if (vma->page_count() < count || ((origin + vma->first_page()) & (alignment - 1)) != 0) continue;
-      Remove(vma);
-      return vma;
-    }
+  int bin = BinOf(count);
+  if (count <= kExactPages) return TakeFrom(bin, count, knowledge, alignment, origin);
+  while ((bin = BinAtOrAbove(bin, knowledge)) < kBinCount) {
+    if (Vma* vma = TakeFrom(bin++, count, knowledge, alignment, origin)) return vma;
   }
   return nullptr;
 }
