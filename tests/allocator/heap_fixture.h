@@ -2,6 +2,8 @@
 #ifndef FREEHOLD_TESTS_ALLOCATOR_HEAP_FIXTURE_H_
 #define FREEHOLD_TESTS_ALLOCATOR_HEAP_FIXTURE_H_
 
+#include <sched.h>
+
 #include <cstddef>
 #include <cstdint>
 
@@ -43,6 +45,25 @@ class TestHeap {
   vm::os::LinuxKernel real_;
   vm::AddressSpace* space_ = nullptr;
   ObjectHeap* heap_ = nullptr;
+};
+
+// Keeps the calling thread, and those that it starts, on the CPU it runs on while in scope: the page heap's
+// shards go by CPU, so how much a heap maps depends on where its threads run.
+class OnOneCpu {
+ public:
+  OnOneCpu() {
+    EXPECT_EQ(sched_getaffinity(0, sizeof(allowed_), &allowed_), 0);
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(sched_getcpu(), &one);
+    EXPECT_EQ(sched_setaffinity(0, sizeof(one), &one), 0);
+  }
+  OnOneCpu(const OnOneCpu&) = delete;
+  OnOneCpu& operator=(const OnOneCpu&) = delete;
+  ~OnOneCpu() { sched_setaffinity(0, sizeof(allowed_), &allowed_); }
+
+ private:
+  cpu_set_t allowed_;
 };
 
 // The calling thread's cache while in scope.

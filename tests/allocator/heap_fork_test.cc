@@ -79,6 +79,7 @@ TEST(HeapForkTest, FromAThreadWithoutCache) {
 
 // What other threads had free is found again in the child, what they held is not given to anybody else.
 TEST(HeapForkTest, CachesOfOtherThreadsAreAdopted) {
+  const OnOneCpu on_one_cpu;
   TestHeap heap;
   ThreadCache* other = heap->AttachThread();
   AttachedThread cache(*heap);

@@ -145,6 +145,7 @@ TEST(ObjectHeapTest, ObjectsOfThreadsThatAreGoneComeFreeThroughAnyThread) {
 }
 
 TEST(ObjectHeapTest, SpansOfThreadsThatAreGoneServeOthers) {
+  const OnOneCpu on_one_cpu;
   TestHeap heap;
   std::vector<void*> kept;
   ThreadCache* gone = heap->AttachThread();

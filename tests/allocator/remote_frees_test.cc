@@ -78,6 +78,7 @@ TEST_P(MessageTest, OverwrittenMessageIsRecognized) {
 }
 
 TEST(SmallestMessageTest, ObjectsOf16BytesTravelAlone) {
+  const OnOneCpu on_one_cpu;
   TestHeap heap;
   AttachedThread cache(*heap);
   std::vector<void*> objects;
