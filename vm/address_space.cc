@@ -24,6 +24,10 @@ constexpr std::size_t kMinRegionPages = MiB(4).value / kPageSize;
 constexpr std::size_t kMetadataShare = 32;
 constexpr std::size_t kMinMetadataPages = MiB(8).value / kPageSize;
 
+bool Populates(const MapOptions& options) {
+  return options.populate || options.lock == os::MemoryLock::kLocked;
+}
+
 bool IsAligned(const void* address) {
   return (reinterpret_cast<std::uintptr_t>(address) & (kPageSize - 1)) == 0;
 }
@@ -141,7 +145,21 @@ Result<PageRange> AddressSpace::Map(Pages count, const MapOptions& options) {
   const std::size_t alignment = options.alignment.value;
   if (alignment == 0 || (alignment & (alignment - 1)) != 0) return ErrorCode::kUnaligned;
 
-  if (!options.populate) return Place(count, options);
+  const os::MemoryLock future = future_lock_.load(std::memory_order_relaxed);
+  if (ABSL_PREDICT_FALSE(future != os::MemoryLock::kNone)) {
+    if (options.lock == os::MemoryLock::kNone) return MapLocked(count, options, future);
+  }
+  if (!Populates(options)) return Place(count, options);
+  return MapPopulated(count, options);
+}
+
+Result<PageRange> AddressSpace::MapLocked(Pages count, const MapOptions& options, os::MemoryLock lock) {
+  MapOptions locked = options;
+  locked.lock = lock;
+  return Map(count, locked);
+}
+
+Result<PageRange> AddressSpace::MapPopulated(Pages count, const MapOptions& options) {
   const Result<PageRange> mapped = Place(count, options);
   if (!mapped.ok()) return mapped;
   // As in Linux, an error here is not the map's: a later fault reports it.
@@ -153,7 +171,7 @@ Result<PageRange> AddressSpace::Map(Pages count, const MapOptions& options) {
 Result<PageRange> AddressSpace::Place(Pages count, const MapOptions& options) {
   if (options.placement != Placement::kAnywhere) return MapAt(count, options);
   if (options.protection != os::Protection::kReadWrite) return MapInZone(Zone::kMapping, count, options);
-  if (count.value >= kPagesPerHugePage && (options.populate || options.huge_pages == os::HugePages::kPrefer)) {
+  if (count.value >= kPagesPerHugePage && (Populates(options) || options.huge_pages == os::HugePages::kPrefer)) {
     MapOptions dense = options;
     dense.alignment = {std::max(options.alignment.value, kPagesPerHugePage)};
     const Result<PageRange> mapped = MapInZone(Zone::kDense, count, dense);
@@ -263,6 +281,9 @@ AddressSpaceStats AddressSpace::Stats() const {
   stats.purge_calls = purge_stage_->calls();
   stats.purged_pages = purge_stage_->pages();
   stats.metadata = arena_->used();
+  stats.remap_moves = remap_moves_.load(std::memory_order_relaxed);
+  stats.kernel_moves = kernel_moves_.load(std::memory_order_relaxed);
+  stats.ignored_advice = ignored_advice_.load(std::memory_order_relaxed);
   return stats;
 }
 

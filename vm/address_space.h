@@ -45,6 +45,9 @@ enum class Zone : std::uint8_t {
 };
 inline constexpr std::size_t kZoneCount = 3;
 
+// Regions of a space at most: 16 a zone, and twice that in the plain zone.
+inline constexpr std::size_t kMaxRegions = 64;
+
 struct AddressSpaceOptions {
   // Address space to reserve; halved until the kernel grants it, but not below `min_reserve`.
   Bytes reserve = TiB(16);
@@ -85,12 +88,15 @@ struct MapOptions {
   os::HugePages huge_pages = os::HugePages::kAvoid;
   // Make all pages present before returning, outside every lock (DESIGN §7). Stops quietly on error.
   bool populate = false;
+  // kNone: as LockAll said for future mappings. kLocked populates too.
+  os::MemoryLock lock = os::MemoryLock::kNone;
 };
 
 // A copy of a VMA's attributes, valid at the moment of the lookup.
 struct VmaInfo {
   PageRange range;
   os::Protection protection = os::Protection::kNone;
+  os::MemoryLock lock = os::MemoryLock::kNone;
   Zone zone = Zone::kPlain;
   std::uint64_t generation = 0;  // unique per mapping; parts split off a mapping keep it
 };
@@ -103,6 +109,34 @@ struct PopulateOptions {
   // Called after every chunk, with no lock held, with the pages done so far. May be null.
   void (*progress)(void* context, Pages done) = nullptr;
   void* progress_context = nullptr;
+};
+
+// What Advise says about memory. Hints, but for kDontNeed.
+enum class Advice : std::uint8_t {
+  kDontNeed,     // the content is dropped: reads as zero, not resident
+  kFree,         // the content may be dropped, page by page, until the next write to it
+  kWillNeed,     // populated, as far as that goes
+  kHugePages,    // see Advise
+  kNoHugePages,  // see Advise
+  kCold,         // not expected to be used soon
+  kPageOut,      // should go to swap now
+};
+
+struct RemapOptions {
+  // kAnywhere: where it is if it can be, else wherever Map would put it. kFixed: exactly at `address`; kOverlap
+  // when something is mapped there. kReplace: what is mapped there is unmapped first, and stays so on failure.
+  Placement placement = Placement::kAnywhere;
+  void* address = nullptr;
+  bool may_move = false;  // kAnywhere only; the other placements always move
+  // The old range stays mapped, and reads as zero. REQUIRES: the size stays, and it moves.
+  bool keep_source = false;
+};
+
+// What LockAll locks; at least one of `current` and `future`, and `lock` is not kNone.
+struct LockAllOptions {
+  bool current = false;  // what is mapped
+  bool future = false;   // what will be mapped; false takes an earlier order back
+  os::MemoryLock lock = os::MemoryLock::kLocked;
 };
 
 // What of the free memory a purge takes.
@@ -122,8 +156,11 @@ struct AddressSpaceStats {
   std::uint64_t zeroed_pages = 0;   // cleaned by memset for re-use
   std::uint64_t purged_pages = 0;   // given back to the kernel
   std::uint64_t purge_calls = 0;    // vectored discards
-  std::uint64_t heap_splits = 0;    // Protect calls that had to split a heap zone's kernel VMA
+  std::uint64_t heap_splits = 0;    // protections and locks that had to split a heap zone's kernel VMA
   std::uint64_t coarse_retries = 0; // maps that fell back to locking their whole region
+  std::uint64_t remap_moves = 0;    // Remap calls that moved content: by copying, or else
+  std::uint64_t kernel_moves = 0;   // by the kernel, which splits a kernel VMA until the memory is unmapped
+  std::uint64_t ignored_advice = 0; // VMAs that were advised about huge pages against their zone
 };
 
 class AddressSpace {
@@ -138,7 +175,8 @@ class AddressSpace {
   AddressSpace& operator=(const AddressSpace&) = delete;
 
   // Maps `count` pages of anonymous memory. Errors: kEmpty, kOverflow, kUnaligned (address or alignment),
-  // kOutsideReservation (fixed range not inside one region), kOverlap, kNoRoom, kNoMetadata, kSystem.
+  // kOutsideReservation (fixed range not inside one region), kOverlap, kNoRoom, kNoMetadata, kSystem (EPERM or
+  // ENOMEM too when it is to be locked and may not).
   Result<PageRange> Map(Pages count, const MapOptions& options = {});
 
   // Unmaps whatever is mapped in `range`: parts of VMAs, several VMAs, holes. Errors: kEmpty, kOverflow,
@@ -149,6 +187,16 @@ class AddressSpace {
   // Changes the protection of `range`, which must be mapped throughout, else kNotMapped. Fails as a whole per
   // region; lookups may find a change of many VMAs partly done.
   Error Protect(PageRange range, os::Protection protection);
+
+  // Makes `range`, which lies in one VMA, `count` pages long, as mremap(2): the tail is unmapped, or grows into
+  // free memory behind, or everything moves. Content, protection, lock and generation are kept; new pages are
+  // zero; a kLocked mapping is populated before it returns. A target becomes visible to lookups before the source
+  // goes, and what others do to the source's content meanwhile may be lost. Errors: kEmpty, kOverflow, kUnaligned
+  // (target), kOutsideReservation (source; target not inside one region), kNotMapped (also of several VMAs),
+  // kOverlap (also of source and target), kNoRoom, kUnsupported (keep_source, and the size changes or nothing
+  // moves), kReplaced (others changed the source again and again), kNoMetadata, kSystem. All is as it was then,
+  // but for the target of kReplace.
+  Result<PageRange> Remap(PageRange range, Pages count, const RemapOptions& options = {});
 
   // The VMA that holds `page`; kNotMapped when there is none. Takes no lock and writes nothing.
   Result<VmaInfo> Lookup(PageNumber page) const;
@@ -163,6 +211,35 @@ class AddressSpace {
   // kOutsideReservation, kEmpty.
   // Ranges that ascend within a region go into one call.
   Error Discard(absl::Span<const PageRange> ranges);
+
+  // Says what `range` will be used for, as madvise(2): whatever is mapped in it is advised, VMA by VMA, and if
+  // there was a hole too, the answer is kNotMapped. The kind of pages belongs to the zone that Map chose by
+  // MapOptions::huge_pages: kHugePages holds in the dense zone already, kNoHugePages in the others, and where
+  // the zone is of the other kind the hint is counted (ignored_advice) and not followed, since following it
+  // would split the zone's kernel VMA for good. Errors: kEmpty, kOverflow, kOutsideReservation, kNotMapped,
+  // kSystem (what comes after is not advised; EINVAL for locked memory, which cannot be dropped, freed, cold or
+  // paged out).
+  Error Advise(PageRange range, Advice advice);
+
+  // Which pages of `range` are resident now: 1 or 0 in the byte of each, as mincore(2). The range must be
+  // mapped throughout. Takes no lock, so it is out of date when it returns. Errors: kEmpty, kOverflow,
+  // kOutsideReservation, kNotMapped, kSystem. REQUIRES: `resident` has a byte for every page.
+  Error Residency(PageRange range, absl::Span<std::uint8_t> resident) const;
+
+  // Locks `range` into memory, as mlock(2) and mlock2(2); it must be mapped throughout. kLocked makes pages that
+  // may be written present before it returns, outside every lock; others have content only if they were present
+  // once, and those stay. Splits a heap zone's kernel VMA until the memory is unlocked or unmapped (heap_splits).
+  // Locks do not nest, and are not inherited by the child of a fork. Errors: kEmpty (also for kNone), kOverflow,
+  // kOutsideReservation, kNotMapped, kNoMetadata, kSystem (EPERM; ENOMEM: above RLIMIT_MEMLOCK). Fails as a whole
+  // per region; lookups may find a change of many VMAs partly done.
+  Error LockMemory(PageRange range, os::MemoryLock lock = os::MemoryLock::kLocked);
+  // As munlock(2); the range must be mapped throughout. Fails as LockMemory.
+  Error UnlockMemory(PageRange range);
+  // As mlockall(2), for this space. Errors: kEmpty (nothing to lock), kNoMetadata, kSystem (as LockMemory; then the
+  // VMAs before the refused one stay locked, and future mappings are what they were).
+  Error LockAll(const LockAllOptions& options);
+  // As munlockall(2). Errors: kNoMetadata, kSystem; then the VMAs after the refused one stay locked.
+  Error UnlockAll();
 
   // Gives free memory back to the kernel; returns the pages given back.
   Pages Purge(PurgeScope scope);
@@ -198,8 +275,6 @@ class AddressSpace {
     explicit PaddedRangeLock(sync::LockPolicy policy) : lock(policy) {}
     sync::RangeLock lock;
   };
-  // Regions of a space at most: 16 a zone, and twice that in the plain zone.
-  static constexpr std::size_t kMaxRegions = 64;
 
   explicit AddressSpace(os::Kernel& kernel, const AddressSpaceOptions& options)
       : kernel_(&kernel), options_(options) {}
@@ -220,8 +295,26 @@ class AddressSpace {
   // As CheckRange, or kNotMapped: `range` lies in one region and is mapped throughout. `guard`: of the range, or
   // null.
   Error CheckDiscard(PageRange range, const sync::RangeLock::Guard* guard) const;
+  // Map with a lock that its caller did not ask for.
+  Result<PageRange> MapLocked(Pages count, const MapOptions& options, os::MemoryLock lock);
+  Result<PageRange> MapPopulated(Pages count, const MapOptions& options);
   // Map without populating.
   Result<PageRange> Place(Pages count, const MapOptions& options);
+  Result<PageRange> RemapVma(const VmaInfo& vma, PageRange range, Pages count, const RemapOptions& options);
+  Result<PageRange> MoveVma(const VmaInfo& vma, PageRange range, Pages count, const RemapOptions& options);
+  Error MoveInto(const VmaInfo& vma, PageRange range, const VmaInfo& target_vma, PageRange target,
+                 const RemapOptions& options);
+  Error MoveHeld(const VmaInfo& vma, PageRange range, const VmaInfo& target_vma, PageRange target,
+                 const RemapOptions& options, const sync::RangeLock::Guard& source_guard,
+                 const sync::RangeLock::Guard& target_guard);
+  // Error: kSystem. The guards of MoveHeld cover both ranges; `renewed`: `to` has no access yet. May leave `from`
+  // readable.
+  Error CopyContent(const VmaInfo& vma, PageRange from, PageRange to, bool renewed);
+  // Gives every VMA of the space `lock`, as it comes by; VMAs that go meanwhile are passed over.
+  Error SetMemoryLockOfAll(os::MemoryLock lock);
+  Error SetMemoryLock(PageRange range, os::MemoryLock lock);
+  // One piece of what Advise works on: as long as all of `part` belongs to the VMA `generation`; else kReplaced.
+  Error AdvisePart(PageRange part, std::uint64_t generation, Advice advice);
   Result<PageRange> MapInZone(Zone zone, Pages count, const MapOptions& options);
   Result<PageRange> MapElsewhere(Zone zone, std::size_t own, Pages count, const MapOptions& options);
   Result<PageRange> MapAt(Pages count, const MapOptions& options);
@@ -239,11 +332,17 @@ class AddressSpace {
   std::size_t region_count_ = 0;
   std::size_t zone_begin_[kZoneCount + 1] = {};
   unsigned region_shift_ = 0;  // log2 of pages per region
+  // Of new mappings; relaxed, any thread. Beside what every Map reads and nobody writes.
+  std::atomic<os::MemoryLock> future_lock_{os::MemoryLock::kNone};
   sync::SpinLock fork_lock_{sync::LockRank::kFork};
   ForkGuards* fork_guards_ = nullptr;  // changed under fork_lock_
 
   // CLOCK_MONOTONIC in units of 2^24 ns, as of the last Tick.
   std::atomic<std::uint32_t> clock_{0};
+  // Relaxed, any thread. On a line of their own: every Unmap reads the clock.
+  alignas(kCacheLineSize) std::atomic<std::uint64_t> remap_moves_{0};
+  std::atomic<std::uint64_t> kernel_moves_{0};
+  std::atomic<std::uint64_t> ignored_advice_{0};
 };
 
 }  // namespace freehold::vm

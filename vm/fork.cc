@@ -53,6 +53,7 @@ void AddressSpace::ParentAfterFork() ABSL_NO_THREAD_SAFETY_ANALYSIS {
 
 void AddressSpace::ChildAfterFork() ABSL_NO_THREAD_SAFETY_ANALYSIS {
   os::ForgetThreadIdAfterFork();
+  future_lock_.store(os::MemoryLock::kNone, std::memory_order_relaxed);
   for (Region* region : regions()) region->ChildAfterFork();
   purge_stage_->ChildAfterFork();
   if (options_.lock_policy == sync::LockPolicy::kCoarse) {
@@ -68,13 +69,15 @@ void Region::PrepareFork() ABSL_NO_THREAD_SAFETY_ANALYSIS { tree_lock_.LockForFo
 
 void Region::ParentAfterFork() ABSL_NO_THREAD_SAFETY_ANALYSIS { tree_lock_.UnlockAfterFork(); }
 
-// Still under the tree lock of PrepareFork.
+// Still under the tree lock of PrepareFork. The kernel let the child inherit no memory locks.
 void Region::ChildAfterFork() ABSL_NO_THREAD_SAFETY_ANALYSIS {
   for (RegionPage page = 0; page < range_.count().value;) {
     Vma* vma = tree_.Find(page).vma();
     page = vma->end_page();
+    if (vma->locked()) VmaWriter(*vma).SetLock(os::MemoryLock::kNone);
     if (vma->Is(VmaState::kPending) || vma->Is(VmaState::kPurging)) GiveBackLocked(vma);
   }
+  MergeMappedLocked(0, static_cast<RegionPage>(range_.count().value));
   purges_in_flight_.store(0, std::memory_order_relaxed);
   tree_lock_.UnlockAfterFork();
 }

@@ -16,6 +16,7 @@ VmaInfo Region::InfoOf(const VmaTree::View& view, VmaState& state) const {
   state = view.state;
   return {.range = ToAbsolute(view.first, view.count),
           .protection = view.protection,
+          .lock = view.lock,
           .zone = zone_,
           .generation = view.generation};
 }
@@ -53,6 +54,7 @@ std::size_t Region::CopyVmas(PageNumber& from, VmaInfo* out, std::size_t capacit
     if (!vma.Is(VmaState::kMapped)) continue;
     out[size++] = {.range = {std::max(range.first, lowest), range.end},
                    .protection = vma.protection.load(std::memory_order_relaxed),
+                   .lock = vma.lock.load(std::memory_order_relaxed),
                    .zone = zone_,
                    .generation = vma.generation.load(std::memory_order_relaxed)};
   } while (size < capacity && ++visits < kVisitsPerCopy && tree_.Next(path));

@@ -96,7 +96,7 @@ Region::Choice Region::ChooseLocked(RegionPage count, const MapOptions& options,
   }
   out.vma = vma;
   out.first = vma->first_page();
-  out.generation = ++last_generation_;
+  out.generation = NextGenerationLocked();
   out.protection = options.protection;
   out.zero = options.content == Content::kZeroed && vma->knowledge != Knowledge::kClean;
   // Many chunks are looked at without the tree lock, in Commit.
@@ -105,8 +105,10 @@ Region::Choice Region::ChooseLocked(RegionPage count, const MapOptions& options,
   const os::Protection now = is_heap() ? os::Protection::kReadWrite : os::Protection::kNone;
   out.protect = vma->kernel_vma || options.protection != now;
   out.unguard = is_heap() && shared_.options->strict_unmap;
+  out.lock = options.lock;
+  out.relock = vma->locked() != (options.lock != os::MemoryLock::kNone);
   if (!out.needed()) {
-    PublishLocked(vma, vma->page_count(), options.protection, out.generation);
+    PublishLocked(vma, vma->page_count(), options.protection, options.lock, out.generation);
     return Choice::kPublished;
   }
   VmaWriter(*vma).SetGeneration(out.generation);
@@ -155,9 +157,12 @@ Result<PageRange> Region::Finish(const Preparation& preparation, const Guard& gu
   const Error error = Prepare(preparation);
   // What could not be committed was not untrapped either; a guard there would trap the next Commit.
   const bool untrapped = preparation.unguard && IsCommitted(vma->first_page(), vma->end_page());
+  const bool still_locked = !error.ok() && preparation.relock && preparation.lock != os::MemoryLock::kNone &&
+                            !shared_.kernel->UnlockMemory(preparation.range).ok();
   if (!error.ok() && untrapped) (void)Trap(preparation.range);
   sync::SpinLockHolder holder(tree_lock_);
   if (!error.ok()) {
+    if (still_locked) VmaWriter(*vma).SetLock(preparation.lock);
     GiveBackLocked(vma);
     return error;
   }
@@ -165,10 +170,11 @@ Result<PageRange> Region::Finish(const Preparation& preparation, const Guard& gu
     zeroed_pages_.Add(vma->page_count());
     vma->knowledge = Knowledge::kResident;
   }
+  const bool locked = preparation.lock != os::MemoryLock::kNone;
   vma->kernel_vma = is_heap() ? preparation.protection != os::Protection::kReadWrite
-                              : preparation.protection != os::Protection::kNone;
-  if (is_heap() && preparation.protect) heap_splits_.Add(1);
-  PublishLocked(vma, vma->page_count(), preparation.protection, preparation.generation);
+                              : preparation.protection != os::Protection::kNone || locked;
+  if (is_heap() && (preparation.protect || locked)) heap_splits_.Add(1);
+  PublishLocked(vma, vma->page_count(), preparation.protection, preparation.lock, preparation.generation);
   return preparation.range;
 }
 
@@ -179,6 +185,9 @@ Error Region::Prepare(const Preparation& preparation) {
   }
   if (preparation.unguard) {
     if (const Error error = Untrap(range); !error.ok()) return error;
+  }
+  if (preparation.relock) {
+    if (const Error error = LockInKernel(range, preparation.lock); !error.ok()) return error;
   }
   // Zeroing writes: the pages must be writable, then get the protection asked for.
   const bool zero_by_discard = preparation.zero && !Writable(preparation.protection);
@@ -203,16 +212,22 @@ Error Region::MakeZero(PageRange range, bool writable) {
 
 Result<PageRange> Region::MapFixed(PageRange range, const MapOptions& options) {
   const Guard guard(range_lock_, range, Mode::kExclusive, sync::Operation::kMap);
+  return MapHeld(range, options, 0, guard);
+}
+
+Result<PageRange> Region::MapHeld(PageRange range, const MapOptions& options, std::uint64_t generation,
+                                  const Guard& guard) {
+  FREEHOLD_DCHECK(guard.Covers(range, Mode::kExclusive));
   const RegionPage first = ToRegion(range.first);
   const RegionPage end = ToRegion(range.end);
   const Result<Claim> claim = ClaimFixed(first, end, options.placement);
   if (!claim.ok()) return claim.error();
-  const Error error = PrepareFixed(range, options, claim->clean, guard);
+  const Error error = PrepareFixed(range, options, *claim, guard);
   if (!error.ok()) {
     Unclaim(*claim);
     return error;
   }
-  PublishFixed(*claim, options.protection);
+  PublishFixed(*claim, options, generation);
   return range;
 }
 
@@ -281,13 +296,13 @@ bool Region::StartClaimLocked(Claim& claim, ClaimResult& refusal) {
     if (vma->Is(VmaState::kPending)) GiveBackLocked(vma);
   }
   IsolateLocked(claim.first, claim.end);
-  claim.generation = ++last_generation_;
+  claim.generation = NextGenerationLocked();
   for (const RegionPage border : {claim.first, claim.end - 1}) ClaimExtentLocked(border, claim);
   SetBusyLocked(claim.first, claim.end, true);
   return true;
 }
 
-// Claims the extent of `page`, unless it is mapped, and looks whether it was clean. Returns it.
+// Claims the extent of `page`, unless it is mapped, and looks what it was. Returns it.
 Vma* Region::ClaimExtentLocked(RegionPage page, Claim& claim) {
   Vma* vma = tree_.Find(page).vma();
   const bool pending = vma->Is(VmaState::kPending);
@@ -297,7 +312,9 @@ Vma* Region::ClaimExtentLocked(RegionPage page, Claim& claim) {
     vma = tree_.Find(page).vma();
   }
   const bool mapped = vma->Is(VmaState::kMapped);
-  claim.clean = claim.clean && !mapped && vma->knowledge == Knowledge::kClean && !vma->kernel_vma;
+  claim.clean = claim.clean && !mapped && vma->knowledge == Knowledge::kClean && vma->is_zones_own();
+  claim.locked = claim.locked || vma->locked();
+  claim.moved = claim.moved || vma->moved;
   if (mapped) return vma;
   if (vma->Is(VmaState::kCached)) free_.Remove(vma);
   SetStateLocked(vma, VmaState::kPending);
@@ -324,8 +341,11 @@ void Region::Unclaim(const Claim& claim) {
 }
 
 // One write makes the first extent the new mapping of all that one hold is about; the others, hidden by it or
-// still seen as what they were, then go. The next hold lets it grow.
-void Region::PublishFixed(const Claim& claim, os::Protection protection) {
+// still seen as what they were, then go. The next hold lets it grow. `continued`: the generation of the mapping
+// before it of which it becomes a part; 0 for none.
+void Region::PublishFixed(const Claim& claim, const MapOptions& options, std::uint64_t continued) {
+  const os::Protection protection = options.protection;
+  const bool locked = options.lock != os::MemoryLock::kNone;
   for (RegionPage page = claim.first; page < claim.end;) {
     sync::SpinLockHolder holder(tree_lock_);
     Vma* vma = tree_.Find(claim.first).vma();
@@ -341,21 +361,24 @@ void Region::PublishFixed(const Claim& claim, os::Protection protection) {
       vma->knowledge = Knowledge::kUnknown;
       // In the mapping zone, old content (Content::kAnything) may lie behind a protection of kNone.
       vma->kernel_vma = is_heap() ? protection != os::Protection::kReadWrite
-                                  : protection != os::Protection::kNone || !claim.clean;
-      if (is_heap() && vma->kernel_vma) heap_splits_.Add(1);
-      PublishLocked(vma, page - from, protection, claim.generation);
+                                  : protection != os::Protection::kNone || !claim.clean || locked;
+      vma->moved = claim.moved;
+      if (is_heap() && (vma->kernel_vma || locked)) heap_splits_.Add(1);
+      PublishLocked(vma, page - from, protection, options.lock, continued != 0 ? continued : claim.generation);
     } else {
       VmaWriter(*vma).SetRange(claim.first, page - claim.first);
       mapped_pages_.Add(page - from);
     }
     while (NextLocked(vma) != nullptr && NextLocked(vma)->first_page() < page) DropNextLocked(vma);
-    if (page == claim.end) vma->busy = false;
+    if (page < claim.end) continue;
+    vma->busy = false;
+    if (continued != 0) MergeMappedLocked(claim.first, claim.end);
   }
 }
 
 // The kernel's side of a fixed mapping, steps that can fail first. On error the old mappings have their
 // protection and content: content goes last.
-Error Region::PrepareFixed(PageRange range, const MapOptions& options, bool clean, const Guard& guard) {
+Error Region::PrepareFixed(PageRange range, const MapOptions& options, const Claim& claim, const Guard& guard) {
   FREEHOLD_DCHECK(guard.Covers(range, Mode::kExclusive));
   if (!IsCommitted(ToRegion(range.first), ToRegion(range.end))) {
     if (const Error error = Commit(range); !error.ok()) return error;
@@ -367,20 +390,23 @@ Error Region::PrepareFixed(PageRange range, const MapOptions& options, bool clea
       return error;
     }
   }
-  if (!clean || options.protection != now) {
-    if (const Error error = shared_.kernel->Protect(range, options.protection); !error.ok()) {
-      RestoreProtection(range, guard);
-      return error;
-    }
+  const bool relock = claim.locked || options.lock != os::MemoryLock::kNone;
+  Error error;
+  if (relock) error = LockInKernel(range, options.lock);
+  if (error.ok() && (!claim.clean || options.protection != now)) {
+    error = shared_.kernel->Protect(range, options.protection);
   }
-  if (clean || options.content == Content::kAnything) return Error::Ok();
-  const Error error = MakeZero(range, Writable(options.protection));
-  if (!error.ok()) RestoreProtection(range, guard);
+  if (error.ok() && !claim.clean && options.content != Content::kAnything) {
+    error = MakeZero(range, Writable(options.protection));
+  }
+  if (!error.ok()) {
+    if (relock) RestoreLocks(range, guard);
+    RestoreProtection(range, guard);
+  }
   return error;
 }
 
-// Gives every extent of `range` the kernel protection that the tree says it has, and traps what strict unmap
-// had trapped. A refusal leaves more access than promised or less: nothing better is left to do.
+// A refusal leaves more access than promised or less: nothing better is left to do.
 void Region::RestoreProtection(PageRange range, const Guard& guard) {
   FREEHOLD_DCHECK(guard.Covers(range, Mode::kExclusive));
   for (PageNumber page = range.first; page < range.end;) {

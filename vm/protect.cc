@@ -18,28 +18,14 @@ Error Region::Protect(PageRange part, os::Protection protection) {
   const Result<bool> differs = ProtectionDiffers(first, end, protection);
   if (!differs.ok()) return differs.error();
   if (!*differs) return Error::Ok();
-  for (bool ready = false; !ready;) {
-    {
-      sync::SpinLockHolder holder(tree_lock_);
-      ready = HasMetadataLocked();
-      if (ready) {
-        IsolateLocked(first, end);
-        SetBusyLocked(first, end, true);
-      }
-    }
-    if (ready) break;
-    if (const Error error = Refill(); !error.ok()) return error;
-  }
+  if (const Error error = MakeBusy(first, end); !error.ok()) return error;
   const Error error = shared_.kernel->Protect(part, protection);
   if (error.ok()) {
     RecordProtection(first, end, protection);
     return error;
   }
   RestoreProtection(part, guard);
-  sync::SpinLockHolder holder(tree_lock_);
-  SetBusyLocked(first, end, false);
-  MergeMappedLocked(first, first);
-  MergeMappedLocked(end, end);
+  EndBusy(first, end);
   return error;
 }
 

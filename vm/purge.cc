@@ -64,11 +64,15 @@ bool Region::CollectLocked(std::uint32_t until, std::size_t keep_pages, PurgeLis
   return false;
 }
 
-// An Unmap may have left an extent with a protection that the kernel would not change back.
+// An Unmap may have left an extent with a protection, a lock or a moved kernel VMA that the kernel would not take
+// back.
 void Region::RestoreProtections(PurgeList& list) {
   for (std::size_t i = 0; i < list.size; ++i) {
     Vma* vma = list.vmas[i];
-    if (vma->kernel_vma) {
+    const bool reset = vma->moved && ReplaceMoved(RangeOf(*vma));
+    vma->moved = vma->moved && !reset;
+    list.unlocked[i] = vma->locked() && (reset || shared_.kernel->UnlockMemory(RangeOf(*vma)).ok());
+    if (vma->kernel_vma || reset) {
       vma->kernel_vma = !shared_.kernel->Protect(RangeOf(*vma), os::Protection::kReadWrite).ok();
     }
   }
@@ -96,7 +100,8 @@ Pages Region::FinishPurging(const PurgeList& list, bool discarded, bool keep) {
     const std::size_t begin = i;
     for (const std::size_t end = std::min(list.size, begin + kExtentsPerHold); i < end; ++i) {
       Vma* vma = list.vmas[i];
-      if (!discarded || vma->kernel_vma) {
+      if (list.unlocked[i]) VmaWriter(*vma).SetLock(os::MemoryLock::kNone);
+      if (!discarded || !vma->is_zones_own()) {
         CacheLocked(vma, Knowledge::kUnknown);
         continue;
       }

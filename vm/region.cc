@@ -18,7 +18,12 @@ constexpr std::size_t kCommitAhead = 16;
 }  // namespace
 
 Region::Region(const Shared& shared, Zone zone, PageRange range, sync::RangeLock& range_lock)
-    : shared_(shared), zone_(zone), range_(range), range_lock_(range_lock) {}
+    : shared_(shared),
+      zone_(zone),
+      range_(range),
+      range_lock_(range_lock),
+      // Regions of one space are neighbours of one size: up to kMaxRegions of them differ in this.
+      last_generation_(range.first.value / range.count().value % kMaxRegions) {}
 
 Error Region::Init() {
   chunk_pages_ = std::min(kCommitChunkPages, range_.count().value);
@@ -88,10 +93,12 @@ Vma* Region::SplitLocked(Vma* vma, RegionPage page) {
     writer.SetRange(page, vma->end_page() - page);
     writer.SetState(vma->state.load(std::memory_order_relaxed));
     writer.SetProtection(vma->protection.load(std::memory_order_relaxed));
+    writer.SetLock(vma->lock.load(std::memory_order_relaxed));
     writer.SetGeneration(vma->generation.load(std::memory_order_relaxed));
   }
   upper->knowledge = vma->knowledge;
   upper->kernel_vma = vma->kernel_vma;
+  upper->moved = vma->moved;
   upper->busy = vma->busy;
   const VmaTree::Path path = tree_.Find(vma->first_page());
   VmaWriter(*vma).SetRange(vma->first_page(), page - vma->first_page());
@@ -139,6 +146,26 @@ void Region::SetBusyLocked(RegionPage first, RegionPage end, bool busy) {
   for (const RegionPage page : {first, end - 1}) tree_.Find(page).vma()->busy = busy;
 }
 
+Error Region::MakeBusy(RegionPage first, RegionPage end) {
+  for (;;) {
+    {
+      sync::SpinLockHolder holder(tree_lock_);
+      if (HasMetadataLocked()) {
+        IsolateLocked(first, end);
+        SetBusyLocked(first, end, true);
+        return Error::Ok();
+      }
+    }
+    if (const Error error = Refill(); !error.ok()) return error;
+  }
+}
+
+void Region::EndBusy(RegionPage first, RegionPage end) {
+  sync::SpinLockHolder holder(tree_lock_);
+  SetBusyLocked(first, end, false);
+  for (const RegionPage border : {first, end}) MergeMappedLocked(border, border);
+}
+
 void Region::MergeMappedLocked(RegionPage first, RegionPage end) {
   Vma* vma = tree_.Find(first == 0 ? 0 : first - 1).vma();
   while (vma->first_page() < end) {
@@ -149,12 +176,15 @@ void Region::MergeMappedLocked(RegionPage first, RegionPage end) {
                           next->generation.load(std::memory_order_relaxed) &&
                       vma->protection.load(std::memory_order_relaxed) ==
                           next->protection.load(std::memory_order_relaxed) &&
-                      vma->kernel_vma == next->kernel_vma;
+                      vma->lock.load(std::memory_order_relaxed) == next->lock.load(std::memory_order_relaxed);
     if (!same) {
       vma = next;
       continue;
     }
     if (vma->knowledge != next->knowledge) vma->knowledge = Knowledge::kUnknown;
+    // What one of them needs when it is unmapped does no harm to the other.
+    vma->kernel_vma = vma->kernel_vma || next->kernel_vma;
+    vma->moved = vma->moved || next->moved;
     AbsorbNextLocked(vma);
   }
 }
@@ -177,7 +207,7 @@ Vma* Region::MergeCachedLocked(Vma* vma) {
   const auto merges = [&](const Vma* neighbour) {
     return neighbour != nullptr && neighbour->Is(VmaState::kCached) &&
            neighbour->page_count() > FreeRanges::kExactPages && neighbour->knowledge != Knowledge::kClean &&
-           vma->knowledge != Knowledge::kClean && !neighbour->kernel_vma && !vma->kernel_vma;
+           vma->knowledge != Knowledge::kClean && neighbour->is_zones_own() && vma->is_zones_own();
   };
   const auto absorb = [&](Vma* left, Vma* cached) ABSL_NO_THREAD_SAFETY_ANALYSIS {
     free_.Remove(cached);
@@ -192,7 +222,7 @@ Vma* Region::MergeCachedLocked(Vma* vma) {
 }
 
 void Region::FreeLocked(Vma* vma) {
-  FREEHOLD_DCHECK(!vma->kernel_vma);
+  FREEHOLD_DCHECK(vma->is_zones_own());
   vma->knowledge = Knowledge::kClean;
   SetStateLocked(vma, VmaState::kFree);
   const Vma* next = NextLocked(vma);
@@ -204,8 +234,10 @@ void Region::FreeLocked(Vma* vma) {
 void Region::GiveBackLocked(Vma* vma) {
   FREEHOLD_DCHECK(vma->Is(VmaState::kPending) || vma->Is(VmaState::kPurging));
   // Whoever had it finds out by its generation.
-  VmaWriter(*vma).SetGeneration(++last_generation_);
-  if (vma->knowledge == Knowledge::kClean && !vma->kernel_vma) {
+  VmaWriter(*vma).SetGeneration(NextGenerationLocked());
+  if (!vma->is_zones_own()) {
+    CacheLocked(vma, Knowledge::kUnknown);
+  } else if (vma->knowledge == Knowledge::kClean) {
     FreeLocked(vma);
   } else {
     CacheLocked(vma, vma->knowledge);
@@ -213,7 +245,7 @@ void Region::GiveBackLocked(Vma* vma) {
 }
 
 // Pages become visible to lookups here, all at once.
-void Region::PublishLocked(Vma* vma, RegionPage count, os::Protection protection,
+void Region::PublishLocked(Vma* vma, RegionPage count, os::Protection protection, os::MemoryLock lock,
                            std::uint64_t generation) {
   FREEHOLD_DCHECK(!vma->Is(VmaState::kFree));
   {
@@ -221,6 +253,7 @@ void Region::PublishLocked(Vma* vma, RegionPage count, os::Protection protection
     writer.SetRange(vma->first_page(), count);
     writer.SetState(VmaState::kMapped);
     writer.SetProtection(protection);
+    writer.SetLock(lock);
     writer.SetGeneration(generation);
   }
   mapped_pages_.Add(count);
@@ -315,7 +348,7 @@ void Region::CheckInvariants() const {
     const bool free = vma->Is(VmaState::kFree);
     FREEHOLD_CHECK(!(free && previous_free));
     FREEHOLD_CHECK(!free || vma->knowledge == Knowledge::kClean);
-    FREEHOLD_CHECK(!free || !vma->kernel_vma);
+    FREEHOLD_CHECK(!free || vma->is_zones_own());
     FREEHOLD_CHECK(free || vma->Is(VmaState::kCached) || vma->Is(VmaState::kMapped));
     previous_free = free;
     if (vma->Is(VmaState::kCached)) ++cached;

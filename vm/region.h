@@ -47,6 +47,8 @@ class RegionCounter {
 
 class alignas(kCacheLineSize) Region {
  public:
+  using Guard = sync::RangeLock::Guard;
+
   // Parts that all regions of a space share.
   struct Shared {
     os::Kernel* kernel;
@@ -69,6 +71,28 @@ class alignas(kCacheLineSize) Region {
   Error Unmap(PageRange part);
   // protect.cc
   Error Protect(PageRange part, os::Protection protection);
+  // remap.cc
+  // Maps what follows `part`, which belongs to the VMA `vma`, as the rest of it, `count` pages in all. Errors:
+  // kReplaced (`vma` is not what it was), kNoRoom (something is mapped there), others as MapFixed.
+  Result<PageRange> Grow(PageRange part, Pages count, const VmaInfo& vma);
+  // Makes `part` of the VMA `vma` an extent of its own that no verb merges. Errors: kReplaced, kNoMetadata.
+  Error Isolate(PageRange part, const VmaInfo& vma, const Guard& guard);
+  // Undoes that.
+  void Join(PageRange part, const Guard& guard);
+  // Gives every extent of `range` the kernel protection that the tree says it has, and traps what strict unmap
+  // had trapped.
+  void RestoreProtection(PageRange range, const Guard& guard);
+  // Unmaps what was isolated. Errors: kSystem; then it is joined again.
+  Error UnmapIsolated(PageRange part, const Guard& guard);
+  // Expects content in `part`, all of the VMA `vma`. Error: kReplaced.
+  Error PrepareTarget(PageRange part, const VmaInfo& vma, const Guard& guard);
+  // The kernel is about to put another kernel VMA in the place of the start of `target`.
+  void SetMoved(PageRange target, const Guard& guard);
+  // From now on `part` is the mapping `generation`.
+  void Adopt(PageRange part, std::uint64_t generation, const Guard& guard);
+  // lock_memory.cc
+  // kNone unlocks. Populates nothing.
+  Error SetMemoryLock(PageRange part, os::MemoryLock lock);
   // lookup.cc
   // The extent that holds `page`, mapped or not; `range` is absolute.
   VmaInfo LookupExtent(PageNumber page, VmaState& state) const;
@@ -97,7 +121,6 @@ class alignas(kCacheLineSize) Region {
   void CheckInvariants() const;
 
  private:
-  using Guard = sync::RangeLock::Guard;
   using Mode = sync::RangeLock::Mode;
 
   // What Map must do to an extent that it chose, outside the tree lock.
@@ -111,7 +134,9 @@ class alignas(kCacheLineSize) Region {
     bool protect = false;  // its kernel protection is not the one asked for
     bool zero = false;
     bool unguard = false;  // strict unmap made it trap
-    bool needed() const { return commit || protect || zero || unguard; }
+    bool relock = false;   // it is not locked as asked for
+    os::MemoryLock lock = os::MemoryLock::kNone;
+    bool needed() const { return commit || protect || zero || unguard || relock; }
   };
 
   // What a verb does to this many extents takes about a microsecond.
@@ -122,6 +147,7 @@ class alignas(kCacheLineSize) Region {
   struct PurgeList {
     Vma* vmas[kPurgeBatch];
     PageRange ranges[kPurgeBatch];  // theirs, in any order
+    bool unlocked[kPurgeBatch] = {};  // an Unmap could not unlock it, the purge could
     std::size_t size = 0;
   };
 
@@ -157,11 +183,24 @@ class alignas(kCacheLineSize) Region {
   // verb that holds exactly these pages and has made their borders borders of extents. The outermost two are
   // enough: nobody else merges mapped extents within the range.
   void SetBusyLocked(RegionPage first, RegionPage end, bool busy) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // The start of such a verb: makes the borders and sets busy. Error: kNoMetadata; then nothing has changed.
+  Error MakeBusy(RegionPage first, RegionPage end);
+  // Its end when it was refused.
+  void EndBusy(RegionPage first, RegionPage end);
   // Merges mapped neighbours of one mapping that have equal attributes, around and within [first, end), unless
   // they are busy.
   void MergeMappedLocked(RegionPage first, RegionPage end) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   Vma* NextLocked(const Vma* vma) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
 
+  // Unique in the space: a moved mapping keeps its own.
+  std::uint64_t NextGenerationLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_) {
+    return last_generation_ += kMaxRegions;
+  }
+  // From now on they are newer than `generation`, which may be another region's.
+  void RaiseGenerationLocked(std::uint64_t generation) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_) {
+    if (generation <= last_generation_) return;
+    last_generation_ += (generation - last_generation_ + kMaxRegions - 1) / kMaxRegions * kMaxRegions;
+  }
   void SetStateLocked(Vma* vma, VmaState state) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // To kCached, in its bin. `vma` may become part of a neighbour.
   void CacheLocked(Vma* vma, Knowledge knowledge) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
@@ -173,8 +212,8 @@ class alignas(kCacheLineSize) Region {
   void GiveBackLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // To kMapped, `count` pages from its first on: visible to lookups. REQUIRES: not kFree; what else lies in
   // those pages is dropped afterwards.
-  void PublishLocked(Vma* vma, RegionPage count, os::Protection protection, std::uint64_t generation)
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  void PublishLocked(Vma* vma, RegionPage count, os::Protection protection, os::MemoryLock lock,
+                     std::uint64_t generation) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
 
   // lookup.cc
   VmaInfo InfoOf(const VmaTree::View& view, VmaState& state) const;
@@ -209,22 +248,45 @@ class alignas(kCacheLineSize) Region {
     Placement placement;
     RegionPage next;               // everything below is claimed; the two outermost extents from the start
     std::uint64_t generation = 0;  // of the mapping to be; 0 until the range was cut out
-    bool clean = true;             // no page so far was used since it was last zero
+    // Of what is claimed so far:
+    bool clean = true;    // no page was used since it was last zero
+    bool locked = false;  // the kernel has some of it locked
+    bool moved = false;   // some of it came by Remap
   };
   Result<Claim> ClaimFixed(RegionPage first, RegionPage end, Placement placement);
   ClaimResult ClaimLocked(Claim& claim) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   bool StartClaimLocked(Claim& claim, ClaimResult& refusal) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   Vma* ClaimExtentLocked(RegionPage page, Claim& claim) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   void Unclaim(const Claim& claim);
-  void PublishFixed(const Claim& claim, os::Protection protection);
-  Error PrepareFixed(PageRange range, const MapOptions& options, bool clean, const Guard& guard);
-  void RestoreProtection(PageRange range, const Guard& guard);
+  // `generation`: of the mapping that this continues; 0: a new one.
+  Result<PageRange> MapHeld(PageRange range, const MapOptions& options, std::uint64_t generation,
+                            const Guard& guard);
+  void PublishFixed(const Claim& claim, const MapOptions& options, std::uint64_t continued);
+  Error PrepareFixed(PageRange range, const MapOptions& options, const Claim& claim, const Guard& guard);
   // Fills with zeroes: by memset where that is cheaper than faults, else by a discard.
   Error MakeZero(PageRange range, bool writable);
+
+  // remap.cc
+  // Whether `part`, which `guard` covers, belongs to the VMA that `vma` describes, and that is as it was.
+  bool IsStill(PageRange part, const VmaInfo& vma, const Guard& guard) const;
+
+  // lock_memory.cc
+  // What of [first, end) SetMemoryLock would change; kNotMapped where something is not mapped.
+  struct LockChange {
+    bool attribute = false;
+    bool in_kernel = false;  // for the kernel both kinds of lock are one
+  };
+  Result<LockChange> LockDiffers(RegionPage first, RegionPage end, os::MemoryLock lock) const;
+  void RecordLock(RegionPage first, RegionPage end, os::MemoryLock lock);
+  Error LockInKernel(PageRange range, os::MemoryLock lock);
+  // Locks every extent of `range` in the kernel as the tree says, and no other.
+  void RestoreLocks(PageRange range, const Guard& guard);
 
   // unmap.cc
   // Unmaps `part` without its range lock, if nobody has that and RetireWholeLocked does it.
   bool UnmapWhole(PageRange part, bool& over_limit);
+  // Puts the zone's own kernel VMA in the place of one that a Remap moved here.
+  bool ReplaceMoved(PageRange range);
   // The common case: `part` is exactly one mapped extent that needs no kernel work. False otherwise.
   bool RetireWholeLocked(PageRange part, std::size_t sampled) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Whether a border of `part` goes through a mapped extent.
@@ -286,7 +348,7 @@ class alignas(kCacheLineSize) Region {
   FreeRanges free_ ABSL_GUARDED_BY(tree_lock_);
   Vma* spare_vmas_ ABSL_GUARDED_BY(tree_lock_) = nullptr;
   std::size_t spare_vma_count_ ABSL_GUARDED_BY(tree_lock_) = 0;
-  std::uint64_t last_generation_ ABSL_GUARDED_BY(tree_lock_) = 0;
+  std::uint64_t last_generation_ ABSL_GUARDED_BY(tree_lock_);
   std::atomic<std::uint32_t> purges_in_flight_{0};  // extents in kPurging; changed under tree_lock_
 
   RegionCounter mapped_pages_;

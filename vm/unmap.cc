@@ -73,7 +73,7 @@ std::size_t Region::SampleResidency(PageRange part) {
 
 bool Region::RetireWholeLocked(PageRange part, std::size_t sampled) {
   Vma* vma = tree_.Find(ToRegion(part.first)).vma();
-  if (!vma->Is(VmaState::kMapped) || RangeOf(*vma) != part || !is_heap() || vma->kernel_vma ||
+  if (!vma->Is(VmaState::kMapped) || RangeOf(*vma) != part || !is_heap() || !vma->is_zones_own() ||
       shared_.options->strict_unmap) {
     return false;
   }
@@ -127,7 +127,7 @@ bool Region::DetachLocked(Detachment& detachment) {
       continue;
     }
     vma->busy = false;
-    if (is_heap() && !vma->kernel_vma && !shared_.options->strict_unmap) {
+    if (is_heap() && vma->is_zones_own() && !shared_.options->strict_unmap) {
       RetireLocked(vma);
       continue;
     }
@@ -135,7 +135,7 @@ bool Region::DetachLocked(Detachment& detachment) {
     vmas_.Subtract(1);
     SetStateLocked(vma, VmaState::kDetached);
     detachment.zap = true;
-    detachment.reset = detachment.reset || (!is_heap() && vma->kernel_vma);
+    detachment.reset = detachment.reset || (!is_heap() && !vma->is_zones_own());
   }
   detachment.next = page;
   if (page >= detachment.end) return true;
@@ -160,25 +160,49 @@ Error Region::ZapDetached(PageRange part, bool reset, const Guard& guard) {
   }
   for (PageNumber page = part.first; page < part.end;) {
     VmaState state;
-    const PageRange extent = LookupExtent(page, state).range;
+    const VmaInfo detached = LookupExtent(page, state);
+    const PageRange extent = detached.range;
     page = extent.end;
     if (state != VmaState::kDetached) continue;
+    Vma* vma;
+    bool moved;
+    {
+      sync::SpinLockHolder holder(tree_lock_);
+      vma = tree_.Find(ToRegion(extent.first)).vma();
+      moved = vma->moved;
+    }
+    // A reset drops content and locks: that of the whole part, or the extent's own.
     bool clean = !is_heap();
     bool restored = true;
+    bool unlocked = true;
     if (is_heap()) {
+      const bool replaced = moved && ReplaceMoved(extent);
+      moved = moved && !replaced;
+      clean = replaced;
+      if (!replaced && detached.lock != os::MemoryLock::kNone) unlocked = shared_.kernel->UnlockMemory(extent).ok();
       restored = shared_.kernel->Protect(extent, os::Protection::kReadWrite).ok();
-      if (shared_.options->strict_unmap) clean = Trap(extent);
+      if (shared_.options->strict_unmap) clean = Trap(extent) || clean;
     }
     sync::SpinLockHolder holder(tree_lock_);
-    Vma* vma = tree_.Find(ToRegion(extent.first)).vma();
     vma->kernel_vma = !restored;
-    if (clean && restored) {
+    vma->moved = moved && is_heap();
+    if (unlocked) VmaWriter(*vma).SetLock(os::MemoryLock::kNone);
+    if (clean && vma->is_zones_own()) {
       FreeLocked(vma);
     } else {
       CacheLocked(vma, Knowledge::kUnknown);
     }
   }
   return Error::Ok();
+}
+
+// Leaves it without access. A kernel without huge pages does without the advice.
+bool Region::ReplaceMoved(PageRange range) {
+  if (!shared_.kernel->Reset(range).ok()) return false;
+  if (zone_ == Zone::kDense && shared_.kernel->features().huge_pages) {
+    (void)shared_.kernel->AdviseHugePages(range, os::HugePages::kPrefer);
+  }
+  return true;
 }
 
 // Strict unmap: accesses to `range` trap from now on; its content is gone. False when the kernel refuses.

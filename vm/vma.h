@@ -38,6 +38,8 @@ struct alignas(kCacheLineSize) Vma {
   std::atomic<RegionPage> count{0};
   std::atomic<VmaState> state{VmaState::kFree};
   std::atomic<os::Protection> protection{os::Protection::kReadWrite};
+  // Of a mapped extent, what was asked for; of any other, kNone unless the kernel refused to unlock it.
+  std::atomic<os::MemoryLock> lock{os::MemoryLock::kNone};
   // Unique for each mapping in its region, and for each attempt to make one: who drops every lock and
   // comes back checks that it is still the one it knew.
   std::atomic<std::uint64_t> generation{0};
@@ -45,6 +47,7 @@ struct alignas(kCacheLineSize) Vma {
   Knowledge knowledge = Knowledge::kClean;
   bool busy = false;            // a verb that holds its range is at work without the tree lock: do not merge
   bool kernel_vma = false;      // the kernel was asked for a protection other than the zone's own
+  bool moved = false;           // a Remap moved its kernel VMA here, which only a reset takes away
   std::uint32_t freed_at = 0;   // coarse clock when it was cached
   Vma* newer = nullptr;         // neighbours in its bin, or the free list of Vma objects
   Vma* older = nullptr;
@@ -52,6 +55,9 @@ struct alignas(kCacheLineSize) Vma {
   RegionPage first_page() const { return first.load(std::memory_order_relaxed); }
   RegionPage page_count() const { return count.load(std::memory_order_relaxed); }
   RegionPage end_page() const { return first_page() + page_count(); }
+  bool locked() const { return lock.load(std::memory_order_relaxed) != os::MemoryLock::kNone; }
+  // Whether its kernel VMA is as the zone's other free memory: nothing to take back before it is free.
+  bool is_zones_own() const { return !kernel_vma && !moved && !locked(); }
   bool Is(VmaState s) const { return state.load(std::memory_order_relaxed) == s; }
 };
 
@@ -73,6 +79,7 @@ class VmaWriter {
   }
   void SetState(VmaState state) { vma_.state.store(state, std::memory_order_release); }
   void SetProtection(os::Protection p) { vma_.protection.store(p, std::memory_order_release); }
+  void SetLock(os::MemoryLock l) { vma_.lock.store(l, std::memory_order_release); }
   void SetGeneration(std::uint64_t g) { vma_.generation.store(g, std::memory_order_release); }
 
  private:

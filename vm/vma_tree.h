@@ -62,6 +62,7 @@ class VmaTree {
     RegionPage count = 0;
     VmaState state = VmaState::kFree;
     os::Protection protection = os::Protection::kNone;
+    os::MemoryLock lock = os::MemoryLock::kNone;
     std::uint64_t generation = 0;
   };
 

@@ -42,7 +42,7 @@ std::vector<SpaceOperation> RandomOperations(std::uint64_t seed, std::size_t cou
   std::mt19937_64 random(seed);
   std::vector<SpaceOperation> operations;
   // Maps and unmaps most of all; sizes from a few favourites too, so that bins come to be used.
-  const std::discrete_distribution<int> kinds({20, 6, 6, 24, 8, 4, 4, 16, 4, 1, 1});
+  const std::discrete_distribution<int> kinds({20, 6, 6, 24, 8, 4, 4, 16, 4, 1, 1, 5, 2, 4, 2, 1, 1, 10});
   auto pick = kinds;
   const std::uint8_t favourite = static_cast<std::uint8_t>(random() % 20);
   for (std::size_t i = 0; i < count; ++i) {

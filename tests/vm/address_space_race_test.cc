@@ -396,5 +396,252 @@ TEST_F(RaceTest, TwoThreadsDiscardTheSamePages) {
   EXPECT_TRUE(IsFilledWith(Part(range, 12, 4), 7));
 }
 
+// ---- Advise ----
+
+TEST_F(RaceTest, UnmapWaitsForAnAdvice) {
+  const PageRange range = MustMap(*space_, 16);
+  Fill(range, 7);
+  kernel_.HoldNext(Operation::kAdviseReclaim, gate_);
+  WatchedThread adviser([&] { EXPECT_TRUE(space_->Advise(Part(range, 4, 4), Advice::kFree).ok()); });
+  ASSERT_TRUE(gate_.AwaitArrival());
+  WatchedThread unmapper([&] {
+    EXPECT_TRUE(space_->Unmap(range).ok());
+    MustMapAt(*space_, range);
+    Fill(range, 9);
+  });
+  ASSERT_TRUE(unmapper.AwaitSleep());
+  gate_.Open();
+  adviser.Join();
+  unmapper.Join();
+  EXPECT_TRUE(IsFilledWith(range, 9)) << "the advice did not hit the new mapping";
+}
+
+//   page       0       4       8
+//   before     |A A A A A A A A|
+//   Unmap          |- -|               in the kernel, which it does not need here: then
+//   Advise     |---------------|       waits, and finds a hole
+TEST_F(RaceTest, AnAdviceThatWaitedSeesTheHole) {
+  MustMapAt(*space_, P(0, 8));
+  Fill(P(0, 8), 7);
+  kernel_.HoldNext(Operation::kCountResident, gate_);
+  WatchedThread unmapper([&] { EXPECT_TRUE(space_->Unmap(P(2, 2)).ok()); });
+  ASSERT_TRUE(gate_.AwaitArrival());
+  Error advised;
+  WatchedThread adviser([&] { advised = space_->Advise(P(0, 8), Advice::kDontNeed); });
+  ASSERT_TRUE(adviser.AwaitSleep());
+  gate_.Open();
+  unmapper.Join();
+  adviser.Join();
+  EXPECT_EQ(advised.code, ErrorCode::kNotMapped);
+  EXPECT_EQ(Line(8), "AA..AAAA");
+  EXPECT_TRUE(IsZero(P(0, 2)));
+  EXPECT_TRUE(IsZero(P(4, 4)));
+}
+
+// ---- Locked memory ----
+
+// Between the unlock and the end of the unmap nobody gets the pages, and whoever gets them next has them unlocked.
+TEST_F(RaceTest, UnmapUnlocksBeforeTheExtentIsUsedAgain) {
+  MustMapAt(*space_, P(0, 8));
+  ASSERT_TRUE(space_->LockMemory(P(0, 8)).ok());
+  kernel_.HoldNext(Operation::kUnlockMemory, gate_);
+  WatchedThread unmapper([&] { EXPECT_TRUE(space_->Unmap(P(0, 8)).ok()); });
+  ASSERT_TRUE(gate_.AwaitArrival());
+  EXPECT_EQ(Line(8), "........");
+  const PageRange other = MustMap(*space_, 8);
+  EXPECT_FALSE(other.Overlaps(P(0, 8)));
+  WatchedThread mapper([&] { MustMapAt(*space_, P(2, 2)); });
+  ASSERT_TRUE(mapper.AwaitSleep());
+  gate_.Open();
+  unmapper.Join();
+  mapper.Join();
+  EXPECT_EQ(fake_.LockedPages(), Pages{0});
+  EXPECT_EQ(space_->Lookup(P(2, 1).first)->lock, os::MemoryLock::kNone);
+  EXPECT_TRUE(IsZero(P(2, 2)));
+}
+
+// The lock is taken under the range lock; the pages come afterwards, chunk by chunk, and nobody waits for that.
+TEST_F(RaceTest, LockedMemoryIsPopulatedOutsideOfTheLock) {
+  const PageRange range = MustMap(*space_, 4 * kPagesPerHugePage, {.alignment = {kPagesPerHugePage}});
+  kernel_.HoldNext(Operation::kTouchForWrite, gate_);
+  Error locked;
+  WatchedThread locker([&] { locked = space_->LockMemory(range); });
+  ASSERT_TRUE(gate_.AwaitArrival());
+  EXPECT_EQ(space_->Lookup(range.first)->lock, os::MemoryLock::kLocked);
+  const PageRange second = Part(range, kPagesPerHugePage, kPagesPerHugePage);
+  EXPECT_TRUE(space_->Unmap(second).ok());
+  MustMapAt(*space_, second);
+  gate_.Open();
+  locker.Join();
+  EXPECT_EQ(locked, Error::Ok());
+  EXPECT_EQ(space_->Lookup(second.first)->lock, os::MemoryLock::kNone);
+  EXPECT_EQ(fake_.LockedPages(), Pages{3 * kPagesPerHugePage});
+}
+
+//   page     0       4       8       12
+//   Lock             in the kernel
+//   Protect  read-only and back               done meanwhile: its part merges with nothing
+TEST_F(RaceTest, LockBesideAProtectOfTheNeighbours) {
+  MustMapAt(*space_, P(0, 12));
+  kernel_.HoldNext(Operation::kLockMemory, gate_);
+  WatchedThread locker([&] { EXPECT_TRUE(space_->LockMemory(P(4, 4), os::MemoryLock::kOnFault).ok()); });
+  ASSERT_TRUE(gate_.AwaitArrival());
+  for (const PageRange neighbour : {P(0, 4), P(8, 4)}) {
+    EXPECT_TRUE(space_->Protect(neighbour, Protection::kRead).ok());
+    EXPECT_TRUE(space_->Protect(neighbour, Protection::kReadWrite).ok());
+  }
+  gate_.Open();
+  locker.Join();
+  EXPECT_EQ(Line(14), "AAAA|AAAA|AAAA..");
+  EXPECT_EQ(fake_.LockedPages(), Pages{4});
+  EXPECT_TRUE(space_->UnlockMemory(P(0, 12)).ok());
+  EXPECT_EQ(space_->Stats().vmas, 1u) << "one again";
+}
+
+// ---- Remap ----
+
+//   page     0       8          16
+//   Remap    |A A A A|               held up while it copies: both ranges are its own
+//   Unmap      |---|                 waits, and finds nothing there any more
+TEST_F(RaceTest, UnmapWaitsForAMove) {
+  MustMapAt(*space_, P(0, 8));
+  MustMapAt(*space_, P(8, 1));
+  Fill(P(0, 8), 7);
+  kernel_.HoldNext(Operation::kCopy, gate_);
+  Result<PageRange> moved = ErrorCode::kEmpty;
+  WatchedThread mover([&] { moved = space_->Remap(P(0, 8), {16}, {.may_move = true}); });
+  ASSERT_TRUE(gate_.AwaitArrival());
+  EXPECT_TRUE(space_->Lookup(P(0, 1).first).ok()) << "the source is there until its content is elsewhere";
+  WatchedThread unmapper([&] { EXPECT_TRUE(space_->Unmap(P(2, 2)).ok()); });
+  ASSERT_TRUE(unmapper.AwaitSleep());
+  gate_.Open();
+  mover.Join();
+  unmapper.Join();
+  ASSERT_TRUE(moved.ok());
+  EXPECT_TRUE(IsFilledWith(Part(*moved, 0, 8), 7));
+  EXPECT_EQ(Draw(*space_, *moved), std::string(16, 'A'));
+  EXPECT_EQ(Line(9), "........A");
+}
+
+//   page     0       8
+//   Remap    |A A A A|               held up while it copies
+//   Unmap    |-------|               of exactly this VMA takes no range lock, unless somebody has it
+TEST_F(RaceTest, UnmapOfAWholeVmaWaitsForAMove) {
+  MustMapAt(*space_, P(0, 8));
+  MustMapAt(*space_, P(8, 1));
+  kernel_.HoldNext(Operation::kCopy, gate_);
+  WatchedThread mover([&] { EXPECT_TRUE(space_->Remap(P(0, 8), {16}, {.may_move = true}).ok()); });
+  ASSERT_TRUE(gate_.AwaitArrival());
+  WatchedThread unmapper([&] { EXPECT_TRUE(space_->Unmap(P(0, 8)).ok()); });
+  ASSERT_TRUE(unmapper.AwaitSleep());
+  EXPECT_EQ(Line(9), "AAAAAAAAB");
+  gate_.Open();
+  mover.Join();
+  unmapper.Join();
+  EXPECT_EQ(Line(9), "........A");
+  space_->CheckInvariants();
+}
+
+// The same for a discard of several ranges.
+TEST_F(RaceTest, DiscardsBesideUnmapsOfAllTheirRanges) {
+  for (int round = 0; round < 300; ++round) {
+    const PageRange ranges[] = {P(0, 2), P(4, 2), P(8, 2), P(12, 2)};
+    MustMapAt(*space_, P(0, 16));
+    WatchedThread discarder([&] { (void)space_->Discard(ranges); });
+    WatchedThread protector([&] { (void)space_->Protect(P(0, 16), Protection::kRead); });
+    WatchedThread unmapper([&] { EXPECT_TRUE(space_->Unmap(P(0, 16)).ok()); });
+    discarder.Join();
+    protector.Join();
+    unmapper.Join();
+    space_->CheckInvariants();
+    ASSERT_TRUE(space_->Unmap(P(0, 16)).ok());
+  }
+}
+
+// Moves lock two ranges of a region, unmaps want both and what is between: in whatever order they come, none waits
+// for another that waits for it.
+TEST_F(RaceTest, MovesBesideUnmapsOfSourceAndTarget) {
+  for (int round = 0; round < 300; ++round) {
+    MustMapAt(*space_, P(0, 8));
+    MustMapAt(*space_, P(16, 8));
+    const auto move = [&](PageRange from, PageRange to) {
+      (void)space_->Remap(from, {8}, {.placement = Placement::kFixed, .address = to.address()});
+    };
+    WatchedThread upper([&] { move(P(0, 8), P(8, 8)); });
+    WatchedThread downer([&] { move(P(16, 8), P(8, 8)); });
+    WatchedThread unmapper([&] { EXPECT_TRUE(space_->Unmap(P(0, 24)).ok()); });
+    upper.Join();
+    downer.Join();
+    unmapper.Join();
+    space_->CheckInvariants();
+    ASSERT_TRUE(space_->Unmap(P(0, 24)).ok());
+  }
+}
+
+TEST_F(RaceTest, UnmapOfAWholeVmaWaitsForALock) {
+  MustMapAt(*space_, P(0, 8));
+  kernel_.HoldNext(Operation::kLockMemory, gate_);
+  WatchedThread locker([&] { EXPECT_TRUE(space_->LockMemory(P(0, 8), os::MemoryLock::kOnFault).ok()); });
+  ASSERT_TRUE(gate_.AwaitArrival());
+  WatchedThread unmapper([&] { EXPECT_TRUE(space_->Unmap(P(0, 8)).ok()); });
+  ASSERT_TRUE(unmapper.AwaitSleep());
+  gate_.Open();
+  locker.Join();
+  unmapper.Join();
+  EXPECT_EQ(Line(8), "........");
+  EXPECT_EQ(fake_.LockedPages(), Pages{0});
+}
+
+//   page     0       4       8
+//   before   |A A A A A A A A|
+//   Unmap            |-------|         has locked its pages, and nothing more yet
+//   Remap    |---------------- - - -   waits, looks again, and finds that it is not one VMA
+TEST_F(RaceTest, ARemapThatWaitedFindsItsSourceChanged) {
+  MustMapAt(*space_, P(0, 8));
+  for (const RemapOptions& options :
+       {RemapOptions{}, RemapOptions{.placement = Placement::kFixed, .address = P(40, 1).address()}}) {
+    Gate gate;
+    kernel_.HoldNext(Operation::kCountResident, gate);
+    WatchedThread unmapper([&] { EXPECT_TRUE(space_->Unmap(P(4, 4)).ok()); });
+    const bool arrived = gate.AwaitArrival();
+    Result<PageRange> remapped = ErrorCode::kEmpty;
+    WatchedThread remapper([&] { remapped = space_->Remap(P(0, 8), {16}, options); });
+    EXPECT_TRUE(remapper.AwaitSleep());
+    gate.Open();
+    unmapper.Join();
+    remapper.Join();
+    ASSERT_TRUE(arrived);
+    EXPECT_EQ(remapped.error().code, ErrorCode::kNotMapped);
+    EXPECT_EQ(Line(60), "AAAA" + std::string(56, '.'));
+    EXPECT_EQ(*space_->Remap(P(0, 4), {8}), P(0, 8));
+  }
+}
+
+// Two moves cross: each locks its two ranges in ascending order.
+TEST_F(RaceTest, TwoMovesToWhereTheOtherIs) {
+  for (int round = 0; round < 50; ++round) {
+    MustMapAt(*space_, P(0, 8));
+    MustMapAt(*space_, P(16, 8));
+    Fill(P(0, 8), 1);
+    Fill(P(16, 8), 2);
+    const auto move = [&](PageRange from, PageRange to) {
+      return space_->Remap(from, {8}, {.placement = Placement::kReplace, .address = to.address()});
+    };
+    Result<PageRange> up = ErrorCode::kEmpty;
+    Result<PageRange> down = ErrorCode::kEmpty;
+    WatchedThread upper([&] { up = move(P(0, 8), P(16, 8)); });
+    WatchedThread downer([&] { down = move(P(16, 8), P(0, 8)); });
+    upper.Join();
+    downer.Join();
+    // One of them at least found its source replaced or moved, or came after the other.
+    for (const PageRange range : {P(0, 8), P(16, 8)}) {
+      if (!space_->Lookup(range.first).ok()) continue;
+      EXPECT_TRUE(IsFilledWith(range, 1) || IsFilledWith(range, 2) || IsZero(range));
+    }
+    space_->CheckInvariants();
+    ASSERT_TRUE(space_->Unmap(P(0, 24)).ok());
+  }
+}
+
 }  // namespace
 }  // namespace freehold::vm

@@ -143,7 +143,45 @@ TEST_P(StressTest, OwnMemoryStaysOwn) {
     std::swap(mine[random() % mine.size()], mine.back());
     Owned& one = mine.back();
     ASSERT_TRUE(HasStamp(one.range, one.stamp));
-    switch (random() % 8) {
+    switch (random() % 11) {
+      case 10: {  // Longer, shorter, elsewhere, or as it is.
+        const std::size_t before = one.range.count().value;
+        const std::size_t after = 1 + random() % (2 * before);
+        const Result<PageRange> remapped = space_->Remap(one.range, {after}, {.may_move = random() % 2 == 0});
+        // What was mapped in parts is no longer one VMA for sure: protected, locked or replaced in part.
+        if (!remapped.ok()) {
+          ASSERT_TRUE(remapped.error().code == ErrorCode::kNoRoom || remapped.error().code == ErrorCode::kNotMapped ||
+                      remapped.error().code == ErrorCode::kSystem);
+          ASSERT_TRUE(HasStamp(one.range, one.stamp));
+          return;
+        }
+        ASSERT_TRUE(HasStamp(Part(*remapped, 0, std::min(before, after)), one.stamp));
+        if (after > before) {
+          ASSERT_TRUE(IsUnstamped(Part(*remapped, before, after - before)));
+        }
+        one.range = *remapped;
+        Stamp(one.range, one.stamp);
+        return;
+      }
+      case 9: {  // Locked and unlocked, in parts. There may be a limit.
+        const Error error = space_->LockMemory(Part(one.range, 0, 1 + one.range.count().value / 2));
+        ASSERT_TRUE(error.ok() || error.code == ErrorCode::kSystem);
+        if (random() % 2 == 0) {
+          ASSERT_TRUE(space_->UnlockMemory(one.range).ok());
+        }
+        ASSERT_TRUE(HasStamp(one.range, one.stamp));
+        return;
+      }
+      case 8: {  // The first page is dropped, the others stay.
+        ASSERT_TRUE(space_->UnlockMemory(one.range).ok());
+        ASSERT_TRUE(space_->Advise(Part(one.range, 0, 1), Advice::kDontNeed).ok());
+        ASSERT_EQ(*Word(one.range, 0), 0u);
+        *Word(one.range, 0) = one.stamp;
+        std::vector<std::uint8_t> resident(one.range.count().value);
+        ASSERT_TRUE(space_->Residency(one.range, absl::MakeSpan(resident)).ok());
+        ASSERT_TRUE(space_->Advise(one.range, random() % 2 == 0 ? Advice::kCold : Advice::kWillNeed).ok());
+        return;
+      }
       case 0: {  // The middle turns read-only and back.
         const PageRange middle = Part(one.range, one.range.count().value / 3, 1 + one.range.count().value / 3);
         ASSERT_TRUE(space_->Protect(middle, Protection::kRead).ok());
@@ -208,7 +246,21 @@ TEST_P(StressTest, SharedRangesStayConsistent) {
     const std::size_t first = random() % kPages;
     const PageRange range = Part(all, first, 1 + random() % std::min<std::size_t>(kPages - first, 40));
     Error error;
-    switch (random() % 10) {
+    switch (random() % 13) {
+      case 12: {
+        RemapOptions options;
+        if (random() % 2 == 0) {
+          options.placement = Placement::kFixed;
+          options.address = Part(all, random() % kPages, 1).address();
+        }
+        error = space_->Remap(range, {1 + random() % 12}, options).error();
+        if (error.code == ErrorCode::kNoRoom) error = Error::Ok();
+        break;
+      }
+      case 11:
+        error = random() % 3 != 0 ? space_->LockMemory(range, os::MemoryLock::kOnFault) : space_->UnlockMemory(range);
+        break;
+      case 10: error = space_->Advise(range, static_cast<Advice>(random() % 7)); break;
       case 0:
       case 1: error = space_->Unmap(range); break;
       case 2: error = space_->Map(range.count(), At(range.first)).error(); break;
@@ -242,7 +294,8 @@ TEST_P(StressTest, SharedRangesStayConsistent) {
       case ErrorCode::kOverlap:
       case ErrorCode::kNotMapped:
       case ErrorCode::kReplaced:
-      case ErrorCode::kUnsupported: break;
+      case ErrorCode::kUnsupported:
+      case ErrorCode::kSystem: break;  // locked memory has limits
       default: FAIL() << testing::PrintToString(error);
     }
   });
@@ -472,7 +525,30 @@ TEST_P(StressTest, OwnMemoryStaysOwnWhileCallsFail) {
     Owned& one = mine.back();
     ASSERT_TRUE(HasStamp(one.range, one.stamp));
     const Protection own = space->Lookup(one.range.first)->protection;
-    switch (random() % 4) {
+    switch (random() % 6) {
+      case 5: {
+        // Elsewhere than in a heap zone the way back makes calls too, which others may have ordered to fail.
+        if (own != Protection::kReadWrite) break;
+        const std::size_t before = one.range.count().value;
+        const Result<PageRange> remapped = space->Remap(one.range, {before + random() % 4}, {.may_move = true});
+        if (!remapped.ok()) {
+          ASSERT_TRUE(is_expected(remapped.error()) || remapped.error().code == ErrorCode::kNotMapped ||
+                      remapped.error().code == ErrorCode::kNoRoom);
+          break;
+        }
+        ASSERT_TRUE(HasStamp(Part(*remapped, 0, before), one.stamp));
+        one.range = *remapped;
+        Stamp(one.range, one.stamp);
+        break;
+      }
+      case 4: {
+        const PageRange part = Part(one.range, 0, 1 + one.range.count().value / 2);
+        ASSERT_TRUE(is_expected(space->LockMemory(part)));
+        if (random() % 2 == 0) {
+          ASSERT_TRUE(is_expected(space->UnlockMemory(part)));
+        }
+        break;
+      }
       case 0: {
         const PageRange part = Part(one.range, one.range.count().value / 2, 1);
         if (!is_expected(space->Protect(part, Protection::kRead))) FAIL();
@@ -514,6 +590,8 @@ TEST_P(StressTest, OwnMemoryStaysOwnWhileCallsFail) {
     }
   }
   EXPECT_TRUE(Vmas(*space).empty());
+  (void)space->Purge(PurgeScope::kAll);
+  EXPECT_EQ(fake.LockedPages(), Pages{0});
 }
 
 FREEHOLD_INSTANTIATE_POLICIES(StressTest);

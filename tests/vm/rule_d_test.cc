@@ -74,7 +74,16 @@ void ExpectKernelRefuses(os::Kernel& kernel,
   expect("AdviseHugePages", [&] { (void)kernel.AdviseHugePages(part, os::HugePages::kAvoid); });
   expect("InstallGuard", [&] { (void)kernel.InstallGuard(part); });
   expect("RemoveGuard", [&] { (void)kernel.RemoveGuard(part); });
+  expect("Move", [&] { (void)kernel.Move(Part(range, 2, 1), Part(range, 5, 1)); });
+  expect("Copy", [&] { kernel.Copy(Part(range, 2, 1), Part(range, 6, 1)); });
+  expect("LockMemory", [&] { (void)kernel.LockMemory(part); });
+  expect("UnlockMemory", [&] { (void)kernel.UnlockMemory(part); });
   expect("CountResident", [&] { (void)kernel.CountResident(part); });
+  expect("QueryResident", [&] {
+    std::uint8_t resident[4];
+    (void)kernel.QueryResident(part, absl::MakeSpan(resident));
+  });
+  expect("AdviseReclaim", [&] { (void)kernel.AdviseReclaim(part, os::ReclaimHint::kCold); });
   expect("TouchForWrite", [&] { kernel.TouchForWrite(part); });
   expect("Zero", [&] { kernel.Zero(part); });
   expect("Reset", [&] { (void)kernel.Reset(part); });
@@ -148,6 +157,12 @@ TEST_F(RuleDDeathTest, EveryVerbRefuses) {
   EXPECT_DEATH((void)space->Protect(range, Protection::kRead), "lock order");
   EXPECT_DEATH((void)space->Populate(range), "lock order");
   EXPECT_DEATH((void)space->Discard({&range, 1}), "lock order");
+  EXPECT_DEATH((void)space->Remap(range, {16}), "lock order");
+  EXPECT_DEATH((void)space->Remap(range, {8}, {.placement = Placement::kFixed, .address = range.end.address()}),
+               "lock order");
+  EXPECT_DEATH((void)space->LockMemory(range), "lock order");
+  EXPECT_DEATH((void)space->UnlockMemory(range), "lock order");
+  EXPECT_DEATH((void)space->Advise(range, Advice::kDontNeed), "lock order");
   EXPECT_DEATH(space->PrepareFork(), "lock order");
 }
 
@@ -194,12 +209,23 @@ TEST_P(CleanTest, AllVerbs) {
       EXPECT_TRUE(space->Lookup(range.first).ok());
       (void)space->Populate(range);
       EXPECT_TRUE(space->Discard({&range, 1}).ok());
+      for (const Advice advice : {Advice::kDontNeed, Advice::kWillNeed, Advice::kFree, Advice::kCold}) {
+        EXPECT_TRUE(space->Advise(range, advice).ok());
+      }
       EXPECT_TRUE(space->Protect(range, Protection::kReadExec).ok());
+      const Result<PageRange> remapped = space->Remap(range, {1000}, {.may_move = true});
+      EXPECT_TRUE(remapped.ok());
+      EXPECT_TRUE(space->Unmap(*remapped).ok());
+      MustMapAt(*space, range);
+      (void)space->LockMemory(range);
       MustMap(*space, 1, At(range.first, Placement::kReplace));
       MustMap(*space, 1, At(range.first, Placement::kReplace, Protection::kRead));
       EXPECT_TRUE(space->Protect(Part(range, 0, 1), Protection::kReadWrite).ok());
     }
     EXPECT_TRUE(space->Discard(ranges).ok());
+    (void)space->LockAll({.current = true, .future = true, .lock = os::MemoryLock::kOnFault});
+    (void)space->Map({3});
+    (void)space->UnlockAll();
     (void)space->Stats();
     (void)Vmas(*space);
     for (const PageRange range : ranges) EXPECT_TRUE(space->Unmap(range).ok());
@@ -228,6 +254,12 @@ TEST_P(CleanTest, FailingVerbs) {
         [&] { (void)space->Map({80}, At(Part(range, 4, 1).first, Placement::kReplace)); },
         [&] { (void)space->Protect(Part(range, 10, 3), Protection::kNone); },
         [&] { (void)space->Discard({&range, 1}); },
+        [&] { (void)space->Advise(range, Advice::kDontNeed); },
+        [&] { (void)space->Remap(Part(range, 90, 10), {100}, {.may_move = true}); },
+        [&] { (void)space->Remap(Part(other, 90, 10), {100}, {.may_move = true}); },
+        [&] { (void)space->LockMemory(Part(range, 2, 3)); },
+        [&] { (void)space->Unmap(Part(range, 1, 3)); },
+        [&] { (void)space->Map({3}, {.lock = os::MemoryLock::kOnFault}); },
         [&] { (void)space->Unmap(Part(range, 20, 20)); },
         [&] { (void)space->Unmap(Part(other, 20, 20)); },
         [&] { (void)space->Purge(PurgeScope::kAll); },

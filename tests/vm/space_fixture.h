@@ -152,7 +152,7 @@ inline std::vector<VmaInfo> Vmas(const AddressSpace& space) {
 //   A   read-write; each mapping has a letter of its own, in order of appearance
 //   a   the same mapping with another protection
 //   1   the same with no access: A is 1, B is 2
-// VMAs that could be one but are not are set apart by a bar.
+// VMAs of one mapping and protection are set apart by a bar: locked differently, or not merged.
 inline std::string Draw(const AddressSpace& space, PageRange range) {
   std::string line;
   std::map<std::uint64_t, char> letters;
@@ -292,12 +292,29 @@ class HookedKernel final : public os::Kernel {
     Reach(Operation::kReset, range);
     return next_.Reset(range);
   }
+  Error Move(PageRange from, PageRange to) override {
+    const PageRange ranges[] = {from, to};
+    if (hook_) hook_(Operation::kMove, ranges);
+    return next_.Move(from, to);
+  }
+  Error LockMemory(PageRange range) override {
+    Reach(Operation::kLockMemory, range);
+    return next_.LockMemory(range);
+  }
+  Error UnlockMemory(PageRange range) override {
+    Reach(Operation::kUnlockMemory, range);
+    return next_.UnlockMemory(range);
+  }
   Error Discard(absl::Span<const PageRange> ranges) override {
     if (hook_) hook_(Operation::kDiscard, ranges);
     return next_.Discard(ranges);
   }
   Error AdviseHugePages(PageRange range, os::HugePages advice) override {
     return next_.AdviseHugePages(range, advice);
+  }
+  Error AdviseReclaim(PageRange range, os::ReclaimHint hint) override {
+    Reach(Operation::kAdviseReclaim, range);
+    return next_.AdviseReclaim(range, hint);
   }
   Error InstallGuard(PageRange range) override {
     Reach(Operation::kInstallGuard, range);
@@ -311,6 +328,10 @@ class HookedKernel final : public os::Kernel {
     Reach(Operation::kCountResident, range);
     return next_.CountResident(range);
   }
+  Error QueryResident(PageRange range, absl::Span<std::uint8_t> resident) override {
+    Reach(Operation::kQueryResident, range);
+    return next_.QueryResident(range, resident);
+  }
   void TouchForWrite(PageRange range) override {
     Reach(Operation::kTouchForWrite, range);
     next_.TouchForWrite(range);
@@ -318,6 +339,11 @@ class HookedKernel final : public os::Kernel {
   void Zero(PageRange range) override {
     Reach(Operation::kZero, range);
     next_.Zero(range);
+  }
+  void Copy(PageRange from, PageRange to) override {
+    const PageRange ranges[] = {from, to};
+    if (hook_) hook_(Operation::kCopy, ranges);
+    next_.Copy(from, to);
   }
   Nanoseconds Now() override { return next_.Now(); }
   unsigned CurrentCpu() override { return next_.CurrentCpu(); }

@@ -8,6 +8,7 @@
 namespace freehold::vm {
 namespace {
 
+using os::MemoryLock;
 using os::Protection;
 using Kind = SpaceOperation::Kind;
 
@@ -23,7 +24,9 @@ Protection ProtectionOf(std::uint8_t choice) {
 const char* NameOf(Kind kind) {
   static constexpr const char* kNames[] = {"MapAnywhere", "MapFixed", "MapReplace", "Unmap",
                                            "Protect",     "Populate", "Discard",    "Write",
-                                           "Lookup",      "Purge",    "Tick"};
+                                           "Lookup",      "Purge",    "Tick",    "Advise",
+                                           "Residency",   "LockMemory", "UnlockMemory", "LockAll",
+                                           "UnlockAll",   "Remap"};
   return kNames[static_cast<int>(kind)];
 }
 
@@ -88,6 +91,8 @@ bool SpaceModel::Map(const SpaceOperation& operation, Placement placement) {
   options.populate = (operation.choice & 8) != 0;
   options.huge_pages = (operation.choice & 16) != 0 ? os::HugePages::kPrefer : os::HugePages::kAvoid;
   if (placement == Placement::kAnywhere) options.alignment = {std::size_t{1} << (operation.choice >> 5)};
+  if (placement != Placement::kAnywhere) options.lock = static_cast<MemoryLock>((operation.choice >> 5) % 6 % 3);
+  const MemoryLock lock = options.lock != MemoryLock::kNone ? options.lock : future_lock_;
   bool overlap = false;
   if (placement != Placement::kAnywhere) {
     for (PageNumber p = range.first; p < range.end; p = p + Pages{1}) overlap |= At(p)->mapped;
@@ -96,6 +101,7 @@ bool SpaceModel::Map(const SpaceOperation& operation, Placement placement) {
   if (placement == Placement::kFixed && overlap) {
     return ExpectError("MapFixed", mapped.error(), ErrorCode::kOverlap);
   }
+  if (lock != MemoryLock::kNone && IsLockLimit(mapped.error())) return true;
   if (!mapped.ok()) return ExpectError("Map", mapped.error(), ErrorCode::kOk);
   if (placement != Placement::kAnywhere && !(*mapped == range)) return Fail("Map: not at the fixed range");
   if (mapped->count() != range.count()) return Fail("Map: wrong size");
@@ -112,7 +118,7 @@ bool SpaceModel::Map(const SpaceOperation& operation, Placement placement) {
       break;
     }
     if (placement == Placement::kAnywhere && page->mapped) return Fail("Map: handed out a mapped page");
-    *page = {true, options.protection, mapping, options.content == Content::kZeroed, 0};
+    *page = {true, options.protection, lock, mapping, options.content == Content::kZeroed, 0};
   }
   // Beyond the windows the model is blind: give it back.
   if (!inside) {
@@ -191,10 +197,176 @@ bool SpaceModel::Perform(const SpaceOperation& operation) {
     case Kind::kTick:
       space_.Tick();
       return true;
+    case Kind::kAdvise: {
+      const auto advice = static_cast<Advice>(operation.choice % 7);
+      const bool hint = advice == Advice::kWillNeed || advice == Advice::kHugePages || advice == Advice::kNoHugePages;
+      // It ends at the first VMA that is locked.
+      PageNumber end = range.first;
+      while (end < range.end && (hint || At(end)->lock == MemoryLock::kNone)) end = end + Pages{1};
+      if (!ExpectError("Advise", space_.Advise(range, advice),
+                       end < range.end ? ErrorCode::kSystem : all_mapped ? ErrorCode::kOk : ErrorCode::kNotMapped)) {
+        return false;
+      }
+      // What is mapped was advised, whatever lies between.
+      for (PageNumber p = range.first; p < end; p = p + Pages{1}) {
+        if (!At(p)->mapped) continue;
+        if (advice == Advice::kDontNeed) {
+          At(p)->known = true;
+          At(p)->value = 0;
+        }
+        if (advice == Advice::kFree) At(p)->known = false;
+      }
+      return true;
+    }
+    case Kind::kResidency: {
+      std::vector<std::uint8_t> resident(range.count().value, 2);
+      if (!ExpectError("Residency", space_.Residency(range, absl::MakeSpan(resident)),
+                       all_mapped ? ErrorCode::kOk : ErrorCode::kNotMapped)) {
+        return false;
+      }
+      for (PageNumber p = range.first; all_mapped && p < range.end; p = p + Pages{1}) {
+        // Content other than zeroes is somewhere, and these tests are not swapped out.
+        const std::uint8_t is_resident = resident[(p - range.first).value];
+        if (is_resident > 1 || (is_resident == 0 && At(p)->known && At(p)->value != 0)) {
+          return Fail("Residency: page " + Hex(p) + " got " + std::to_string(is_resident));
+        }
+      }
+      return true;
+    }
+    case Kind::kLockMemory:
+    case Kind::kUnlockMemory: {
+      const MemoryLock lock = operation.kind == Kind::kUnlockMemory ? MemoryLock::kNone
+                              : (operation.choice & 1) != 0         ? MemoryLock::kLocked
+                                                                    : MemoryLock::kOnFault;
+      const Error error =
+          lock == MemoryLock::kNone ? space_.UnlockMemory(range) : space_.LockMemory(range, lock);
+      if (IsLockLimit(error)) return true;
+      if (!ExpectError("LockMemory", error, all_mapped ? ErrorCode::kOk : ErrorCode::kNotMapped)) return false;
+      if (all_mapped) SetLockOf(range, lock);
+      return true;
+    }
+    case Kind::kLockAll: {
+      const LockAllOptions options = {.current = (operation.choice & 1) != 0,
+                                      .future = (operation.choice & 2) != 0,
+                                      .lock = (operation.choice & 4) != 0 ? MemoryLock::kLocked : MemoryLock::kOnFault};
+      const Error error = space_.LockAll(options);
+      if (!options.current && !options.future) return ExpectError("LockAll", error, ErrorCode::kEmpty);
+      if (IsLockLimit(error)) {
+        // Some may be locked.
+        future_lock_ = MemoryLock::kNone;
+        SetLockOf(space_.reservation(), MemoryLock::kNone);
+        return space_.UnlockAll().ok();
+      }
+      if (!ExpectError("LockAll", error, ErrorCode::kOk)) return false;
+      future_lock_ = options.future ? options.lock : MemoryLock::kNone;
+      if (options.current) SetLockOf(space_.reservation(), options.lock);
+      return true;
+    }
+    case Kind::kUnlockAll:
+      future_lock_ = MemoryLock::kNone;
+      SetLockOf(space_.reservation(), MemoryLock::kNone);
+      return ExpectError("UnlockAll", space_.UnlockAll(), ErrorCode::kOk);
+    case Kind::kRemap:
+      return Remap(operation);
     case Kind::kKindCount:
       break;
   }
   return Fail("no such operation");
+}
+
+// Half of the operations grow or shrink, in place or not, the others move to a fixed address.
+bool SpaceModel::Remap(const SpaceOperation& operation) {
+  const PageRange range = RangeOf(operation);
+  const PageRange window = windows_[operation.page % windows_.size()];
+  RemapOptions options;
+  std::size_t count = std::min<std::size_t>(1 + operation.choice / 4, (window.end - range.first).value);
+  if ((operation.choice & 1) != 0) {
+    // Somewhere in a window; the next one sometimes.
+    const PageRange other = windows_[(operation.page + operation.choice / 16) % windows_.size()];
+    const std::size_t at = (operation.choice * 37u + operation.page) % (kWindowPages - count);
+    options.placement = (operation.choice & 2) != 0 ? Placement::kReplace : Placement::kFixed;
+    options.address = (other.first + Pages{at}).address();
+    options.keep_source = (operation.choice & 8) != 0;
+    if (options.keep_source && at + range.count().value <= kWindowPages) count = range.count().value;
+  } else {
+    options.may_move = (operation.choice & 2) != 0;
+  }
+  const Page first = *At(range.first);
+  bool one_vma = first.mapped;
+  for (PageNumber p = range.first; p < range.end; p = p + Pages{1}) {
+    const Page& page = *At(p);
+    one_vma = one_vma && page.mapped && page.mapping == first.mapping && page.protection == first.protection &&
+              page.lock == first.lock;
+  }
+  PageRange target = PageRange::Of(range.first, {count});
+  bool fits = true;
+  for (PageNumber p = range.end; p < target.end; p = p + Pages{1}) fits = fits && !At(p)->mapped;
+  ErrorCode want = ErrorCode::kOk;
+  if (options.placement != Placement::kAnywhere) {
+    target = PageRange::Of(PageNumber::Of(options.address), {count});
+    bool free = true;
+    for (PageNumber p = target.first; p < target.end; p = p + Pages{1}) free = free && !At(p)->mapped;
+    if (target.Overlaps(range) || (!free && options.placement == Placement::kFixed)) want = ErrorCode::kOverlap;
+  } else if (!fits && !options.may_move) {
+    want = ErrorCode::kNoRoom;
+  }
+  if (!one_vma) want = ErrorCode::kNotMapped;
+  if (options.keep_source && count != range.count().value) want = ErrorCode::kUnsupported;
+
+  std::vector<Page> pages;
+  for (std::size_t i = 0; i < count; ++i) {
+    Page page = first;
+    page.known = true;
+    page.value = 0;
+    if (i < range.count().value) page = *At(range.first + Pages{i});
+    pages.push_back(page);
+  }
+  const Result<PageRange> remapped = space_.Remap(range, {count}, options);
+  if (first.lock != MemoryLock::kNone && IsLockLimit(remapped.error())) return true;
+  if (!ExpectError("Remap", remapped.error(), want)) return false;
+  if (!remapped.ok()) return true;
+  if (remapped->count().value != count) return Fail("Remap: wrong size");
+  if ((options.placement != Placement::kAnywhere || fits) && !(*remapped == target)) return Fail("Remap: wrong place");
+  std::uint64_t mapping = first.mapping;
+  if (options.keep_source) {
+    mapping = ++last_mapping_;
+    const Result<VmaInfo> vma = space_.Lookup(remapped->first);
+    if (!vma.ok()) return Fail("Remap: not mapped afterwards");
+    generations_.emplace_back(mapping, vma->generation);
+  }
+  for (PageNumber p = range.first; p < range.end; p = p + Pages{1}) {
+    if (options.keep_source) {
+      At(p)->known = true;
+      At(p)->value = 0;
+    } else {
+      *At(p) = {};
+    }
+  }
+  bool inside = true;
+  for (std::size_t i = 0; i < count; ++i) {
+    pages[i].mapping = mapping;
+    Page* page = At(remapped->first + Pages{i});
+    if (page != nullptr) *page = pages[i];
+    inside = inside && page != nullptr;
+  }
+  if (!inside) {
+    for (PageNumber p = remapped->first; p < remapped->end; p = p + Pages{1}) {
+      if (Page* page = At(p)) *page = {};
+    }
+    if (!space_.Unmap(*remapped).ok()) return Fail("Unmap of a remapped mapping");
+  }
+  return true;
+}
+
+bool SpaceModel::IsLockLimit(Error error) { return error == Error::System(ENOMEM) || error == Error::System(EPERM); }
+
+void SpaceModel::SetLockOf(PageRange range, MemoryLock lock) {
+  for (std::size_t window = 0; window < windows_.size(); ++window) {
+    for (std::size_t i = 0; i < kWindowPages; ++i) {
+      Page& page = pages_[window][i];
+      if (page.mapped && range.Contains(windows_[window].first + Pages{i})) page.lock = lock;
+    }
+  }
 }
 
 bool SpaceModel::CheckPage(PageNumber number, const Page& page) {
@@ -205,6 +377,7 @@ bool SpaceModel::CheckPage(PageNumber number, const Page& page) {
   if (!page.mapped) return true;
   if (!vma->range.Contains(number)) return Fail("page " + Hex(number) + ": lookup gave another range");
   if (vma->protection != page.protection) return Fail("page " + Hex(number) + ": wrong protection");
+  if (vma->lock != page.lock) return Fail("page " + Hex(number) + ": wrong lock");
   const auto generation = std::lower_bound(generations_.begin(), generations_.end(),
                                            std::make_pair(page.mapping, std::uint64_t{0}));
   if (generation->second != vma->generation) return Fail("page " + Hex(number) + ": wrong generation");

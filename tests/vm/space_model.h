@@ -25,6 +25,13 @@ struct SpaceOperation {
     kLookup,
     kPurge,
     kTick,
+    kAdvise,
+    kResidency,
+    kLockMemory,
+    kUnlockMemory,
+    kLockAll,
+    kUnlockAll,
+    kRemap,
     kKindCount
   };
   Kind kind;
@@ -55,6 +62,7 @@ class SpaceModel {
   struct Page {
     bool mapped = false;
     os::Protection protection = os::Protection::kNone;
+    os::MemoryLock lock = os::MemoryLock::kNone;
     std::uint64_t mapping = 0;   // the model's own number of the mapping
     bool known = false;          // whether `value` is what the page must hold
     std::uint8_t value = 0;
@@ -65,6 +73,10 @@ class SpaceModel {
   Page* At(PageNumber page);
   bool ExpectError(const char* verb, Error got, ErrorCode want);
   bool Map(const SpaceOperation& operation, Placement placement);
+  // Whether locks are refused here, for want of privilege or by a limit; then nothing changed.
+  static bool IsLockLimit(Error error);
+  void SetLockOf(PageRange range, os::MemoryLock lock);
+  bool Remap(const SpaceOperation& operation);
   bool CheckPage(PageNumber number, const Page& page);
 
   AddressSpace& space_;
@@ -72,6 +84,7 @@ class SpaceModel {
   std::vector<std::vector<Page>> pages_;           // of each window
   std::vector<std::pair<std::uint64_t, std::uint64_t>> generations_;  // model mapping -> generation
   std::uint64_t last_mapping_ = 0;
+  os::MemoryLock future_lock_ = os::MemoryLock::kNone;
   std::string failure_;
 };
 

@@ -42,6 +42,8 @@ TEST(TreeLockHoldsTest, CountWhatTheVerbsHeld) {
   EXPECT_EQ(space->TreeLockHolds().count(), mapped) << "a lookup takes no lock";
   EXPECT_TRUE(space->Populate(range).ok());
   EXPECT_EQ(space->TreeLockHolds().count(), mapped + 1) << "populate looks once a VMA and chunk";
+  EXPECT_TRUE(space->Advise(range, Advice::kDontNeed).ok());
+  EXPECT_EQ(space->TreeLockHolds().count(), mapped + 2) << "advice looks once a piece";
   EXPECT_TRUE(space->Unmap(range).ok());
   EXPECT_GT(space->TreeLockHolds().count(), mapped);
   EXPECT_GT(space->TreeLockHolds().Percentile(1), Nanoseconds{0});
@@ -175,6 +177,91 @@ TEST_P(ManyVmasTest, ProtectThatFailsChangesNothing) {
     EXPECT_EQ(space_->Protect(P(1, kVmas + 1), Protection::kRead).code, ErrorCode::kNotMapped);
     EXPECT_EQ(Line(kVmas + 2), line);
     EXPECT_EQ(space_->Stats().vmas, kVmas);
+  });
+}
+
+TEST_P(ManyVmasTest, LockAndUnlock) {
+  ForBothZones([&] {
+    MapRow();
+    const std::string line = Line(kVmas + 2);
+    ExpectBatches(2 * kVmas,
+                  [&] { EXPECT_TRUE(space_->LockMemory(P(1, kVmas), os::MemoryLock::kOnFault).ok()); });
+    EXPECT_EQ(kernel_.LockedPages(), Pages{kVmas});
+    for (std::size_t i = 1; i <= kVmas; ++i) {
+      ASSERT_EQ(space_->Lookup(P(i, 1).first)->lock, os::MemoryLock::kOnFault) << i;
+    }
+    EXPECT_TRUE(space_->UnlockMemory(P(1, kVmas)).ok());
+    EXPECT_EQ(kernel_.LockedPages(), Pages{0});
+    EXPECT_EQ(Line(kVmas + 2), line);
+    EXPECT_EQ(space_->Stats().vmas, kVmas);
+  });
+}
+
+TEST_P(ManyVmasTest, LockMergesWhatItMakesEqual) {
+  ForBothZones([&] {
+    MustMapAt(*space_, P(0, 100), own());
+    for (std::size_t i = 10; i < 90; i += 2) {
+      EXPECT_TRUE(space_->LockMemory(P(i, 1), os::MemoryLock::kOnFault).ok());
+    }
+    EXPECT_EQ(space_->Stats().vmas, 81u);
+    EXPECT_TRUE(space_->LockMemory(P(5, 90), os::MemoryLock::kOnFault).ok());
+    EXPECT_EQ(space_->Stats().vmas, 3u);
+    EXPECT_EQ(kernel_.LockedPages(), Pages{90});
+    EXPECT_TRUE(space_->UnlockMemory(P(0, 100)).ok());
+    EXPECT_EQ(space_->Stats().vmas, 1u);
+    EXPECT_EQ(kernel_.LockedPages(), Pages{0});
+  });
+}
+
+TEST_P(ManyVmasTest, LockThatFailsChangesNothing) {
+  ForBothZones([&] {
+    MapRow();
+    EXPECT_TRUE(space_->LockMemory(P(20, 1), os::MemoryLock::kOnFault).ok());
+    const std::string line = Line(kVmas + 2);
+    kernel_.FailNth(Operation::kLockMemory, 1, ENOMEM);
+    EXPECT_EQ(space_->LockMemory(P(1, kVmas), os::MemoryLock::kOnFault), Error::System(ENOMEM));
+    kernel_.StopFailing();
+    EXPECT_EQ(Line(kVmas + 2), line);
+    EXPECT_EQ(kernel_.LockedPages(), Pages{1});
+    EXPECT_EQ(space_->LockMemory(P(1, kVmas + 1), os::MemoryLock::kOnFault).code, ErrorCode::kNotMapped);
+    EXPECT_EQ(kernel_.LockedPages(), Pages{1});
+    EXPECT_EQ(space_->Stats().vmas, kVmas);
+    space_->CheckInvariants();
+  });
+}
+
+// What the batches beyond the first find locked is unlocked too.
+TEST_P(ManyVmasTest, ReplaceUnlocks) {
+  ForBothZones([&] {
+    MapRow(5);
+    EXPECT_TRUE(space_->LockMemory(P(kVmas - 2, 1), os::MemoryLock::kOnFault).ok());
+    MustMap(*space_, kVmas + 2, At(P(0, 1).first, Placement::kReplace, own()));
+    EXPECT_EQ(kernel_.LockedPages(), Pages{0});
+    EXPECT_EQ(space_->Lookup(P(kVmas - 2, 1).first)->lock, os::MemoryLock::kNone);
+  });
+}
+
+TEST_P(ManyVmasTest, RemapGrowsOverCachedExtents) {
+  ForBothZones([&] {
+    MapRow();
+    for (std::size_t i = 2; i <= kVmas; ++i) EXPECT_TRUE(space_->Unmap(P(i, 1)).ok());
+    const std::uint64_t generation = space_->Lookup(P(1, 1).first)->generation;
+    ExpectBatches(heap() ? 2 * kVmas : 0, [&] { EXPECT_EQ(*space_->Remap(P(1, 1), {kVmas + 1}), P(1, kVmas + 1)); });
+    EXPECT_EQ(Line(kVmas + 3), "." + std::string(kVmas + 1, Letter(0)) + ".");
+    EXPECT_EQ(space_->Stats().vmas, 1u);
+    EXPECT_EQ(space_->Stats().mapped, Pages{kVmas + 1}.bytes());
+    EXPECT_EQ(space_->Lookup(P(kVmas, 1).first)->generation, generation);
+  });
+}
+
+TEST_P(ManyVmasTest, RemapThatMeetsAVmaFarBehindLeavesAllFree) {
+  ForBothZones([&] {
+    MapRow();
+    for (std::size_t i = 2; i < kVmas; ++i) EXPECT_TRUE(space_->Unmap(P(i, 1)).ok());
+    EXPECT_EQ(space_->Remap(P(1, 1), {kVmas}).error().code, ErrorCode::kNoRoom);
+    space_->CheckInvariants();
+    EXPECT_EQ(Line(kVmas + 2), "." + std::string(1, Letter(0)) + std::string(kVmas - 2, '.') + Letter(1) + ".");
+    MustMapAt(*space_, P(2, kVmas - 2), own());
   });
 }
 

@@ -16,7 +16,8 @@ thread_local unsigned current_cpu = 0;
 
 bool CanFail(FakeKernel::Operation operation) {
   return operation != FakeKernel::Operation::kTouchForWrite &&
-         operation != FakeKernel::Operation::kZero;
+         operation != FakeKernel::Operation::kZero &&
+         operation != FakeKernel::Operation::kCopy;
 }
 
 bool Allows(Protection protection, Protection access) {
@@ -135,6 +136,64 @@ Error FakeKernel::Reset(PageRange range) {
   });
 }
 
+Error FakeKernel::Move(PageRange from, PageRange to) {
+  sync::CheckNoShortLockHeld("Move");
+  const Lock lock(mutex_);
+  RequireReservedLocked(Operation::kMove, from);
+  RequireReservedLocked(Operation::kMove, to);
+  const auto locked = [](const PageState& page) { return page.locked; };
+  if (model_.CountIf(from, locked) != Pages{0}) Misuse(Operation::kMove, "locked pages", from);
+  const Error injected = InjectedErrorLocked(Operation::kMove);
+  Error result = injected.ok() ? real_.Move(from, to) : real_.Reset(to);
+  if (!injected.ok()) result = injected;
+  MoveModelLocked(from, to, result.ok());
+  LogLocked({.operation = Operation::kMove, .ranges = {from, to}, .result = result});
+  return result;
+}
+
+void FakeKernel::MoveModelLocked(PageRange from, PageRange to, bool moved) {
+  model_.Update(to, [](PageState& page) { page = PageState{.reservation = page.reservation}; });
+  if (!moved) return;
+  const std::uint32_t move = ++moves_;
+  for (std::size_t i = 0; i < from.count().value; ++i) {
+    const PageState source = model_.At(from.first + Pages{i});
+    model_.Update(PageRange::Of(to.first + Pages{i}, {1}), [&](PageState& page) {
+      const std::uint32_t reservation = page.reservation;
+      page = source;
+      page.reservation = reservation;
+      page.moved = move;
+    });
+  }
+  model_.Update(from, [](PageState& page) { page.resident = false; });
+}
+
+Error FakeKernel::LockMemory(PageRange range) {
+  return Run({.operation = Operation::kLockMemory, .ranges = {range}, .result = {}}, [&]() -> Error {
+    mutex_.AssertHeld();
+    return SetMemoryLockLocked(range, true);
+  });
+}
+
+Error FakeKernel::UnlockMemory(PageRange range) {
+  return Run({.operation = Operation::kUnlockMemory, .ranges = {range}, .result = {}},
+             [&]() -> Error {
+               mutex_.AssertHeld();
+               return SetMemoryLockLocked(range, false);
+             });
+}
+
+Error FakeKernel::SetMemoryLockLocked(PageRange range, bool locked) {
+  const auto is_locked = [](const PageState& page) { return page.locked; };
+  if (locked && lock_limit_.has_value() &&
+      model_.CountIf(is_locked) + range.count() - model_.CountIf(range, is_locked) > *lock_limit_) {
+    ++injected_;
+    return Error::System(ENOMEM);
+  }
+  const Error error = locked ? real_.LockMemory(range) : real_.UnlockMemory(range);
+  if (error.ok()) model_.Update(range, [&](PageState& page) { page.locked = locked; });
+  return error;
+}
+
 Error FakeKernel::Discard(absl::Span<const PageRange> ranges) {
   sync::CheckNoShortLockHeld("Discard");
   const Lock lock(mutex_);
@@ -182,6 +241,15 @@ Error FakeKernel::AdviseHugePages(PageRange range, HugePages advice) {
              });
 }
 
+// Leaves the model alone: pages stay resident until memory is short.
+Error FakeKernel::AdviseReclaim(PageRange range, ReclaimHint hint) {
+  return Run({.operation = Operation::kAdviseReclaim,
+              .ranges = {range},
+              .result = {},
+              .reclaim = hint},
+             [&] { return real_.AdviseReclaim(range, hint); });
+}
+
 Error FakeKernel::InstallGuard(PageRange range) {
   return Run({.operation = Operation::kInstallGuard, .ranges = {range}, .result = {}},
              [&]() -> Error {
@@ -221,6 +289,11 @@ Result<Pages> FakeKernel::CountResident(PageRange range) {
   return result;
 }
 
+Error FakeKernel::QueryResident(PageRange range, absl::Span<std::uint8_t> resident) {
+  return Run({.operation = Operation::kQueryResident, .ranges = {range}, .result = {}},
+             [&] { return real_.QueryResident(range, resident); });
+}
+
 void FakeKernel::TouchForWrite(PageRange range) {
   if (range.count().value > kPagesPerHugePage) {
     Misuse(Operation::kTouchForWrite, "more than a huge page's worth", range);
@@ -232,6 +305,19 @@ void FakeKernel::TouchForWrite(PageRange range) {
 void FakeKernel::Zero(PageRange range) {
   RecordTouch(Operation::kZero, range);
   real_.Zero(range);
+}
+
+void FakeKernel::Copy(PageRange from, PageRange to) {
+  sync::CheckNoShortLockHeld(ToString(Operation::kCopy));
+  {
+    const Lock lock(mutex_);
+    RequireReservedLocked(Operation::kCopy, from);
+    RequireReservedLocked(Operation::kCopy, to);
+    RequireWritableLocked(Operation::kCopy, to);
+    model_.Update(to, [](PageState& page) { page.resident = true; });
+    LogLocked({.operation = Operation::kCopy, .ranges = {from, to}, .result = {}});
+  }
+  real_.Copy(from, to);
 }
 
 // The access itself follows outside of the lock: it may be a fault that another thread serves,
@@ -311,9 +397,15 @@ void FakeKernel::FailProtectBeyond(Bytes limit) {
   commit_limit_ = Pages{limit.value >> kPageShift};
 }
 
+void FakeKernel::FailLockBeyond(Bytes limit) {
+  const Lock lock(mutex_);
+  lock_limit_ = Pages{limit.value >> kPageShift};
+}
+
 void FakeKernel::StopFailing() {
   const Lock lock(mutex_);
   failures_.clear();
+  lock_limit_.reset();
   commit_limit_.reset();
 }
 
@@ -389,6 +481,11 @@ Pages FakeKernel::GuardPages(PageRange range) const {
   return model_.CountIf(range, [](const PageState& page) { return page.guard; });
 }
 
+Pages FakeKernel::LockedPages() const {
+  const Lock lock(mutex_);
+  return model_.CountIf([](const PageState& page) { return page.locked; });
+}
+
 std::size_t FakeKernel::KernelVmaCount() const {
   const Lock lock(mutex_);
   return model_.KernelVmaCount(/*accounted=*/commit_limit_.has_value());
@@ -404,20 +501,32 @@ const char* ToString(FakeKernel::Operation operation) {
       return "Protect";
     case FakeKernel::Operation::kReset:
       return "Reset";
+    case FakeKernel::Operation::kMove:
+      return "Move";
+    case FakeKernel::Operation::kLockMemory:
+      return "LockMemory";
+    case FakeKernel::Operation::kUnlockMemory:
+      return "UnlockMemory";
     case FakeKernel::Operation::kDiscard:
       return "Discard";
     case FakeKernel::Operation::kAdviseHugePages:
       return "AdviseHugePages";
+    case FakeKernel::Operation::kAdviseReclaim:
+      return "AdviseReclaim";
     case FakeKernel::Operation::kInstallGuard:
       return "InstallGuard";
     case FakeKernel::Operation::kRemoveGuard:
       return "RemoveGuard";
     case FakeKernel::Operation::kCountResident:
       return "CountResident";
+    case FakeKernel::Operation::kQueryResident:
+      return "QueryResident";
     case FakeKernel::Operation::kTouchForWrite:
       return "TouchForWrite";
     case FakeKernel::Operation::kZero:
       return "Zero";
+    case FakeKernel::Operation::kCopy:
+      return "Copy";
   }
   return "unknown operation";
 }

@@ -38,22 +38,29 @@ class FakeKernel final : public Kernel {
     kRelease,
     kProtect,
     kReset,
+    kMove,
+    kLockMemory,
+    kUnlockMemory,
     kDiscard,
     kAdviseHugePages,
+    kAdviseReclaim,
     kInstallGuard,
     kRemoveGuard,
     kCountResident,
-    kTouchForWrite,  // this and kZero cannot fail
+    kQueryResident,
+    kTouchForWrite,  // this, kZero and kCopy cannot fail
     kZero,
+    kCopy,
   };
-  static constexpr std::size_t kOperations = static_cast<std::size_t>(Operation::kZero) + 1;
+  static constexpr std::size_t kOperations = static_cast<std::size_t>(Operation::kCopy) + 1;
 
   struct Call {
     Operation operation;
-    std::vector<PageRange> ranges;  // one, but for kDiscard; none for a kReserve that failed
+    std::vector<PageRange> ranges;  // one, but for kDiscard; source and target of kMove and kCopy; none for a kReserve that failed
     Error result;
     Protection protection = Protection::kNone;  // kProtect
     HugePages huge_pages = HugePages::kAvoid;   // kAdviseHugePages
+    ReclaimHint reclaim = ReclaimHint::kFree;   // kAdviseReclaim
   };
 
   struct Options {
@@ -75,13 +82,19 @@ class FakeKernel final : public Kernel {
   Error Release(PageRange range) override;
   Error Protect(PageRange range, Protection protection) override;
   Error Reset(PageRange range) override;
+  Error Move(PageRange from, PageRange to) override;
+  Error LockMemory(PageRange range) override;
+  Error UnlockMemory(PageRange range) override;
   Error Discard(absl::Span<const PageRange> ranges) override;
   Error AdviseHugePages(PageRange range, HugePages advice) override;
+  Error AdviseReclaim(PageRange range, ReclaimHint hint) override;
   Error InstallGuard(PageRange range) override;
   Error RemoveGuard(PageRange range) override;
   Result<Pages> CountResident(PageRange range) override;
+  Error QueryResident(PageRange range, absl::Span<std::uint8_t> resident) override;
   void TouchForWrite(PageRange range) override;
   void Zero(PageRange range) override;
+  void Copy(PageRange from, PageRange to) override;
   // Stands still, at the real time of construction, until AdvanceTime: deadlines made from it mean
   // something to FutexWait, which knows the real clock only.
   Nanoseconds Now() override;
@@ -90,7 +103,8 @@ class FakeKernel final : public Kernel {
 
   // ---- Failures ----
   // A failing call changes nothing and returns kSystem with `sys_errno`. A failing Discard has
-  // dropped the first half of its ranges, as its contract allows.
+  // dropped the first half of its ranges, and a failing Move has reset its target, as their contracts
+  // allow.
   //
   // Fails the nth call of `operation` from now on; 1 is the next one. REQUIRES: n > 0; it can fail.
   void FailNth(Operation operation, std::size_t n, int sys_errno);
@@ -101,6 +115,9 @@ class FakeKernel final : public Kernel {
   // Like vm.overcommit_memory=2: a Protect that would bring the committed pages above `limit` fails
   // with ENOMEM. Pages commit when they first become writable, until they are reset or released.
   void FailProtectBeyond(Bytes limit);
+  // Like RLIMIT_MEMLOCK: a LockMemory that would bring the locked pages above `limit` fails with
+  // ENOMEM.
+  void FailLockBeyond(Bytes limit);
   // Takes all of the above back.
   void StopFailing();
   // Calls that failed by order of the above. Unchanged over a run: the nth call was never reached.
@@ -125,6 +142,7 @@ class FakeKernel final : public Kernel {
   // By the model: pages that were touched through this Kernel and not dropped since.
   Pages ResidentPages(PageRange range) const;
   Pages GuardPages(PageRange range) const;
+  Pages LockedPages() const;
   // See PageModel::KernelVmaCount.
   std::size_t KernelVmaCount() const;
 
@@ -164,6 +182,8 @@ class FakeKernel final : public Kernel {
   // The error that this call of `operation` must return, if any. To be asked once a call.
   Error InjectedErrorLocked(Operation operation) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   Error ProtectLocked(PageRange range, Protection protection) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void MoveModelLocked(PageRange from, PageRange to, bool moved) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  Error SetMemoryLockLocked(PageRange range, bool locked) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   Error DiscardLocked(absl::Span<const PageRange> ranges) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   Error SetGuardLocked(Operation operation, PageRange range) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // What every operation on one range shares: the check, the injected failure, the log.
@@ -183,7 +203,9 @@ class FakeKernel final : public Kernel {
   PageModel model_ ABSL_GUARDED_BY(mutex_);
   std::vector<Failure> failures_ ABSL_GUARDED_BY(mutex_);
   std::optional<Pages> commit_limit_ ABSL_GUARDED_BY(mutex_);
+  std::optional<Pages> lock_limit_ ABSL_GUARDED_BY(mutex_);
   std::size_t injected_ ABSL_GUARDED_BY(mutex_) = 0;
+  std::uint32_t moves_ ABSL_GUARDED_BY(mutex_) = 0;
   std::vector<Call> calls_ ABSL_GUARDED_BY(mutex_);
   std::array<std::size_t, kOperations> counts_ ABSL_GUARDED_BY(mutex_) = {};
 };

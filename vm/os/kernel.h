@@ -34,6 +34,21 @@ enum class Protection : std::uint8_t {
 
 enum class HugePages : bool { kAvoid, kPrefer };
 
+// What may happen to pages when memory is short; see AdviseReclaim.
+enum class ReclaimHint : std::uint8_t {
+  kFree,     // the content may go, page by page, until the next write to it
+  kCold,     // the pages are not expected to be used soon
+  kPageOut,  // the pages should go to swap now
+};
+
+// Whether memory is locked against paging, and when its pages come: an attribute of VMAs, with the
+// meaning of mlock2(2).
+enum class MemoryLock : std::uint8_t {
+  kNone,
+  kLocked,   // all pages are made present at once
+  kOnFault,  // each page stays once it was touched
+};
+
 // What this kernel can do, found out once by trying; every flag has a fallback.
 struct Features {
   bool guard_regions = false;     // MADV_GUARD_INSTALL; else mprotect
@@ -61,6 +76,19 @@ class Kernel {
   // charge are gone. On error the content may be gone too.
   virtual Error Reset(PageRange range) = 0;
 
+  // Locks the pages of `range` into memory, each from when it becomes present; makes none present, so
+  // that mmap_lock is held for short. Splits the kernel VMA unless the range is the whole of it; joins
+  // it again when unlocked. EPERM, or ENOMEM over RLIMIT_MEMLOCK. On error a part may be locked.
+  virtual Error LockMemory(PageRange range) = 0;
+  // Takes that back. On error a part may be unlocked.
+  virtual Error UnlockMemory(PageRange range) = 0;
+
+  // Moves the pages of `from`, with their protection, to `to`, a range of the same size that does not
+  // overlap it; whatever was in `to` is gone. `from` stays as it was, without content. `to` becomes a
+  // kernel VMA that merges with no neighbour until it is Reset. REQUIRES: `from` is not locked. Before
+  // Linux 6.17, EFAULT unless `from` lies in one kernel VMA. On error `to` is as after Reset.
+  virtual Error Move(PageRange from, PageRange to) = 0;
+
   // Drops the content, of locked memory too; the next read sees zeroes, and guards stay. `ranges`
   // may be many, in any order, and may overlap. Neighbours in the span that touch become one, and one
   // system call drops a vector of up to 512 of these where the kernel can. On error some ranges may
@@ -69,6 +97,8 @@ class Kernel {
 
   // Advises the kernel VMA under `range`; splits it unless the range is the whole VMA.
   virtual Error AdviseHugePages(PageRange range, HugePages advice) = 0;
+  // Says what may happen to the pages of `range`; changes no kernel VMA. EINVAL for locked memory.
+  virtual Error AdviseReclaim(PageRange range, ReclaimHint hint) = 0;
   // Makes accesses to `range` trap without changing kernel VMAs; drops the content. kUnsupported,
   // and nothing changed, on kernels before 6.13, where a filter refuses it, and for locked memory:
   // then Protect instead.
@@ -79,6 +109,9 @@ class Kernel {
   // How many pages of `range` are resident. Takes mmap_lock for reading: for samples, not for hot
   // paths.
   virtual Result<Pages> CountResident(PageRange range) = 0;
+  // The same page by page: 1 for a page of `range` that is resident, 0 for any other. REQUIRES:
+  // `resident` has a byte for each. On error some may be set.
+  virtual Error QueryResident(PageRange range, absl::Span<std::uint8_t> resident) = 0;
 
   // Makes every page of `range` present and writable by touching it, content unchanged, at most one
   // huge page's worth of pages (kPagesPerHugePage) a call. Safe against concurrent writers of the
@@ -86,6 +119,11 @@ class Kernel {
   virtual void TouchForWrite(PageRange range) = 0;
   // Fills `range` with zeroes. No system call, but page faults.
   virtual void Zero(PageRange range) = 0;
+
+  // Copies the content of `from`, which is readable, to `to`, which is writable, reads as zero, has
+  // the same size and does not overlap it. Pages of zeroes are left out, so that `to` takes no more
+  // memory than needed. No system call, but page faults.
+  virtual void Copy(PageRange from, PageRange to) = 0;
 
   // CLOCK_MONOTONIC. Neither this nor the next two are system calls in the usual case; any lock may
   // be held.

@@ -233,6 +233,22 @@ inline void TouchByte(std::byte* address) {
 #endif
 }
 
+// Copies a page unless all of it is zero. Assembly for the reason that Zero has.
+inline void CopyUnlessZero(const std::byte* from, std::byte* to) {
+#if defined(__x86_64__)
+  const void* at = from;
+  std::size_t words = kPageSize / sizeof(std::uint64_t);
+  bool zero;
+  asm volatile("repe scasq" : "+D"(at), "+c"(words), "=@ccz"(zero) : "a"(0) : "memory");
+  if (zero) return;
+  words = kPageSize / sizeof(std::uint64_t);
+  asm volatile("rep movsq" : "+D"(to), "+S"(from), "+c"(words) : : "memory");
+#else
+  static constexpr std::byte kZeroes[kPageSize] = {};
+  if (std::memcmp(from, kZeroes, kPageSize) != 0) std::memcpy(to, from, kPageSize);
+#endif
+}
+
 void CheckRange(const char* operation, PageRange range) {
   sync::CheckNoShortLockHeld(operation);
   FREEHOLD_DCHECK(!range.empty());
@@ -372,6 +388,29 @@ Error LinuxKernel::Reset(PageRange range) {
   return ToError(Mmap(range.address(), range.bytes().value, PROT_NONE, MAP_FIXED | MAP_NORESERVE));
 }
 
+Error LinuxKernel::Move(PageRange from, PageRange to) {
+  CheckRange("os::Move", from);
+  FREEHOLD_DCHECK(from.count() == to.count() && !from.Overlaps(to));
+  constexpr int kMremapDontunmap = 4;  // Linux 5.7
+  const std::size_t size = from.bytes().value;
+  const long result = RawSyscall(SYS_mremap, from.address(), size, size,
+                                 MREMAP_MAYMOVE | MREMAP_FIXED | kMremapDontunmap, to.address());
+  // Linux may have unmapped the target first: close the hole before somebody else's mmap falls into it.
+  if (SyscallFailed(result)) (void)Reset(to);
+  return ToError(result);
+}
+
+Error LinuxKernel::LockMemory(PageRange range) {
+  CheckRange("os::LockMemory", range);
+  constexpr int kMlockOnfault = 1;
+  return ToError(RawSyscall(SYS_mlock2, range.address(), range.bytes().value, kMlockOnfault));
+}
+
+Error LinuxKernel::UnlockMemory(PageRange range) {
+  CheckRange("os::UnlockMemory", range);
+  return ToError(RawSyscall(SYS_munlock, range.address(), range.bytes().value));
+}
+
 Error LinuxKernel::Discard(absl::Span<const PageRange> ranges) {
   sync::CheckNoShortLockHeld("os::Discard");
   if (ranges.size() == 1) return DiscardOne(ranges[0].address(), ranges[0].bytes().value);
@@ -429,6 +468,12 @@ Error LinuxKernel::AdviseHugePages(PageRange range, HugePages advice) {
   return ToError(Madvise(range, advice == HugePages::kPrefer ? MADV_HUGEPAGE : MADV_NOHUGEPAGE));
 }
 
+Error LinuxKernel::AdviseReclaim(PageRange range, ReclaimHint hint) {
+  CheckRange("os::AdviseReclaim", range);
+  static constexpr int kAdvice[] = {MADV_FREE, MADV_COLD, MADV_PAGEOUT};
+  return ToError(Madvise(range, kAdvice[static_cast<std::size_t>(hint)]));
+}
+
 Error LinuxKernel::InstallGuard(PageRange range) {
   CheckRange("os::InstallGuard", range);
   if (!Has(Feature::kGuardRegions)) return {ErrorCode::kUnsupported};
@@ -465,6 +510,18 @@ Result<Pages> LinuxKernel::CountResident(PageRange range) {
   return total;
 }
 
+Error LinuxKernel::QueryResident(PageRange range, absl::Span<std::uint8_t> resident) {
+  CheckRange("os::QueryResident", range);
+  FREEHOLD_DCHECK(resident.size() >= range.count().value);
+  const long result = Repeat([&] {
+    return RawSyscall(SYS_mincore, range.address(), range.bytes().value, resident.data());
+  });
+  if (SyscallFailed(result)) return Error::System(SyscallErrno(result));
+  // The other bits are reserved.
+  for (std::size_t i = 0; i < range.count().value; ++i) resident[i] &= 1;
+  return Error::Ok();
+}
+
 void LinuxKernel::TouchForWrite(PageRange range) {
   CheckRange("os::TouchForWrite", range);
   FREEHOLD_DCHECK(range.count().value <= kPagesPerHugePage);
@@ -488,6 +545,14 @@ void LinuxKernel::Zero(PageRange range) {
 #else
   std::memset(range.address(), 0, range.bytes().value);
 #endif
+}
+
+void LinuxKernel::Copy(PageRange from, PageRange to) {
+  CheckRange("os::Copy", from);
+  FREEHOLD_DCHECK(from.count() == to.count() && !from.Overlaps(to));
+  for (std::size_t page = 0; page < from.count().value; ++page) {
+    CopyUnlessZero((from.first + Pages{page}).address(), (to.first + Pages{page}).address());
+  }
 }
 
 Nanoseconds LinuxKernel::Now() {

@@ -45,13 +45,19 @@ class LinuxKernel final : public Kernel {
   Error Release(PageRange range) override;
   Error Protect(PageRange range, Protection protection) override;
   Error Reset(PageRange range) override;
+  Error Move(PageRange from, PageRange to) override;
+  Error LockMemory(PageRange range) override;
+  Error UnlockMemory(PageRange range) override;
   Error Discard(absl::Span<const PageRange> ranges) override;
   Error AdviseHugePages(PageRange range, HugePages advice) override;
+  Error AdviseReclaim(PageRange range, ReclaimHint hint) override;
   Error InstallGuard(PageRange range) override;
   Error RemoveGuard(PageRange range) override;
   Result<Pages> CountResident(PageRange range) override;
+  Error QueryResident(PageRange range, absl::Span<std::uint8_t> resident) override;
   void TouchForWrite(PageRange range) override;
   void Zero(PageRange range) override;
+  void Copy(PageRange from, PageRange to) override;
 
   Nanoseconds Now() override;
   unsigned CurrentCpu() override;

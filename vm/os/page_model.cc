@@ -107,6 +107,8 @@ std::size_t PageModel::KernelVmaCount(bool accounted) const {
     const bool merges = before != nullptr && before->second.end == segment.first &&
                         before->second.state.protection == state.protection &&
                         before->second.state.advice == state.advice &&
+                        before->second.state.locked == state.locked &&
+                        before->second.state.moved == state.moved &&
                         (!accounted || before->second.state.committed == state.committed);
     if (!merges) ++count;
     before = &segment;

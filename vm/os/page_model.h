@@ -21,6 +21,8 @@ struct PageState {
   std::uint32_t reservation = 0;  // 1, 2, ...: the Reserve call that it came from; 0: not reserved
   Protection protection = Protection::kNone;
   Advice advice = Advice::kNone;
+  bool locked = false;
+  std::uint32_t moved = 0;  // 1, 2, ...: the Move that brought it, and keeps its VMA apart; 0: none
   bool committed = false;  // was writable once since it was reserved or reset
   bool resident = false;   // was touched through the Kernel; plain stores are not seen
   bool guard = false;

@@ -193,6 +193,10 @@ FallibleOperations() {
          return kernel.Protect(range, Protection::kRead);
        }},
       {Operation::kReset, [](FakeKernel& kernel, PageRange range) { return kernel.Reset(range); }},
+      {Operation::kLockMemory,
+       [](FakeKernel& kernel, PageRange range) { return kernel.LockMemory(range); }},
+      {Operation::kUnlockMemory,
+       [](FakeKernel& kernel, PageRange range) { return kernel.UnlockMemory(range); }},
       {Operation::kDiscard,
        [](FakeKernel& kernel, PageRange range) { return kernel.Discard({{range}}); }},
       {Operation::kAdviseHugePages,
@@ -205,6 +209,15 @@ FallibleOperations() {
        [](FakeKernel& kernel, PageRange range) { return kernel.RemoveGuard(range); }},
       {Operation::kCountResident,
        [](FakeKernel& kernel, PageRange range) { return kernel.CountResident(range).error(); }},
+      {Operation::kAdviseReclaim,
+       [](FakeKernel& kernel, PageRange range) {
+         return kernel.AdviseReclaim(range, ReclaimHint::kCold);
+       }},
+      {Operation::kQueryResident,
+       [](FakeKernel& kernel, PageRange range) {
+         std::vector<std::uint8_t> resident(range.count().value);
+         return kernel.QueryResident(range, absl::MakeSpan(resident));
+       }},
       {Operation::kRelease,
        [](FakeKernel& kernel, PageRange range) { return kernel.Release(range); }},
   };
@@ -456,6 +469,50 @@ TEST(FakeKernelTest, CallsReadAsText) {
   EXPECT_EQ(ToString(FakeKernel::Call{
                 .operation = Operation::kReserve, .ranges = {}, .result = Error::System(ENOMEM)}),
             "Reserve = system call failed (errno 12)");
+}
+
+TEST(FakeKernelTest, ModelsMemoryLocksAndTheirLimit) {
+  FakeKernel kernel;
+  const PageRange range = ReserveWritable(kernel, 8);
+  EXPECT_EQ(kernel.KernelVmaCount(), 1u);
+  ASSERT_TRUE(kernel.LockMemory(Part(range, 2, 2)).ok());
+  EXPECT_TRUE(kernel.At(Part(range, 2, 1).first).locked);
+  EXPECT_FALSE(kernel.At(range.first).locked);
+  EXPECT_EQ(kernel.LockedPages(), Pages{2});
+  EXPECT_EQ(kernel.KernelVmaCount(), 3u);
+  EXPECT_EQ(kernel.ResidentPages(range), Pages{0}) << "nothing is populated";
+  kernel.FailLockBeyond(Pages{4}.bytes());
+  EXPECT_EQ(kernel.LockMemory(Part(range, 3, 4)), Error::System(ENOMEM));
+  EXPECT_EQ(kernel.LockedPages(), Pages{2});
+  EXPECT_EQ(kernel.InjectedFailures(), 1u);
+  ASSERT_TRUE(kernel.LockMemory(Part(range, 3, 3)).ok()) << "what is locked already does not count twice";
+  ASSERT_TRUE(kernel.UnlockMemory(Part(range, 0, 8)).ok());
+  EXPECT_EQ(kernel.KernelVmaCount(), 1u);
+  ASSERT_TRUE(kernel.LockMemory(Part(range, 0, 4)).ok());
+  ASSERT_TRUE(kernel.Reset(range).ok());
+  EXPECT_EQ(kernel.LockedPages(), Pages{0}) << "a reset unlocks";
+}
+
+TEST(FakeKernelTest, ModelsMovesAndCopies) {
+  FakeKernel kernel;
+  const PageRange range = ReserveWritable(kernel, 16);
+  kernel.TouchForWrite(Part(range, 0, 2));
+  Fill(Part(range, 0, 2), 9);
+  ASSERT_TRUE(kernel.Move(Part(range, 0, 4), Part(range, 8, 4)).ok());
+  EXPECT_TRUE(IsFilledWith(Part(range, 8, 2), 9));
+  EXPECT_EQ(kernel.ResidentPages(Part(range, 8, 4)), Pages{2});
+  EXPECT_EQ(kernel.ResidentPages(Part(range, 0, 4)), Pages{0});
+  EXPECT_EQ(*kernel.CountResident(range), Pages{2});
+  EXPECT_TRUE(IsFilledWith(Part(range, 0, 8), 0));
+  EXPECT_EQ(kernel.KernelVmaCount(), 3u) << "it does not merge";
+  kernel.Copy(Part(range, 8, 2), Part(range, 0, 2));
+  EXPECT_TRUE(IsFilledWith(Part(range, 0, 2), 9));
+  kernel.FailNth(Operation::kMove, 1, EFAULT);
+  EXPECT_EQ(kernel.Move(Part(range, 0, 4), Part(range, 8, 4)), Error::System(EFAULT));
+  EXPECT_EQ(kernel.At(Part(range, 8, 1).first), (PageState{.reservation = 1})) << "reset";
+  EXPECT_TRUE(IsFilledWith(Part(range, 0, 2), 9));
+  ASSERT_TRUE(kernel.Protect(range, Protection::kReadWrite).ok());
+  EXPECT_EQ(kernel.KernelVmaCount(), 1u);
 }
 
 TEST(FakeKernelTest, TimeMovesByHandOnly) {

@@ -6,6 +6,7 @@
 #include <linux/futex.h>
 #include <sched.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -539,6 +540,131 @@ TEST(LinuxKernelTest, CountsResidentPagesOfLongRanges) {
 
 // ---- TouchForWrite, Zero ----
 
+TEST(LinuxKernelTest, LocksWithoutPopulatingAndJoinsAgain) {
+  LinuxKernel kernel;
+  const Reservation memory(kernel, 16, Protection::kReadWrite);
+  Fill(memory.part(4, 1), 9);
+  const std::string size = SmapsLine(memory.page(0), "Size");
+  if (!kernel.LockMemory(memory.part(4, 4)).ok()) GTEST_SKIP() << "memory cannot be locked here";
+  EXPECT_TRUE(HasVmFlag(memory.page(4), "lo"));
+  EXPECT_FALSE(HasVmFlag(memory.page(0), "lo"));
+  EXPECT_FALSE(HasVmFlag(memory.page(8), "lo"));
+  EXPECT_EQ(*kernel.CountResident(memory.range()), Pages{1});
+  EXPECT_TRUE(IsFilledWith(memory.part(4, 1), 9));
+  EXPECT_TRUE(kernel.UnlockMemory(memory.part(2, 8)).ok());
+  EXPECT_FALSE(HasVmFlag(memory.page(4), "lo"));
+  EXPECT_EQ(SmapsLine(memory.page(4), "Size"), size) << "one VMA again";
+  ASSERT_TRUE(kernel.LockMemory(memory.part(4, 4)).ok());
+  ASSERT_TRUE(kernel.Reset(memory.part(0, 8)).ok());
+  EXPECT_FALSE(HasVmFlag(memory.page(4), "lo")) << "a reset unlocks";
+}
+
+TEST(LinuxKernelTest, MovesPagesAndLeavesTheSourceMapped) {
+  LinuxKernel kernel;
+  const Reservation memory(kernel, 64, Protection::kReadWrite);
+  Fill(memory.part(4, 4), 9);
+  Fill(memory.part(32, 8), 1);
+  ASSERT_TRUE(kernel.Move(memory.part(2, 8), memory.part(32, 8)).ok());
+  EXPECT_TRUE(IsFilledWith(memory.part(34, 4), 9));
+  EXPECT_TRUE(IsFilledWith(memory.part(32, 2), 0));
+  EXPECT_TRUE(IsFilledWith(memory.part(2, 8), 0)) << "mapped, and empty";
+  EXPECT_TRUE(CanWrite(memory.page(4)));
+  // A reset, and all is one VMA again.
+  ASSERT_TRUE(kernel.Reset(memory.part(32, 8)).ok());
+  ASSERT_TRUE(kernel.Protect(memory.range(), Protection::kReadWrite).ok());
+  EXPECT_EQ(SmapsLine(memory.page(0), "Size"), SmapsLine(memory.page(63), "Size"));
+  EXPECT_NE(SmapsLine(memory.page(33), "Size").find("256 kB"), std::string::npos);
+}
+
+TEST(LinuxKernelTest, AMoveThatFailsLeavesNoHole) {
+  LinuxKernel kernel;
+  const Reservation memory(kernel, 64, Protection::kReadWrite);
+  Fill(memory.range(), 9);
+  const PageRange gone = *kernel.Reserve(Pages{8}, Pages{1});
+  ASSERT_TRUE(kernel.Release(gone).ok());
+  EXPECT_EQ(kernel.Move(gone, memory.part(32, 8)), Error::System(EFAULT));
+  EXPECT_TRUE(IsFilledWith(memory.part(0, 32), 9));
+  EXPECT_TRUE(IsFilledWith(memory.part(40, 24), 9));
+  EXPECT_TRUE(kernel.CountResident(memory.range()).ok()) << "no hole";
+  EXPECT_FALSE(CanRead(memory.page(32)));
+}
+
+TEST(LinuxKernelTest, CopyLeavesPagesOfZeroesOut) {
+  LinuxKernel kernel;
+  const Reservation memory(kernel, 16, Protection::kReadWrite);
+  Fill(memory.part(1, 1), 9);
+  memory.page(3)[kPageSize - 1] = std::byte{7};
+  (void)*static_cast<volatile std::byte*>(memory.page(4));
+  kernel.Copy(memory.part(0, 8), memory.part(8, 8));
+  EXPECT_TRUE(IsFilledWith(memory.part(9, 1), 9));
+  EXPECT_EQ(memory.page(11)[kPageSize - 1], std::byte{7});
+  std::vector<std::uint8_t> resident(8);
+  ASSERT_TRUE(kernel.QueryResident(memory.part(8, 8), absl::MakeSpan(resident)).ok());
+  EXPECT_EQ(resident, (std::vector<std::uint8_t>{0, 1, 0, 1, 0, 0, 0, 0}));
+}
+
+TEST(LinuxKernelTest, TheLockLimitIsToldAsAnError) {
+  EXPECT_TRUE(PassesInChild([] {
+    LinuxKernel kernel;
+    const PageRange range = *kernel.Reserve(Pages{64}, Pages{1});
+    CHILD_CHECK(kernel.Protect(range, Protection::kReadWrite).ok());
+    // Without the privilege, which root has.
+    if (geteuid() == 0) CHILD_CHECK(setresuid(65534, 65534, 65534) == 0);
+    const rlimit limit = {16 * kPageSize, 16 * kPageSize};
+    CHILD_CHECK(setrlimit(RLIMIT_MEMLOCK, &limit) == 0);
+    CHILD_CHECK(kernel.LockMemory(Part(range, 0, 16)).ok());
+    CHILD_CHECK(kernel.LockMemory(Part(range, 16, 1)) == Error::System(ENOMEM));
+    CHILD_CHECK(kernel.UnlockMemory(range).ok());
+    CHILD_CHECK(kernel.LockMemory(Part(range, 16, 1)).ok());
+    const rlimit none = {0, 0};
+    CHILD_CHECK(setrlimit(RLIMIT_MEMLOCK, &none) == 0);
+    CHILD_CHECK(kernel.LockMemory(Part(range, 32, 1)) == Error::System(EPERM));
+  }));
+}
+
+TEST(LinuxKernelTest, SaysWhichPagesAreResident) {
+  LinuxKernel kernel;
+  const Reservation memory(kernel, 8, Protection::kReadWrite);
+  for (const std::size_t page : {1, 2, 6}) *memory.page(page) = std::byte{1};
+  std::vector<std::uint8_t> resident(8, 0xff);
+  ASSERT_TRUE(kernel.QueryResident(memory.range(), absl::MakeSpan(resident)).ok());
+  EXPECT_EQ(resident, (std::vector<std::uint8_t>{0, 1, 1, 0, 0, 0, 1, 0}));
+  ASSERT_TRUE(kernel.QueryResident(memory.part(2, 2), absl::MakeSpan(resident)).ok());
+  EXPECT_EQ(resident, (std::vector<std::uint8_t>{1, 0, 1, 0, 0, 0, 1, 0})) << "two bytes only";
+}
+
+TEST(LinuxKernelTest, ReclaimHintsLeaveTheVmaInOnePiece) {
+  LinuxKernel kernel;
+  const Reservation memory(kernel, 16, Protection::kReadWrite);
+  Fill(memory.range(), 9);
+  const std::string flags = SmapsLine(memory.page(0), "VmFlags");
+  for (const ReclaimHint hint : {ReclaimHint::kCold, ReclaimHint::kPageOut, ReclaimHint::kFree}) {
+    EXPECT_EQ(kernel.AdviseReclaim(memory.part(4, 4), hint), Error::Ok());
+    for (const std::size_t page : {0, 4, 8}) {
+      EXPECT_EQ(SmapsLine(memory.page(page), "Size"), SmapsLine(memory.page(0), "Size"));
+      EXPECT_EQ(SmapsLine(memory.page(page), "VmFlags"), flags);
+    }
+  }
+  EXPECT_TRUE(IsFilledWith(memory.part(0, 4), 9));
+  EXPECT_TRUE(IsFilledWith(memory.part(8, 8), 9));
+  // Each page that may go is the old one or zero; once written it stays.
+  Fill(memory.part(5, 1), 7);
+  for (const std::size_t page : {4, 6, 7}) {
+    EXPECT_TRUE(IsFilledWith(memory.part(page, 1), 9) || IsFilledWith(memory.part(page, 1), 0));
+  }
+  EXPECT_TRUE(IsFilledWith(memory.part(5, 1), 7));
+}
+
+TEST(LinuxKernelTest, ReclaimHintsAreRefusedForLockedMemory) {
+  LinuxKernel kernel;
+  const Reservation memory(kernel, 4, Protection::kReadWrite);
+  if (!LockInMemory(memory.part(0, 2))) GTEST_SKIP() << "memory cannot be locked here";
+  for (const ReclaimHint hint : {ReclaimHint::kCold, ReclaimHint::kPageOut, ReclaimHint::kFree}) {
+    EXPECT_EQ(kernel.AdviseReclaim(memory.part(0, 2), hint), Error::System(EINVAL));
+    EXPECT_EQ(kernel.AdviseReclaim(memory.part(2, 2), hint), Error::Ok());
+  }
+}
+
 TEST(LinuxKernelTest, TouchForWriteMakesPagesPresentAndKeepsContent) {
   LinuxKernel kernel;
   const Reservation memory(kernel, kPagesPerHugePage + 2, Protection::kReadWrite);
@@ -711,6 +837,22 @@ std::vector<std::pair<const char*, std::function<void()>>> AllOperations(LinuxKe
       {"InstallGuard", [&kernel, range] { (void)kernel.InstallGuard(range); }},
       {"RemoveGuard", [&kernel, range] { (void)kernel.RemoveGuard(range); }},
       {"CountResident", [&kernel, range] { (void)kernel.CountResident(range); }},
+      {"Move",
+       [&kernel, range] {
+         (void)kernel.Move(Part(range, 0, 1), Part(range, 1, 1));
+         (void)kernel.Reset(Part(range, 1, 1));
+         (void)kernel.Protect(range, Protection::kReadWrite);
+       }},
+      {"Copy", [&kernel, range] { kernel.Copy(Part(range, 0, 1), Part(range, 2, 1)); }},
+      {"LockMemory", [&kernel, range] { (void)kernel.LockMemory(range); }},
+      {"UnlockMemory", [&kernel, range] { (void)kernel.UnlockMemory(range); }},
+      {"QueryResident",
+       [&kernel, range] {
+         std::vector<std::uint8_t> resident(range.count().value);
+         (void)kernel.QueryResident(range, absl::MakeSpan(resident));
+       }},
+      {"AdviseReclaim",
+       [&kernel, range] { (void)kernel.AdviseReclaim(range, ReclaimHint::kCold); }},
       {"Reset", [&kernel, range] { (void)kernel.Reset(range); }},
   };
 }

@@ -1,0 +1,79 @@
+// Advise and Residency: hints about mapped memory, and which of it is resident.
+//
+// Advise finds VMAs without a lock and works on pieces of them, each under a shared range lock that keeps the
+// piece from being unmapped and handed to somebody else meanwhile. A piece that changed before it was locked is
+// looked up again, by LookupHeld: an Unmap that takes no range lock is seen by that, or sees the guard.
+#include <algorithm>
+#include <cerrno>
+
+#include "vm/address_space.h"
+#include "vm/purge_stage.h"
+#include "vm/region.h"
+
+namespace freehold::vm {
+namespace {
+
+using Guard = sync::RangeLock::Guard;
+using Mode = sync::RangeLock::Mode;
+
+// A turn of the purge stage: who wants the same pages waits about a millisecond.
+constexpr Pages kMaxPiece = {MiB(16).value / kPageSize};
+
+// Whether the zone has huge pages, or not, as the advice wants it.
+constexpr bool HoldsIn(Zone zone, Advice advice) {
+  return (zone == Zone::kDense) == (advice == Advice::kHugePages);
+}
+
+}  // namespace
+
+Error AddressSpace::Advise(PageRange range, Advice advice) {
+  if (const Error error = CheckRange(range); !error.ok()) return error;
+  bool hole = false;
+  for (PageNumber page = range.first; page < range.end;) {
+    VmaState state;
+    const VmaInfo extent = RegionOf(page)->LookupExtent(page, state);
+    PageRange part = {page, std::min(range.end, extent.range.end)};
+    if (state != VmaState::kMapped) {
+      hole = true;
+    } else if (advice == Advice::kWillNeed) {
+      // Stops where it cannot go on, which is no error of a hint.
+      (void)PopulateVma(part, extent.generation, {}, {0});
+    } else if (advice == Advice::kHugePages || advice == Advice::kNoHugePages) {
+      if (!HoldsIn(extent.zone, advice)) ignored_advice_.fetch_add(1, std::memory_order_relaxed);
+    } else {
+      part.end = std::min(part.end, part.first + kMaxPiece);
+      const Error error = AdvisePart(part, extent.generation, advice);
+      if (error.code == ErrorCode::kReplaced) continue;
+      if (!error.ok()) return error;
+    }
+    page = part.end;
+  }
+  return hole ? Error{ErrorCode::kNotMapped} : Error::Ok();
+}
+
+Error AddressSpace::AdvisePart(PageRange part, std::uint64_t generation, Advice advice) {
+  Region* region = RegionOf(part.first);
+  const Guard guard(region->range_lock(), part, Mode::kShared, sync::Operation::kAdvise);
+  const Result<VmaInfo> vma = LookupHeld(part.first, guard);
+  if (!vma.ok() || vma->generation != generation || !vma->range.Contains(part)) return {ErrorCode::kReplaced};
+  if (vma->lock != os::MemoryLock::kNone) return Error::System(EINVAL);
+  switch (advice) {
+    case Advice::kFree: return kernel_->AdviseReclaim(part, os::ReclaimHint::kFree);
+    case Advice::kCold: return kernel_->AdviseReclaim(part, os::ReclaimHint::kCold);
+    case Advice::kPageOut: return kernel_->AdviseReclaim(part, os::ReclaimHint::kPageOut);
+    default: return purge_stage_->Discard({&part, 1});
+  }
+}
+
+Error AddressSpace::Residency(PageRange range, absl::Span<std::uint8_t> resident) const {
+  if (const Error error = CheckRange(range); !error.ok()) return error;
+  for (PageNumber page = range.first; page < range.end;) {
+    const Result<VmaInfo> vma = Lookup(page);
+    if (!vma.ok()) return vma.error();
+    page = vma->range.end;
+  }
+  // The reservation is one mapping for the kernel, whatever of it is mapped by now.
+  return kernel_->QueryResident(range, resident);
+}
+
+}  // namespace freehold::vm
