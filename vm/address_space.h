@@ -35,6 +35,8 @@
 namespace freehold::vm {
 
 class Backing;
+class FileBackingPool;
+struct FileKey;
 class MetadataArena;
 class PurgeStage;
 class Region;
@@ -63,7 +65,9 @@ struct AddressSpaceOptions {
   bool strict_unmap = false;
   // Free memory that stays resident at most, per region, before it is purged at once.
   Bytes free_resident_limit = MiB(256);
-  // How long free memory stays resident before Tick() purges it.
+  // Windows of files that stay mapped for re-use at most, per region; see MapFile. 0: none.
+  Bytes window_limit = MiB(256);
+  // How long free memory stays resident, and windows mapped, before Tick() purges them.
   Nanoseconds decay = Milliseconds(1000);
   // Times every hold of a region's tree lock, for TreeLockHolds(); two clock readings each.
   bool record_tree_lock_holds = false;
@@ -95,6 +99,18 @@ struct MapOptions {
   // Where the content comes from, its page `backing_page` first; null: anonymous memory.
   Backing* backing = nullptr;
   std::uint64_t backing_page = 0;
+};
+
+struct FileMapOptions {
+  int descriptor = -1;  // open for reading; may be closed when MapFile has returned
+  Bytes offset;         // of the first page in the file, a multiple of the page size
+  os::Sharing sharing = os::Sharing::kPrivate;
+  os::Protection protection = os::Protection::kRead;
+  Placement placement = Placement::kAnywhere;
+  void* address = nullptr;
+  // Make the pages present that the file has. Stops quietly on error. Copies pages that may be written privately.
+  bool populate = false;
+  os::MemoryLock lock = os::MemoryLock::kNone;  // as in MapOptions
 };
 
 // A copy of a VMA's attributes, valid at the moment of the lookup.
@@ -167,6 +183,9 @@ struct AddressSpaceStats {
   std::uint64_t coarse_retries = 0; // maps that fell back to locking their whole region
   std::uint64_t remap_moves = 0;    // Remap calls that moved content: by copying, or else
   std::uint64_t kernel_moves = 0;   // by the kernel, which splits a kernel VMA until the memory is unmapped
+  std::uint64_t windows = 0;        // of files, unmapped and kept for re-use
+  Bytes window_bytes;               // in all of them
+  std::uint64_t window_hits = 0;    // file mappings served from them
   std::uint64_t ignored_advice = 0; // VMAs that were advised about huge pages against their zone
 };
 
@@ -185,6 +204,27 @@ class AddressSpace {
   // kOutsideReservation (fixed range not inside one region), kOverlap, kNoRoom, kNoMetadata, kDenied (more than the
   // backing allows), kSystem (EPERM or ENOMEM too when it is to be locked and may not; what the backing says).
   Result<PageRange> Map(Pages count, const MapOptions& options = {});
+
+  // Maps `count` pages of a file, as mmap(2): beyond the file's end, access is a SIGBUS; what grows comes into view;
+  // a deleted file lives as long as its mappings.
+  //
+  // A mapping of a regular file on ext4, XFS, Btrfs, F2FS or tmpfs that is unmapped whole may stay in the kernel and
+  // serve the next MapFile of the same part of the same file in the same way. That holds for shared mappings and
+  // private ones that were never writable, not executable, not locked, protected otherwise or moved, and not for
+  // those that may write to a file that can be sealed. Until the window is used, wanted for something else, or
+  // purged, at most AddressSpaceOptions::decay later if somebody calls Tick, the open file lives on: the space of a
+  // deleted file, locks of flock(2) and leases, its mount (EBUSY), and, if it was open for writing, that it cannot be
+  // executed (ETXTBSY). Purge(kAll) ends that; AddressSpaceOptions::window_limit of 0 rules it out.
+  //
+  // Errors: kEmpty, kUnaligned (offset or address), kOutsideReservation, kOverlap, kNoRoom, kNoMetadata, kDenied (a
+  // descriptor for writing only, or a shared mapping to write to by one for reading only), kUnsupported (hugetlbfs),
+  // kSystem as mmap(2) and mlock(2) say: EBADF, EACCES, ENODEV, EOVERFLOW, EPERM, ENOMEM.
+  Result<PageRange> MapFile(Pages count, const FileMapOptions& options);
+  // Stores what was written to the shared file mappings in `range`, as msync(2); what is mapped otherwise needs it
+  // not. Holds no lock: a mapping that takes the place of another meanwhile may be stored too. Errors: kEmpty,
+  // kOverflow, kOutsideReservation, kNotMapped (part of it; the rest is stored), kSystem (EBUSY: locked memory
+  // invalidated; EIO; what comes after is not stored).
+  Error Sync(PageRange range, os::SyncOptions options = {});
 
   // Unmaps whatever is mapped in `range`: parts of VMAs, several VMAs, holes. Errors: kEmpty, kOverflow,
   // kOutsideReservation, kNoMetadata (a split needs metadata), kSystem. Fails as a whole per region; lookups may
@@ -312,6 +352,14 @@ class AddressSpace {
   // Map with a backing: counts its pages.
   Result<PageRange> MapBacked(Pages count, const MapOptions& options);
   Result<PageRange> MapPopulated(Pages count, const MapOptions& options);
+  void PopulateMapped(PageRange mapped);
+  // What a mapping is locked as that was asked to be locked as `lock`.
+  os::MemoryLock LockOf(os::MemoryLock lock) const {
+    return lock != os::MemoryLock::kNone ? lock : future_lock_.load(std::memory_order_relaxed);
+  }
+  // file_mapping.cc
+  Result<PageRange> TakeWindow(const FileKey& key);
+  Result<PageRange> MapFileAnew(const os::FileInfo& info, const FileKey& key, const FileMapOptions& options);
   // Map without populating.
   Result<PageRange> Place(Pages count, const MapOptions& options);
   Result<PageRange> RemapVma(const VmaInfo& vma, PageRange range, Pages count, const RemapOptions& options);
@@ -321,6 +369,9 @@ class AddressSpace {
   Error MoveHeld(const VmaInfo& vma, PageRange range, const VmaInfo& target_vma, PageRange target,
                  const RemapOptions& options, const sync::RangeLock::Guard& source_guard,
                  const sync::RangeLock::Guard& target_guard);
+  // MoveHeld of a file mapping, into an anonymous one without access.
+  Error MoveFileHeld(const VmaInfo& vma, PageRange range, PageRange target, const RemapOptions& options,
+                     const sync::RangeLock::Guard& source_guard, const sync::RangeLock::Guard& target_guard);
   // Error: kSystem. The guards of MoveHeld cover both ranges; `renewed`: `to` has no access yet. May leave `from`
   // readable.
   Error CopyContent(const VmaInfo& vma, PageRange from, PageRange to, bool renewed);
@@ -332,6 +383,7 @@ class AddressSpace {
   Result<PageRange> MapInZone(Zone zone, Pages count, const MapOptions& options);
   Result<PageRange> MapElsewhere(Zone zone, std::size_t own, Pages count, const MapOptions& options);
   Result<PageRange> MapAt(Pages count, const MapOptions& options);
+  Error PopulatePiece(PageRange piece, const VmaInfo& vma);
   Result<Pages> PopulateVma(PageRange part, std::uint64_t generation, const PopulateOptions& options,
                             Pages before);
 
@@ -341,6 +393,7 @@ class AddressSpace {
   PageRange reservation_;
   MetadataArena* arena_ = nullptr;
   PurgeStage* purge_stage_ = nullptr;
+  FileBackingPool* file_backings_ = nullptr;
   PaddedRangeLock* range_locks_ = nullptr;  // one a region, or one for all (kCoarse)
   Region** regions_ = nullptr;              // in address order, zone after zone
   std::size_t region_count_ = 0;

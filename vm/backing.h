@@ -20,6 +20,8 @@
 
 namespace freehold::vm {
 
+class FileBacking;
+
 class Backing {
  public:
   Backing(const Backing&) = delete;
@@ -33,6 +35,20 @@ class Backing {
   // What the kernel has of `range` is about to be dropped: unmapped, or replaced. Content that lives nowhere else
   // is saved here. The mapping may live on, if the verb fails afterwards. The range is held, at least shared.
   virtual void Flush(os::Kernel& kernel, PageRange range, std::uint64_t page) = 0;
+
+  // Makes the pages of `range`, at most 2 MiB, present, as far as that goes; a mapping of `protection` that
+  // refuses answers with an error. The range is held, at least shared.
+  virtual Error Populate(os::Kernel& kernel, PageRange range, os::Protection protection) {
+    if ((static_cast<unsigned>(protection) & static_cast<unsigned>(os::Protection::kWrite)) == 0) {
+      return {ErrorCode::kUnsupported};
+    }
+    kernel.TouchForWrite(range);
+    return Error::Ok();
+  }
+  // Stores what was written to `range`, as msync(2). No range is held: what is mapped there may be another mapping.
+  virtual Error Sync(os::Kernel&, PageRange, os::SyncOptions) { return Error::Ok(); }
+  // Null if it is none.
+  virtual FileBacking* AsFile() { return nullptr; }
 
   // No mapping gets more than this, by Map or Protect: kDenied.
   os::Protection max_protection() const { return max_protection_; }

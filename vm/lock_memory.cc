@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "vm/address_space.h"
+#include "vm/file_mapping.h"
 #include "vm/os/check.h"
 #include "vm/region.h"
 
@@ -100,6 +101,7 @@ Result<Region::LockChange> Region::LockDiffers(RegionPage first, RegionPage end,
       const Vma* vma = tree_.Find(page).vma();
       page = vma->end_page();
       if (!vma->Is(VmaState::kMapped)) return ErrorCode::kNotMapped;
+      if (lock != MemoryLock::kNone) NoteChange(vma->attributes().backing, FileChange::kLocked);
       change.attribute = change.attribute || vma->lock.load(std::memory_order_relaxed) != lock;
       change.in_kernel = change.in_kernel || vma->locked() != (lock != MemoryLock::kNone);
     }

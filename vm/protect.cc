@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "vm/backing.h"
+#include "vm/file_mapping.h"
 #include "vm/os/check.h"
 #include "vm/region.h"
 
@@ -32,6 +33,7 @@ Error Region::Protect(PageRange part, os::Protection protection) {
 
 // The range is held: what is mapped stays so from one hold of the tree lock to the next.
 Result<bool> Region::ProtectionDiffers(RegionPage first, RegionPage end, os::Protection protection) const {
+  const bool writable = (static_cast<unsigned>(protection) & static_cast<unsigned>(os::Protection::kWrite)) != 0;
   bool differs = false;
   for (RegionPage page = first; page < end;) {
     sync::SpinLockHolder holder(tree_lock_);
@@ -39,9 +41,11 @@ Result<bool> Region::ProtectionDiffers(RegionPage first, RegionPage end, os::Pro
       const Vma* vma = tree_.Find(page).vma();
       page = vma->end_page();
       if (!vma->Is(VmaState::kMapped)) return ErrorCode::kNotMapped;
-      const Backing* backing = vma->attributes().backing;
-      if (backing != nullptr && !backing->Allows(protection)) return ErrorCode::kDenied;
-      differs = differs || vma->protection.load(std::memory_order_relaxed) != protection;
+      const VmaAttributes attributes = vma->attributes();
+      if (attributes.backing != nullptr && !attributes.backing->Allows(protection)) return ErrorCode::kDenied;
+      if (attributes.protection == protection) continue;
+      differs = true;
+      NoteChange(attributes.backing, writable ? FileChange::kWritable : FileChange::kAttributes);
     }
   }
   return differs;

@@ -22,6 +22,7 @@ enum class VmaState : std::uint8_t {
   kMapped,    // handed out; the only state that lookups report
   kDetached,  // unmapped, its pages are being zapped; held under a range lock
   kPurging,   // free, its pages are being given back; Region::purges_in_flight counts it
+  kWindow,    // of a file: unmapped, but still in the kernel, for the next MapFile of the same; see WindowCache
 };
 
 // What is known about the pages of an extent that is not mapped.
