@@ -23,8 +23,7 @@ namespace freehold::vm::test {
 // A file in memory; page p of it is full of the letter 'a' + p % 26.
 class NumberedFile {
  public:
-  explicit NumberedFile(std::size_t pages, unsigned flags = 0)
-      : NumberedFile(memfd_create("numbered", MFD_CLOEXEC | flags), pages) {}
+  explicit NumberedFile(std::size_t pages) : NumberedFile(memfd_create("numbered", MFD_CLOEXEC), pages) {}
   // `descriptor` becomes its own.
   NumberedFile(int descriptor, std::size_t pages) : fd_(descriptor) {
     if (fd_ < 0) throw std::runtime_error("NumberedFile: no file");
