@@ -35,6 +35,7 @@
 namespace freehold::vm {
 
 class Backing;
+class Pin;
 class MetadataArena;
 class PurgeStage;
 class Region;
@@ -159,6 +160,7 @@ struct AddressSpaceStats {
   std::uint64_t vmas = 0;
   std::uint64_t maps = 0;
   std::uint64_t unmaps = 0;
+  std::uint64_t deferred_unmaps = 0;  // VMAs, or parts of them, that wait for a pin to go
   std::uint64_t reuses = 0;         // maps served from cached extents
   std::uint64_t zeroed_pages = 0;   // cleaned by memset for re-use
   std::uint64_t purged_pages = 0;   // given back to the kernel
@@ -182,11 +184,12 @@ class AddressSpace {
   AddressSpace& operator=(const AddressSpace&) = delete;
 
   // Maps `count` pages of anonymous memory, or of a backing. Errors: kEmpty, kOverflow, kUnaligned (address or alignment),
-  // kOutsideReservation (fixed range not inside one region), kOverlap, kNoRoom, kNoMetadata, kDenied (more than the
+  // kOutsideReservation (fixed range not inside one region), kOverlap, kPinned, kNoRoom, kNoMetadata, kDenied (more than the
   // backing allows), kSystem (EPERM or ENOMEM too when it is to be locked and may not; what the backing says).
   Result<PageRange> Map(Pages count, const MapOptions& options = {});
 
-  // Unmaps whatever is mapped in `range`: parts of VMAs, several VMAs, holes. Errors: kEmpty, kOverflow,
+  // Unmaps whatever is mapped in `range`: parts of VMAs, several VMAs, holes. What is pinned is no longer found, but
+  // stays untouched until the last pin goes (vm/pin.h). Errors: kEmpty, kOverflow,
   // kOutsideReservation, kNoMetadata (a split needs metadata), kSystem. Fails as a whole per region; lookups may
   // find an unmap of many VMAs partly done.
   Error Unmap(PageRange range);
@@ -201,7 +204,7 @@ class AddressSpace {
   // zero; a kLocked mapping is populated before it returns. A target becomes visible to lookups before the source
   // goes, and what others do to the source's content meanwhile may be lost. Errors: kEmpty, kOverflow, kUnaligned
   // (target), kOutsideReservation (source; target not inside one region), kNotMapped (also of several VMAs),
-  // kOverlap (also of source and target), kNoRoom, kUnsupported (keep_source, and the size changes or nothing
+  // kOverlap (also of source and target), kPinned, kNoRoom, kUnsupported (keep_source, and the size changes or nothing
   // moves), kReplaced (others changed the source again and again), kNoMetadata, kSystem. All is as it was then,
   // but for the target of kReplace.
   Result<PageRange> Remap(PageRange range, Pages count, const RemapOptions& options = {});
@@ -279,6 +282,8 @@ class AddressSpace {
   void CheckInvariants() const;
 
  private:
+  friend class Pin;
+
   struct ForkGuards;
   // On cache lines of its own: lockers of different regions write no common line.
   struct alignas(kCacheLineSize) PaddedRangeLock {
