@@ -13,6 +13,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <string_view>
 
 #include "vm/os/kernel.h"
 #include "vm/page_range.h"
@@ -21,6 +22,15 @@
 namespace freehold::vm {
 
 class FileBacking;
+
+// For humans: what /proc/PID/maps says about a mapping.
+struct BackingDescription {
+  bool shared = false;
+  std::uint32_t device_major = 0;
+  std::uint32_t device_minor = 0;
+  std::uint64_t inode = 0;
+  std::string_view name;  // lives as long as the backing
+};
 
 class Backing {
  public:
@@ -49,6 +59,7 @@ class Backing {
   virtual Error Sync(os::Kernel&, PageRange, os::SyncOptions) { return Error::Ok(); }
   // Null if it is none.
   virtual FileBacking* AsFile() { return nullptr; }
+  virtual BackingDescription Describe() const { return {}; }
 
   // No mapping gets more than this, by Map or Protect: kDenied.
   os::Protection max_protection() const { return max_protection_; }

@@ -4,6 +4,8 @@
 // its range, and has seen the tree since, must not find it come or go: neither happens then.
 #include "vm/file_mapping.h"
 
+#include <sys/sysmacros.h>
+
 #include <algorithm>
 #include <cerrno>
 
@@ -70,6 +72,14 @@ Error FileBacking::Populate(os::Kernel& kernel, PageRange range, Protection prot
 
 Error FileBacking::Sync(os::Kernel& kernel, PageRange range, os::SyncOptions options) {
   return kernel.Sync(range, options);
+}
+
+BackingDescription FileBacking::Describe() const {
+  return {.shared = key_.sharing == os::Sharing::kShared,
+          .device_major = gnu_dev_major(key_.device),
+          .device_minor = gnu_dev_minor(key_.device),
+          .inode = key_.inode,
+          .name = {}};
 }
 
 void FileBacking::OnUnused() { pool_.Return(this); }
@@ -177,6 +187,7 @@ Result<PageRange> AddressSpace::MapFile(Pages count, const FileMapOptions& optio
   if (info->regular && options.placement == Placement::kAnywhere && LockOf(options.lock) == os::MemoryLock::kNone) {
     const Result<PageRange> window = TakeWindow(key);
     if (window.ok()) {
+      if (!notifiers_.empty()) notifiers_.Map(*window);
       if (options.populate) PopulateMapped(*window);
       return window;
     }
@@ -302,6 +313,7 @@ void Region::ShowBacking(PageRange part, const VmaInfo& vma, std::uint64_t backi
   sync::SpinLockHolder holder(tree_lock_);
   Vma* target = tree_.Find(ToRegion(part.first)).vma();
   target->foreign = true;
+  changes_.Add(1);
   VmaWriter writer(*target);
   writer.SetProtection(vma.protection);
   writer.SetLock(vma.lock);
@@ -337,6 +349,7 @@ bool Region::RetireWindowLocked(Vma* vma) {
   const VmaAttributes attributes = vma->attributes();
   FileBacking* file = attributes.backing != nullptr ? attributes.backing->AsFile() : nullptr;
   if (file == nullptr || !file->is_keepable() || file->key().count != vma->page_count() || vma->locked()) return false;
+  changes_.Add(1);
   mapped_pages_.Subtract(vma->page_count());
   vmas_.Subtract(1);
   SetStateLocked(vma, VmaState::kWindow);

@@ -62,6 +62,7 @@ class FileBacking final : public Backing {
   Error Populate(os::Kernel& kernel, PageRange range, os::Protection protection) override;
   Error Sync(os::Kernel& kernel, PageRange range, os::SyncOptions options) override;
   FileBacking* AsFile() override { return this; }
+  BackingDescription Describe() const override;
 
   const FileKey& key() const { return key_; }
   // A part of it is held exclusively.

@@ -20,6 +20,7 @@ Error Region::Protect(PageRange part, os::Protection protection) {
   const Result<bool> differs = ProtectionDiffers(first, end, protection);
   if (!differs.ok()) return differs.error();
   if (!*differs) return Error::Ok();
+  if (!shared_.notifiers->empty()) Invalidate(part, Invalidation::kProtect, guard);
   if (const Error error = MakeBusy(first, end); !error.ok()) return error;
   const Error error = shared_.kernel->Protect(part, protection);
   if (error.ok()) {
@@ -62,6 +63,7 @@ void Region::RecordProtection(RegionPage first, RegionPage end, os::Protection p
       Vma* vma = tree_.Find(page).vma();
       page = vma->end_page();
       VmaWriter(*vma).SetProtection(protection);
+      changes_.Add(1);
       // In the mapping zone, content stays behind a protection of kNone: it needs a reset like any other.
       vma->kernel_vma = kernel_vma || !is_heap();
     }
