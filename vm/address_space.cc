@@ -79,7 +79,7 @@ Error AddressSpace::Init(PageRange reservation, MetadataArena* arena) {
   void* files = arena->Allocate({sizeof(FileBackingPool)}, alignof(FileBackingPool));
   if (stage == nullptr || files == nullptr) return {ErrorCode::kNoMetadata};
   purge_stage_ = new (stage) PurgeStage(*kernel_);
-  file_backings_ = new (files) FileBackingPool(*arena);
+  file_backings_ = new (files) FileBackingPool(*arena, epochs_);
 
   const std::size_t pages = reservation.count().value;
   const std::size_t wanted = options_.regions_per_zone != 0 ? options_.regions_per_zone

@@ -82,11 +82,14 @@ BackingDescription FileBacking::Describe() const {
           .name = {}};
 }
 
-void FileBacking::OnUnused() { pool_.Return(this); }
+void FileBacking::OnUnused() { pool_.ReturnLater(this); }
 
 // ---- FileBackingPool ----
 
 FileBacking* FileBackingPool::Take(bool may_write) {
+  if (FileBacking* file = TakeFree(may_write)) return file;
+  // Some may be free by now.
+  epochs_.Poll();
   if (FileBacking* file = TakeFree(may_write)) return file;
   void* memory = arena_.Allocate({kBackingsPerRefill * sizeof(FileBacking)}, alignof(FileBacking));
   if (memory == nullptr) return nullptr;
@@ -101,6 +104,13 @@ FileBacking* FileBackingPool::TakeFree(bool may_write) {
   FileBacking* file = free_[may_write];
   if (file != nullptr) free_[may_write] = file->next_free_;
   return file;
+}
+
+void FileBackingPool::ReturnLater(FileBacking* file) {
+  epochs_.Defer(file, [](sync::DeferredCallback* node) {
+    auto* unused = static_cast<FileBacking*>(node);
+    unused->pool_.Return(unused);
+  });
 }
 
 void FileBackingPool::Return(FileBacking* file) {
@@ -374,7 +384,7 @@ void Region::AbandonWindowLocked(Vma* window) {
 void Region::ReleaseWindowLocked(Vma* window) {
   FileBacking* file = windows_->Remove(window);
   VmaWriter(*window).SetBacking(nullptr, 0);
-  // A FileBacking that becomes unused takes one short lock and does nothing else.
+  // That a FileBacking becomes unused takes no lock and no system call.
   file->DropPages(window->page_count());
 }
 

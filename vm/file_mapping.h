@@ -16,6 +16,7 @@
 #include "vm/os/kernel.h"
 #include "vm/page_range.h"
 #include "vm/result.h"
+#include "vm/sync/epoch.h"
 #include "vm/sync/spin_lock.h"
 #include "vm/vma.h"
 
@@ -44,10 +45,8 @@ enum class FileChange : std::uint8_t {
   kLocked,
 };
 
-// One file mapping and its parts.
-//
-// Type-stable: comes from a pool and goes back to it, so a reader that holds a stale pointer reads a FileBacking.
-class FileBacking final : public Backing {
+// One file mapping and its parts. Comes from a pool, and goes back to it when no reader can look at it any more.
+class FileBacking final : public Backing, private sync::DeferredCallback {
  public:
   FileBacking(FileBackingPool& pool, bool may_write);
 
@@ -74,6 +73,7 @@ class FileBacking final : public Backing {
   friend class FileBackingPool;
   friend class WindowCache;
 
+  // Lock-free: a window may go while a tree lock is held.
   void OnUnused() override;
   void NoteCopies();
 
@@ -101,22 +101,24 @@ inline void NoteChange(Backing* backing, FileChange change) {
 }
 
 // Thread safety: thread-safe.
-// Lock order:    LockRank::kFreeList: a window may go while a tree lock is held.
 class FileBackingPool {
  public:
-  explicit FileBackingPool(MetadataArena& arena) : arena_(arena) {}
+  FileBackingPool(MetadataArena& arena, sync::EpochDomain& epochs) : arena_(arena), epochs_(epochs) {}
 
   // Null when the arena is exhausted. What mappings may be is constant for each backing, so there are two kinds.
   FileBacking* Take(bool may_write);
-  void Return(FileBacking* file);
+  // Free again when those who look at it have left.
+  void ReturnLater(FileBacking* file);
 
   void PrepareFork() ABSL_NO_THREAD_SAFETY_ANALYSIS { lock_.LockForFork(); }
   void AfterFork() ABSL_NO_THREAD_SAFETY_ANALYSIS { lock_.UnlockAfterFork(); }
 
  private:
   FileBacking* TakeFree(bool may_write);
+  void Return(FileBacking* file);
 
   MetadataArena& arena_;
+  sync::EpochDomain& epochs_;
   sync::SpinLock lock_{sync::LockRank::kFreeList};
   FileBacking* free_[2] ABSL_GUARDED_BY(lock_) = {};
 };
