@@ -40,6 +40,7 @@ class Backing;
 class FileBackingPool;
 struct FileKey;
 class Pin;
+class Transaction;
 class MetadataArena;
 class PurgeStage;
 class Region;
@@ -104,6 +105,8 @@ struct MapOptions {
   // Where the content comes from, its page `backing_page` first; null: anonymous memory.
   Backing* backing = nullptr;
   std::uint64_t backing_page = 0;
+
+  bool populates() const { return populate || lock == os::MemoryLock::kLocked; }
 };
 
 struct FileMapOptions {
@@ -347,6 +350,7 @@ class AddressSpace {
 
  private:
   friend class Pin;
+  friend class Transaction;
 
   struct ForkGuards;
   // On cache lines of its own: lockers of different regions write no common line.

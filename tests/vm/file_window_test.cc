@@ -3,6 +3,7 @@
 #include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -20,8 +21,11 @@
 #include "tests/vm/os/syscall_filter.h"
 #include "tests/vm/space_fixture.h"
 #include "vm/file_mapping.h"
+#include "vm/notifier.h"
 #include "vm/os/fake_kernel.h"
 #include "vm/os/linux_kernel.h"
+#include "vm/pin.h"
+#include "vm/transaction.h"
 
 namespace freehold::vm::test {
 namespace {
@@ -498,6 +502,70 @@ TEST(FileWindowRaceTest, ARangeThatIsHeldIsLeftAlone) {
   protector.Join();
   EXPECT_EQ(MustMapFile(*space, 3, Of(file, 4)), b);
   EXPECT_EQ(Hits(*space), 1u);
+}
+
+// ---- Pins and notifiers ----
+
+// A pinned mapping waits for its last pin, and then goes for good.
+TEST_P(FileWindowTest, WhatIsPinnedIsNoWindow) {
+  const PageRange range = Map(4, Of(file_));
+  {
+    const Pin pin(*space_, Part(range, 1, 1));
+    ASSERT_TRUE(pin.error().ok());
+    ASSERT_TRUE(space_->Unmap(range).ok());
+    EXPECT_EQ(Windows(*space_), 0u);
+    EXPECT_FALSE(Map(4, Of(file_)).Overlaps(range));
+    EXPECT_EQ(Letters(range), "abcd") << "still there";
+  }
+  EXPECT_EQ(Letters(range), "....");
+  EXPECT_EQ(Windows(*space_), 0u);
+  EXPECT_EQ(Hits(*space_), 0u);
+}
+
+// Who is told of every mapping is told of those from windows, and of their end, so none is kept.
+TEST_P(FileWindowTest, NotifiersHearOfWindows) {
+  struct Recorder final : Notifier {
+    void OnMap(PageRange range) override { mapped.push_back(range); }
+    void OnClose(PageRange range) override { closed.push_back(range); }
+    std::vector<PageRange> mapped;
+    std::vector<PageRange> closed;
+  };
+  const PageRange range = Visit(4, Of(file_));
+  Recorder recorder;
+  const NotifierRegistration registration(*space_, space_->reservation(), recorder);
+  EXPECT_EQ(Map(4, Of(file_)), range);
+  EXPECT_EQ(Hits(*space_), 1u);
+  EXPECT_EQ(recorder.mapped, std::vector<PageRange>{range});
+  ASSERT_TRUE(space_->Unmap(range).ok());
+  EXPECT_EQ(recorder.closed, std::vector<PageRange>{range});
+  EXPECT_EQ(Windows(*space_), 0u);
+}
+
+TEST_P(FileWindowTest, TransactionsTakeTheirPlace) {
+  const PageRange a = Map(2, Of(file_));
+  const PageRange b = Map(2, Of(file_, 2));
+  const PageRange c = Map(2, Of(file_, 4));
+  ASSERT_TRUE(space_->Unmap(b).ok());
+  Transaction transaction(*space_);
+  transaction.Unmap({a.first, Part(b, 1, 1).first});
+  transaction.Map(Part(b, 1, 1), {});
+  ASSERT_TRUE(transaction.Commit().ok());
+  EXPECT_EQ(Letters({a.first, c.end}), "...0ef");
+  EXPECT_EQ(Windows(*space_), 0u);
+  EXPECT_FALSE(Map(2, Of(file_, 2)).Overlaps(Part(b, 1, 1)));
+}
+
+TEST_P(FileWindowTest, SnapshotsDescribeMappingsAndNoWindows) {
+  const PageRange window = Visit(2, Of(file_));
+  const PageRange range = Map(3, Of(file_, 1, Sharing::kShared));
+  struct stat status;
+  ASSERT_EQ(fstat(file_.fd(), &status), 0);
+  const BackingDescription description = space_->Lookup(range.first)->backing->Describe();
+  EXPECT_TRUE(description.shared);
+  EXPECT_EQ(description.inode, status.st_ino);
+  EXPECT_EQ(description.device_major, major(status.st_dev));
+  EXPECT_EQ(description.device_minor, minor(status.st_dev));
+  for (const VmaInfo& vma : Vmas(*space_)) EXPECT_FALSE(vma.range.Overlaps(window));
 }
 
 // ---- Fork ----
