@@ -206,7 +206,7 @@ Result<PageRange> Region::Grow(PageRange part, Pages count, const VmaInfo& vma) 
   options.lock = vma.lock;
   const PageRange more = {part.end, wanted.end};
   if (vma.backing != nullptr) {
-    NoteChange(vma.backing, FileChange::kAttributes);
+    NoteChange(vma.backing, vma.lock == os::MemoryLock::kNone ? FileChange::kAttributes : FileChange::kLocked);
     options.backing = vma.backing;
     options.backing_page = vma.backing_page + (part.end - vma.range.first).value;
     vma.backing->AddPages(more.count().value);

@@ -156,6 +156,16 @@ TEST_P(FileMappingTest, DevZeroIsMemory) {
 
 // ---- Placement ----
 
+TEST_P(FileMappingTest, GoesWhereItIsTold) {
+  const NumberedFile file(4);
+  const PageRange range = MustMapFile(*space_, 2, Of(file));
+  const PageNumber free = range.end + Pages{10};
+  ASSERT_EQ(MustMapFile(*space_, 2, OfAt(file, free, Placement::kFixed)), PageRange::Of(free, {2}));
+  ASSERT_EQ(MustMapFile(*space_, 2, OfAt(file, free + Pages{5}, Placement::kHint)), PageRange::Of(free + Pages{5}, {2}));
+  EXPECT_EQ(Letters(MustMapFile(*space_, 2, OfAt(file, free, Placement::kHint))), "ab") << "elsewhere: it is taken";
+  EXPECT_EQ(Letters(PageRange::Of(free, {7})), "ab...ab");
+}
+
 //   before   | anonymous xxxxxxxxxx |
 //   replace        ^^^^^^
 //   after    | x x | a b c | x x    |
