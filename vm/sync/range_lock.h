@@ -14,7 +14,7 @@
 //                lock. Where another thread may lock ranges that span two of them, only the first
 //                may wait and the others try: that request may have come in between (R2). Under
 //                kCoarse the first one must be kExclusive if a later one is: there is no upgrade.
-// Waiting:       by policy, below; a waiter spins for about 1 us, then sleeps.
+// Waiting:       by policy, below; a waiter spins for about 1 us, sometimes for 20 (parking.h), then sleeps.
 // Allocation:    none; a waiter's node is its Guard, on its own stack.
 // Lifetime:      the lock outlives every call on it: a thread that got the last guard may not yet
 //                destroy it, since the one that released before may still be waking others.
