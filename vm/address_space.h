@@ -26,9 +26,10 @@
 #include "vm/os/kernel.h"
 #include "vm/page_range.h"
 #include "vm/result.h"
-#include "vm/sync/hold_histogram.h"
+#include "vm/sync/lock_times.h"
 #include "vm/sync/range_lock.h"
 #include "vm/sync/spin_lock.h"
+#include "vm/sync/time_histogram.h"
 #include "vm/units.h"
 
 namespace freehold::vm {
@@ -65,6 +66,9 @@ struct AddressSpaceOptions {
   Nanoseconds decay = Milliseconds(1000);
   // Times every hold of a region's tree lock, for TreeLockHolds(); two clock readings each.
   bool record_tree_lock_holds = false;
+  // Times every wait for and hold of a range lock, for RangeLockTimes(); three clock readings each, and half a
+  // megabyte.
+  bool record_range_locks = false;
 };
 
 enum class Placement : std::uint8_t {
@@ -252,7 +256,10 @@ class AddressSpace {
   AddressSpaceStats Stats() const;
   // How long tree locks were held since Create, all regions together; empty unless
   // AddressSpaceOptions::record_tree_lock_holds is set.
-  sync::HoldHistogram TreeLockHolds() const;
+  sync::TimeHistogram TreeLockHolds() const;
+  // How long `operation` waited for and held range locks since Create; empty unless
+  // AddressSpaceOptions::record_range_locks is set. What takes no range lock (vm/README.md) does not count.
+  sync::LockTimes RangeLockTimes(sync::Operation operation) const;
 
   // Calls `visit` for every mapped VMA in ascending order, from consistent copies of up to 64 VMAs of a region;
   // no lock is held during the call. Pages mapped all the time are visited once; no page is visited twice: of a
@@ -328,6 +335,7 @@ class AddressSpace {
   MetadataArena* arena_ = nullptr;
   PurgeStage* purge_stage_ = nullptr;
   PaddedRangeLock* range_locks_ = nullptr;  // one a region, or one for all (kCoarse)
+  sync::LockTimesRecorder* lock_times_ = nullptr;  // theirs; null unless asked for
   Region** regions_ = nullptr;              // in address order, zone after zone
   std::size_t region_count_ = 0;
   std::size_t zone_begin_[kZoneCount + 1] = {};

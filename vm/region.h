@@ -117,7 +117,7 @@ class alignas(kCacheLineSize) Region {
   bool is_heap() const { return zone_ != Zone::kMapping; }
   void AddStats(AddressSpaceStats& stats) const;
   // Nothing unless AddressSpaceOptions::record_tree_lock_holds asked for it.
-  sync::HoldHistogram TreeLockHolds() const;
+  sync::TimeHistogram TreeLockHolds() const;
   void CheckInvariants() const;
 
  private:

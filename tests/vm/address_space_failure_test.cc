@@ -476,6 +476,7 @@ TEST_P(FailureTest, OfAPurgeLosesNothing) {
 TEST_P(FailureTest, OfCreateLeavesNothingReserved) {
   AddressSpaceOptions options = Options();
   options.regions_per_zone = 4;
+  options.record_tree_lock_holds = options.record_range_locks = true;
   std::size_t failed = 0;
   for (const int sys_errno : kErrnos) {
     for (std::size_t n = 1;; ++n) {
