@@ -26,6 +26,7 @@
 #include "vm/os/kernel.h"
 #include "vm/page_range.h"
 #include "vm/result.h"
+#include "vm/sync/epoch.h"
 #include "vm/sync/lock_times.h"
 #include "vm/sync/range_lock.h"
 #include "vm/sync/spin_lock.h"
@@ -34,6 +35,8 @@
 
 namespace freehold::vm {
 
+class Backing;
+class Pin;
 class MetadataArena;
 class PurgeStage;
 class Region;
@@ -94,6 +97,9 @@ struct MapOptions {
   bool populate = false;
   // kNone: as LockAll said for future mappings. kLocked populates too.
   os::MemoryLock lock = os::MemoryLock::kNone;
+  // Where the content comes from, its page `backing_page` first; null: anonymous memory.
+  Backing* backing = nullptr;
+  std::uint64_t backing_page = 0;
 };
 
 // A copy of a VMA's attributes, valid at the moment of the lookup.
@@ -103,6 +109,8 @@ struct VmaInfo {
   os::MemoryLock lock = os::MemoryLock::kNone;
   Zone zone = Zone::kPlain;
   std::uint64_t generation = 0;  // unique per mapping; parts split off a mapping keep it
+  Backing* backing = nullptr;    // to be used in a read section of AddressSpace::epochs, or with the range held
+  std::uint64_t backing_page = 0;  // that the first page of `range` shows
 };
 
 struct PopulateOptions {
@@ -156,6 +164,7 @@ struct AddressSpaceStats {
   std::uint64_t vmas = 0;
   std::uint64_t maps = 0;
   std::uint64_t unmaps = 0;
+  std::uint64_t deferred_unmaps = 0;  // VMAs, or parts of them, that wait for a pin to go
   std::uint64_t reuses = 0;         // maps served from cached extents
   std::uint64_t zeroed_pages = 0;   // cleaned by memset for re-use
   std::uint64_t purged_pages = 0;   // given back to the kernel
@@ -178,17 +187,19 @@ class AddressSpace {
   AddressSpace(const AddressSpace&) = delete;
   AddressSpace& operator=(const AddressSpace&) = delete;
 
-  // Maps `count` pages of anonymous memory. Errors: kEmpty, kOverflow, kUnaligned (address or alignment),
-  // kOutsideReservation (fixed range not inside one region), kOverlap, kNoRoom, kNoMetadata, kSystem (EPERM or
-  // ENOMEM too when it is to be locked and may not).
+  // Maps `count` pages of anonymous memory, or of a backing. Errors: kEmpty, kOverflow, kUnaligned (address or alignment),
+  // kOutsideReservation (fixed range not inside one region), kOverlap, kPinned, kNoRoom, kNoMetadata, kDenied (more than the
+  // backing allows), kSystem (EPERM or ENOMEM too when it is to be locked and may not; what the backing says).
   Result<PageRange> Map(Pages count, const MapOptions& options = {});
 
-  // Unmaps whatever is mapped in `range`: parts of VMAs, several VMAs, holes. Errors: kEmpty, kOverflow,
+  // Unmaps whatever is mapped in `range`: parts of VMAs, several VMAs, holes. What is pinned is no longer found, but
+  // stays untouched until the last pin goes (vm/pin.h). Errors: kEmpty, kOverflow,
   // kOutsideReservation, kNoMetadata (a split needs metadata), kSystem. Fails as a whole per region; lookups may
   // find an unmap of many VMAs partly done.
   Error Unmap(PageRange range);
 
-  // Changes the protection of `range`, which must be mapped throughout, else kNotMapped. Fails as a whole per
+  // Changes the protection of `range`, which must be mapped throughout, else kNotMapped, and may be no more than the
+  // backings in it allow, else kDenied. Fails as a whole per
   // region; lookups may find a change of many VMAs partly done.
   Error Protect(PageRange range, os::Protection protection);
 
@@ -197,7 +208,7 @@ class AddressSpace {
   // zero; a kLocked mapping is populated before it returns. A target becomes visible to lookups before the source
   // goes, and what others do to the source's content meanwhile may be lost. Errors: kEmpty, kOverflow, kUnaligned
   // (target), kOutsideReservation (source; target not inside one region), kNotMapped (also of several VMAs),
-  // kOverlap (also of source and target), kNoRoom, kUnsupported (keep_source, and the size changes or nothing
+  // kOverlap (also of source and target), kPinned, kNoRoom, kUnsupported (keep_source, and the size changes or nothing
   // moves), kReplaced (others changed the source again and again), kNoMetadata, kSystem. All is as it was then,
   // but for the target of kReplace.
   Result<PageRange> Remap(PageRange range, Pages count, const RemapOptions& options = {});
@@ -253,6 +264,8 @@ class AddressSpace {
   PageRange reservation() const { return reservation_; }
   bool Contains(const void* address) const { return reservation_.Contains(PageNumber::Of(address)); }
   os::Kernel& kernel() const { return *kernel_; }
+  // Keeps backings that a lookup reported from being destroyed while a reader is inside. Tick polls it.
+  sync::EpochDomain& epochs() { return epochs_; }
   AddressSpaceStats Stats() const;
   // How long tree locks were held since Create, all regions together; empty unless
   // AddressSpaceOptions::record_tree_lock_holds is set.
@@ -276,6 +289,8 @@ class AddressSpace {
   void CheckInvariants() const;
 
  private:
+  friend class Pin;
+
   struct ForkGuards;
   // On cache lines of its own: lockers of different regions write no common line.
   struct alignas(kCacheLineSize) PaddedRangeLock {
@@ -304,6 +319,10 @@ class AddressSpace {
   Error CheckDiscard(PageRange range, const sync::RangeLock::Guard* guard) const;
   // Map with a lock that its caller did not ask for.
   Result<PageRange> MapLocked(Pages count, const MapOptions& options, os::MemoryLock lock);
+  // Map with checked arguments.
+  Result<PageRange> MapAny(Pages count, const MapOptions& options);
+  // Map with a backing: counts its pages.
+  Result<PageRange> MapBacked(Pages count, const MapOptions& options);
   Result<PageRange> MapPopulated(Pages count, const MapOptions& options);
   // Map without populating.
   Result<PageRange> Place(Pages count, const MapOptions& options);
@@ -342,6 +361,7 @@ class AddressSpace {
   unsigned region_shift_ = 0;  // log2 of pages per region
   // Of new mappings; relaxed, any thread. Beside what every Map reads and nobody writes.
   std::atomic<os::MemoryLock> future_lock_{os::MemoryLock::kNone};
+  sync::EpochDomain epochs_;
   sync::SpinLock fork_lock_{sync::LockRank::kFork};
   ForkGuards* fork_guards_ = nullptr;  // changed under fork_lock_
 

@@ -92,13 +92,11 @@ Vma* Region::SplitLocked(Vma* vma, RegionPage page) {
     VmaWriter writer(*upper);
     writer.SetRange(page, vma->end_page() - page);
     writer.SetState(vma->state.load(std::memory_order_relaxed));
-    writer.SetProtection(vma->protection.load(std::memory_order_relaxed));
-    writer.SetLock(vma->lock.load(std::memory_order_relaxed));
-    writer.SetGeneration(vma->generation.load(std::memory_order_relaxed));
+    writer.SetAttributes(vma->attributes());
   }
   upper->knowledge = vma->knowledge;
   upper->kernel_vma = vma->kernel_vma;
-  upper->moved = vma->moved;
+  upper->foreign = vma->foreign;
   upper->busy = vma->busy;
   const VmaTree::Path path = tree_.Find(vma->first_page());
   VmaWriter(*vma).SetRange(vma->first_page(), page - vma->first_page());
@@ -172,11 +170,7 @@ void Region::MergeMappedLocked(RegionPage first, RegionPage end) {
     Vma* next = NextLocked(vma);
     if (next == nullptr) return;
     const bool same = !vma->busy && !next->busy && vma->Is(VmaState::kMapped) && next->Is(VmaState::kMapped) &&
-                      vma->generation.load(std::memory_order_relaxed) ==
-                          next->generation.load(std::memory_order_relaxed) &&
-                      vma->protection.load(std::memory_order_relaxed) ==
-                          next->protection.load(std::memory_order_relaxed) &&
-                      vma->lock.load(std::memory_order_relaxed) == next->lock.load(std::memory_order_relaxed);
+                      vma->attributes() == next->attributes();
     if (!same) {
       vma = next;
       continue;
@@ -184,7 +178,7 @@ void Region::MergeMappedLocked(RegionPage first, RegionPage end) {
     if (vma->knowledge != next->knowledge) vma->knowledge = Knowledge::kUnknown;
     // What one of them needs when it is unmapped does no harm to the other.
     vma->kernel_vma = vma->kernel_vma || next->kernel_vma;
-    vma->moved = vma->moved || next->moved;
+    vma->foreign = vma->foreign || next->foreign;
     AbsorbNextLocked(vma);
   }
 }
@@ -245,16 +239,13 @@ void Region::GiveBackLocked(Vma* vma) {
 }
 
 // Pages become visible to lookups here, all at once.
-void Region::PublishLocked(Vma* vma, RegionPage count, os::Protection protection, os::MemoryLock lock,
-                           std::uint64_t generation) {
+void Region::PublishLocked(Vma* vma, RegionPage count, const VmaAttributes& attributes) {
   FREEHOLD_DCHECK(!vma->Is(VmaState::kFree));
   {
     VmaWriter writer(*vma);
     writer.SetRange(vma->first_page(), count);
     writer.SetState(VmaState::kMapped);
-    writer.SetProtection(protection);
-    writer.SetLock(lock);
-    writer.SetGeneration(generation);
+    writer.SetAttributes(attributes);
   }
   mapped_pages_.Add(count);
   vmas_.Add(1);
@@ -321,6 +312,7 @@ void Region::AddStats(AddressSpaceStats& stats) const {
   stats.vmas += vmas_.get();
   stats.maps += maps_.get();
   stats.unmaps += unmaps_.get();
+  stats.deferred_unmaps += deferred_extents_.get();
   stats.reuses += reuses_.get();
   stats.zeroed_pages += zeroed_pages_.get();
   stats.heap_splits += heap_splits_.get();
@@ -341,6 +333,7 @@ void Region::CheckInvariants() const {
   std::size_t cached = 0;
   std::uint64_t mapped = 0;
   std::uint64_t vmas = 0;
+  std::uint64_t deferred = 0;
   bool previous_free = false;
   VmaTree::Path path = tree_.Find(0);
   do {
@@ -349,7 +342,9 @@ void Region::CheckInvariants() const {
     FREEHOLD_CHECK(!(free && previous_free));
     FREEHOLD_CHECK(!free || vma->knowledge == Knowledge::kClean);
     FREEHOLD_CHECK(!free || vma->is_zones_own());
-    FREEHOLD_CHECK(free || vma->Is(VmaState::kCached) || vma->Is(VmaState::kMapped));
+    const bool waits = vma->Is(VmaState::kDeferred);
+    FREEHOLD_CHECK(free || waits || vma->Is(VmaState::kCached) || vma->Is(VmaState::kMapped));
+    if (waits) ++deferred;
     previous_free = free;
     if (vma->Is(VmaState::kCached)) ++cached;
     if (vma->Is(VmaState::kMapped)) {
@@ -360,6 +355,7 @@ void Region::CheckInvariants() const {
   FREEHOLD_CHECK(cached == free_.extents());
   FREEHOLD_CHECK(mapped == mapped_pages_.get());
   FREEHOLD_CHECK(vmas == vmas_.get());
+  FREEHOLD_CHECK(deferred == deferred_extents_.get());
 }
 
 }  // namespace freehold::vm

@@ -8,7 +8,8 @@
 // Invariants:    G1. Extents tile the region (T1-T3 in vma_tree.h).
 //                G2. A kPending extent belongs to the one Map that set its generation. Whoever holds its range
 //                    exclusively may take it away, which changes the generation.
-//                G3. A kDetached extent lies under a range guard of the Unmap that detached it.
+//                G3. A kDetached extent lies under a range guard of the Unmap that detached it; a kDeferred one is
+//                    neither cut nor merged.
 //                G4. A verb visits at most kExtentsPerHold extents in one hold of tree_lock_. One over more of them
 //                    goes on in further holds, under its range lock; between, lookups find part of it done.
 //                G5. A free extent of a heap zone has the zone's own protection; one of the mapping zone is
@@ -28,6 +29,7 @@
 #include "vm/purge_stage.h"
 #include "vm/result.h"
 #include "vm/sync/range_lock.h"
+#include "vm/sync/request_tree.h"
 #include "vm/sync/spin_lock.h"
 #include "vm/vma.h"
 #include "vm/vma_tree.h"
@@ -44,6 +46,8 @@ class RegionCounter {
  private:
   std::atomic<std::uint64_t> value_{0};
 };
+
+class Pin;
 
 class alignas(kCacheLineSize) Region {
  public:
@@ -102,6 +106,12 @@ class alignas(kCacheLineSize) Region {
   // Copies up to `capacity` of the next mapped VMAs from `from` on, in order, and no page below it; returns how
   // many, and in `from` where to go on: the end of the region when it has seen all.
   std::size_t CopyVmas(PageNumber& from, VmaInfo* out, std::size_t capacity) const;
+  // pin.cc
+  // Error: kNotMapped.
+  Error Enter(Pin& pin);
+  void Leave(Pin& pin);
+  // Unmaps what could not be unmapped when its last pin went.
+  void RetryDeferred();
   // purge.cc
   // Gives cached extents freed at or before `until` back, the oldest first, until at most `keep` pages of
   // possibly resident memory are left in the bins. Returns the pages given back.
@@ -128,15 +138,16 @@ class alignas(kCacheLineSize) Region {
     Vma* vma = nullptr;
     RegionPage first = 0;
     PageRange range;  // unless there is nothing to do
-    std::uint64_t generation = 0;
-    os::Protection protection = os::Protection::kReadWrite;
+    VmaAttributes attributes;  // of the mapping to be
     bool commit = false;   // the first use of this part of the region
     bool protect = false;  // its kernel protection is not the one asked for
     bool zero = false;
     bool unguard = false;  // strict unmap made it trap
     bool relock = false;   // it is not locked as asked for
-    os::MemoryLock lock = os::MemoryLock::kNone;
-    bool needed() const { return commit || protect || zero || unguard || relock; }
+    bool reset = false;    // in the mapping zone: the kernel has something of another mapping there
+    bool needed() const {
+      return commit || protect || zero || unguard || relock || reset || attributes.backing != nullptr;
+    }
   };
 
   // What a verb does to this many extents takes about a microsecond.
@@ -212,11 +223,10 @@ class alignas(kCacheLineSize) Region {
   void GiveBackLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // To kMapped, `count` pages from its first on: visible to lookups. REQUIRES: not kFree; what else lies in
   // those pages is dropped afterwards.
-  void PublishLocked(Vma* vma, RegionPage count, os::Protection protection, os::MemoryLock lock,
-                     std::uint64_t generation) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  void PublishLocked(Vma* vma, RegionPage count, const VmaAttributes& attributes) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
 
   // lookup.cc
-  VmaInfo InfoOf(const VmaTree::View& view, VmaState& state) const;
+  VmaInfo InfoOf(PageRange range, const VmaAttributes& attributes) const;
 
   // region.cc: what the kernel has made readable and writable. Heap zones grow by chunks.
   Error Commit(PageRange range);
@@ -241,7 +251,7 @@ class alignas(kCacheLineSize) Region {
   Result<PageRange> Finish(const Preparation& preparation, const Guard& guard);
   Error Prepare(const Preparation& preparation);
   // What MapFixed finds in its range.
-  enum class ClaimResult : std::uint8_t { kClaimed, kMore, kOverlap, kPurging, kNoMetadata };
+  enum class ClaimResult : std::uint8_t { kClaimed, kMore, kOverlap, kPinned, kPurging, kNoMetadata };
   struct Claim {
     RegionPage first;
     RegionPage end;
@@ -251,10 +261,16 @@ class alignas(kCacheLineSize) Region {
     // Of what is claimed so far:
     bool clean = true;    // no page was used since it was last zero
     bool locked = false;  // the kernel has some of it locked
-    bool moved = false;   // some of it came by Remap
+    bool foreign = false;  // some of it came by Remap
+    bool backed = false;   // some of it has a backing, or the remains of one
+    bool occupied = false; // some of it is mapped
+    // The kernel may have something of a backing that it refused in what is claimed.
+    bool spoiled = false;
   };
   Result<Claim> ClaimFixed(RegionPage first, RegionPage end, Placement placement);
   ClaimResult ClaimLocked(Claim& claim) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // Whether a fixed map of this placement takes what `vma` has, or why not.
+  static bool MayClaim(const Vma& vma, Placement placement, ClaimResult& refusal);
   bool StartClaimLocked(Claim& claim, ClaimResult& refusal) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   Vma* ClaimExtentLocked(RegionPage page, Claim& claim) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   void Unclaim(const Claim& claim);
@@ -262,7 +278,9 @@ class alignas(kCacheLineSize) Region {
   Result<PageRange> MapHeld(PageRange range, const MapOptions& options, std::uint64_t generation,
                             const Guard& guard);
   void PublishFixed(const Claim& claim, const MapOptions& options, std::uint64_t continued);
-  Error PrepareFixed(PageRange range, const MapOptions& options, const Claim& claim, const Guard& guard);
+  Error PrepareFixed(PageRange range, const MapOptions& options, Claim& claim, const Guard& guard);
+  Error ReplaceInKernel(PageRange range, const MapOptions& options, Claim& claim);
+  void FlushBackings(PageRange range, const Guard& guard);
   // Fills with zeroes: by memset where that is cheaper than faults, else by a discard.
   Error MakeZero(PageRange range, bool writable);
 
@@ -285,8 +303,8 @@ class alignas(kCacheLineSize) Region {
   // unmap.cc
   // Unmaps `part` without its range lock, if nobody has that and RetireWholeLocked does it.
   bool UnmapWhole(PageRange part, bool& over_limit);
-  // Puts the zone's own kernel VMA in the place of one that a Remap moved here.
-  bool ReplaceMoved(PageRange range);
+  // Heap zones: puts the zone's own kernel VMA in the place of another, without access.
+  Error ReplaceForeign(PageRange range);
   // The common case: `part` is exactly one mapped extent that needs no kernel work. False otherwise.
   bool RetireWholeLocked(PageRange part, std::size_t sampled) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Whether a border of `part` goes through a mapped extent.
@@ -296,15 +314,20 @@ class alignas(kCacheLineSize) Region {
     RegionPage next = 0;
     RegionPage end = 0;
     std::uint64_t newest = 0;  // generation: later mappings came into holes of the range and stay
+    bool pinned = false;   // all of it waits for pins: see pin.cc
     bool zap = false;      // some of it needs kernel work
+    bool backed = false;   // some of it has a backing
     bool reset = false;    // in the mapping zone: some of it was ever accessible
   };
   // Cuts mapped extents at the borders of `part`.
-  Detachment StartDetachLocked(PageRange part) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  Detachment StartDetachLocked(PageRange part, bool pinned) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Takes up to kExtentsPerHold extents away from lookups; true when that was all.
   bool DetachLocked(Detachment& detachment) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // Whether an extent that is unmapped gives the kernel work.
+  bool NeedsZap(const Vma& vma) const;
+  void NoteDetached(const Vma& vma, Detachment& detachment) const;
   void RetireLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
-  Error ZapDetached(PageRange part, bool reset, const Guard& guard);
+  Error ZapDetached(PageRange part, const Detachment& detachment, const Guard& guard);
   bool Trap(PageRange range);
   Error Untrap(PageRange range);
   void RemapDetached(PageRange part);
@@ -317,6 +340,13 @@ class alignas(kCacheLineSize) Region {
   // Whether something in [first, end) has another protection; kNotMapped where something is not mapped.
   Result<bool> ProtectionDiffers(RegionPage first, RegionPage end, os::Protection protection) const;
   void RecordProtection(RegionPage first, RegionPage end, os::Protection protection);
+
+  // pin.cc
+  bool IsPinnedLocked(PageRange range) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  void DeferLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  void RetryLaterLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // Finishes an Unmap that found `extent` pinned.
+  void FinishDeferred(PageRange extent);
 
   // purge.cc
   bool OverFreeLimit() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
@@ -349,12 +379,16 @@ class alignas(kCacheLineSize) Region {
   Vma* spare_vmas_ ABSL_GUARDED_BY(tree_lock_) = nullptr;
   std::size_t spare_vma_count_ ABSL_GUARDED_BY(tree_lock_) = 0;
   std::uint64_t last_generation_ ABSL_GUARDED_BY(tree_lock_);
+  sync::RequestTree pins_ ABSL_GUARDED_BY(tree_lock_);
+  std::uint32_t forks_ ABSL_GUARDED_BY(tree_lock_) = 0;         // in how many generations of children this lives
+  Vma* unfinished_ ABSL_GUARDED_BY(tree_lock_) = nullptr;  // deferred extents that no pin will finish
   std::atomic<std::uint32_t> purges_in_flight_{0};  // extents in kPurging; changed under tree_lock_
 
   RegionCounter mapped_pages_;
   RegionCounter vmas_;
   RegionCounter maps_;
   RegionCounter unmaps_;
+  RegionCounter deferred_extents_;
   RegionCounter reuses_;
   RegionCounter zeroed_pages_;
   RegionCounter heap_splits_;

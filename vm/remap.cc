@@ -11,6 +11,7 @@
 #include <algorithm>
 
 #include "vm/address_space.h"
+#include "vm/backing.h"
 #include "vm/os/check.h"
 #include "vm/purge_stage.h"
 #include "vm/region.h"
@@ -65,6 +66,7 @@ Result<PageRange> AddressSpace::RemapVma(const VmaInfo& vma, PageRange range, Pa
 
 Result<PageRange> AddressSpace::MoveVma(const VmaInfo& vma, PageRange range, Pages count,
                                         const RemapOptions& options) {
+  if (vma.backing != nullptr) return ErrorCode::kUnsupported;
   MapOptions map;
   map.placement = options.placement;
   map.address = options.address;
@@ -179,7 +181,7 @@ bool Region::IsStill(PageRange part, const VmaInfo& vma, const Guard& guard) con
   VmaState state;
   const VmaInfo now = LookupHeld(part.first, state, guard);
   return state == VmaState::kMapped && now.generation == vma.generation && now.range.Contains(part) &&
-         now.protection == vma.protection && now.lock == vma.lock;
+         now.protection == vma.protection && now.lock == vma.lock && now.backing == vma.backing;
 }
 
 Result<PageRange> Region::Grow(PageRange part, Pages count, const VmaInfo& vma) {
@@ -191,14 +193,25 @@ Result<PageRange> Region::Grow(PageRange part, Pages count, const VmaInfo& vma) 
   options.placement = Placement::kFixed;
   options.protection = vma.protection;
   options.lock = vma.lock;
-  const Result<PageRange> added = MapHeld({part.end, wanted.end}, options, vma.generation, guard);
+  const PageRange more = {part.end, wanted.end};
+  if (vma.backing != nullptr) {
+    options.backing = vma.backing;
+    options.backing_page = vma.backing_page + (part.end - vma.range.first).value;
+    vma.backing->AddPages(more.count().value);
+  }
+  const Result<PageRange> added = MapHeld(more, options, vma.generation, guard);
   if (added.ok()) return wanted;
+  if (vma.backing != nullptr) vma.backing->DropPages(more.count().value);
   return added.error().code == ErrorCode::kOverlap ? Error{ErrorCode::kNoRoom} : added.error();
 }
 
 Error Region::Isolate(PageRange part, const VmaInfo& vma, const Guard& guard) {
   FREEHOLD_DCHECK(guard.Covers(part, Mode::kExclusive));
   if (!IsStill(part, vma, guard)) return {ErrorCode::kReplaced};
+  {
+    sync::SpinLockHolder holder(tree_lock_);
+    if (IsPinnedLocked(part)) return {ErrorCode::kPinned};
+  }
   if (const Error error = MakeBusy(ToRegion(part.first), ToRegion(part.end)); !error.ok()) return error;
   sync::SpinLockHolder holder(tree_lock_);
   // It may become readable for the copy: then it needs a reset.
@@ -221,12 +234,17 @@ Error Region::UnmapIsolated(PageRange part, const Guard& guard) {
     // What is resident of it now, nobody has counted.
     tree_.Find(ToRegion(part.first)).vma()->knowledge = Knowledge::kUnknown;
     unmaps_.Add(1);
-    if (RetireWholeLocked(part, kNoSample)) return Error::Ok();
+    // Pinned since Isolate has looked.
+    const bool pinned = IsPinnedLocked(part);
+    if (!pinned && RetireWholeLocked(part, kNoSample)) return Error::Ok();
     // It is one extent, and so one hold; nothing is left to cut.
-    detachment = StartDetachLocked(part);
+    detachment = StartDetachLocked(part, pinned);
     FREEHOLD_CHECK(DetachLocked(detachment));
   }
-  return detachment.zap ? ZapDetached(part, detachment.reset, guard) : Error::Ok();
+  if (!detachment.zap) return Error::Ok();
+  const Error error = ZapDetached(part, detachment, guard);
+  if (!error.ok()) RemapDetached(part);
+  return error;
 }
 
 Error Region::PrepareTarget(PageRange part, const VmaInfo& vma, const Guard& guard) {
@@ -245,7 +263,7 @@ void Region::SetMoved(PageRange target, const Guard& guard) {
   Vma* vma = tree_.Find(ToRegion(target.first)).vma();
   vma->knowledge = Knowledge::kUnknown;
   // In the mapping zone every unmap resets.
-  vma->moved = is_heap();
+  vma->foreign = is_heap();
 }
 
 void Region::Adopt(PageRange part, std::uint64_t generation, const Guard& guard) {

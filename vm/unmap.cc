@@ -6,6 +6,7 @@
 // which only this verb's range guard protects.
 #include <algorithm>
 
+#include "vm/backing.h"
 #include "vm/os/check.h"
 #include "vm/region.h"
 
@@ -24,13 +25,16 @@ Error Region::Unmap(PageRange part) {
     Guard guard(range_lock_, part, Mode::kExclusive, sync::Operation::kUnmap);
     const std::size_t sampled = sample ? SampleResidency(part) : kNoSample;
     Detachment detachment;
+    bool pinned = false;
     for (bool started = false, done = false; !done;) {
       {
         sync::SpinLockHolder holder(tree_lock_);
         if (!started) {
-          done = RetireWholeLocked(part, sampled);
+          // No pin comes while the range is held exclusively.
+          pinned = IsPinnedLocked(part);
+          done = !pinned && RetireWholeLocked(part, sampled);
           started = done || HasMetadataLocked() || !IsCutLocked(part);
-          if (started && !done) detachment = StartDetachLocked(part);
+          if (started && !done) detachment = StartDetachLocked(part, pinned);
         }
         if (started && !done) done = DetachLocked(detachment);
         over_limit = OverFreeLimit();
@@ -41,7 +45,10 @@ Error Region::Unmap(PageRange part) {
     }
     if (detachment.zap) {
       guard.Downgrade();
-      if (const Error error = ZapDetached(part, detachment.reset, guard); !error.ok()) return error;
+      if (const Error error = ZapDetached(part, detachment, guard); !error.ok()) {
+        RemapDetached(part);
+        return error;
+      }
     }
   }
   if (over_limit) {
@@ -54,7 +61,7 @@ Error Region::Unmap(PageRange part) {
 // the lock makes the holder visible here; if it comes after, it finds nothing mapped.
 bool Region::UnmapWhole(PageRange part, bool& over_limit) {
   sync::SpinLockHolder holder(tree_lock_);
-  if (range_lock_.MayBeHeld(part) || !RetireWholeLocked(part, kNoSample)) return false;
+  if (range_lock_.MayBeHeld(part) || IsPinnedLocked(part) || !RetireWholeLocked(part, kNoSample)) return false;
   unmaps_.Add(1);
   over_limit = OverFreeLimit();
   return true;
@@ -105,7 +112,7 @@ bool Region::IsCutLocked(PageRange part) const {
 //   before   |  A  |  hole  |  B     |        A, B mapped
 //               part.first      part.end
 //   after    | A|d |  hole  | d |  B |        d: detached, or free at once
-Region::Detachment Region::StartDetachLocked(PageRange part) {
+Region::Detachment Region::StartDetachLocked(PageRange part, bool pinned) {
   const RegionPage first = ToRegion(part.first);
   const RegionPage end = ToRegion(part.end);
   // Free extents that cross the borders stay as they are.
@@ -114,7 +121,7 @@ Region::Detachment Region::StartDetachLocked(PageRange part) {
     Vma* vma = tree_.Find(border).vma();
     if (vma->Is(VmaState::kMapped) && vma->first_page() < border) SplitLocked(vma, border);
   }
-  return {.next = first, .end = end, .newest = last_generation_};
+  return {.next = first, .end = end, .newest = last_generation_, .pinned = pinned};
 }
 
 // Whoever maps in a hole of the range needs no range lock (MapOnce): such a mapping has a newer generation.
@@ -127,15 +134,18 @@ bool Region::DetachLocked(Detachment& detachment) {
       continue;
     }
     vma->busy = false;
-    if (is_heap() && vma->is_zones_own() && !shared_.options->strict_unmap) {
+    if (!detachment.pinned && !NeedsZap(*vma)) {
       RetireLocked(vma);
       continue;
     }
     mapped_pages_.Subtract(vma->page_count());
     vmas_.Subtract(1);
+    if (detachment.pinned) {
+      DeferLocked(vma);
+      continue;
+    }
     SetStateLocked(vma, VmaState::kDetached);
-    detachment.zap = true;
-    detachment.reset = detachment.reset || (!is_heap() && !vma->is_zones_own());
+    NoteDetached(*vma, detachment);
   }
   detachment.next = page;
   if (page >= detachment.end) return true;
@@ -147,16 +157,23 @@ bool Region::DetachLocked(Detachment& detachment) {
   return false;
 }
 
-Error Region::ZapDetached(PageRange part, bool reset, const Guard& guard) {
+bool Region::NeedsZap(const Vma& vma) const {
+  return !is_heap() || !vma.is_zones_own() || shared_.options->strict_unmap;
+}
+
+void Region::NoteDetached(const Vma& vma, Detachment& detachment) const {
+  detachment.zap = true;
+  detachment.backed = detachment.backed || vma.attributes().backing != nullptr;
+  detachment.reset = detachment.reset || (!is_heap() && !vma.is_zones_own());
+}
+
+Error Region::ZapDetached(PageRange part, const Detachment& detachment, const Guard& guard) {
   FREEHOLD_DCHECK(guard.Covers(part, Mode::kShared));
-  // In the mapping zone one call resets all of the part, or fails, and then all of it is mapped again. Nothing
-  // but this verb's own extents has pages or protections in the part: others map under the range. Without
+  // In the mapping zone one call resets all of the part, or fails, and then nothing is lost. Nothing but this verb's own extents has pages or protections in the part: others map under the range. Without
   // anything that was ever accessible there is no call.
-  if (reset) {
-    if (const Error error = shared_.kernel->Reset(part); !error.ok()) {
-      RemapDetached(part);
-      return error;
-    }
+  if (detachment.backed) FlushBackings(part, guard);
+  if (detachment.reset) {
+    if (const Error error = shared_.kernel->Reset(part); !error.ok()) return error;
   }
   for (PageNumber page = part.first; page < part.end;) {
     VmaState state;
@@ -165,27 +182,30 @@ Error Region::ZapDetached(PageRange part, bool reset, const Guard& guard) {
     page = extent.end;
     if (state != VmaState::kDetached) continue;
     Vma* vma;
-    bool moved;
+    bool foreign;
     {
       sync::SpinLockHolder holder(tree_lock_);
       vma = tree_.Find(ToRegion(extent.first)).vma();
-      moved = vma->moved;
+      foreign = vma->foreign;
     }
     // A reset drops content and locks: that of the whole part, or the extent's own.
     bool clean = !is_heap();
     bool restored = true;
     bool unlocked = true;
     if (is_heap()) {
-      const bool replaced = moved && ReplaceMoved(extent);
-      moved = moved && !replaced;
+      const bool replaced = foreign && ReplaceForeign(extent).ok();
+      foreign = foreign && !replaced;
       clean = replaced;
       if (!replaced && detached.lock != os::MemoryLock::kNone) unlocked = shared_.kernel->UnlockMemory(extent).ok();
       restored = shared_.kernel->Protect(extent, os::Protection::kReadWrite).ok();
       if (shared_.options->strict_unmap) clean = Trap(extent) || clean;
     }
+    DroppedPages<1> dropped;
     sync::SpinLockHolder holder(tree_lock_);
+    dropped.Add(detached.backing, vma->page_count());
     vma->kernel_vma = !restored;
-    vma->moved = moved && is_heap();
+    vma->foreign = foreign && is_heap();
+    VmaWriter(*vma).SetBacking(nullptr, 0);
     if (unlocked) VmaWriter(*vma).SetLock(os::MemoryLock::kNone);
     if (clean && vma->is_zones_own()) {
       FreeLocked(vma);
@@ -196,13 +216,13 @@ Error Region::ZapDetached(PageRange part, bool reset, const Guard& guard) {
   return Error::Ok();
 }
 
-// Leaves it without access. A kernel without huge pages does without the advice.
-bool Region::ReplaceMoved(PageRange range) {
-  if (!shared_.kernel->Reset(range).ok()) return false;
+// A kernel without huge pages does without the advice.
+Error Region::ReplaceForeign(PageRange range) {
+  if (const Error error = shared_.kernel->Reset(range); !error.ok()) return error;
   if (zone_ == Zone::kDense && shared_.kernel->features().huge_pages) {
     (void)shared_.kernel->AdviseHugePages(range, os::HugePages::kPrefer);
   }
-  return true;
+  return Error::Ok();
 }
 
 // Strict unmap: accesses to `range` trap from now on; its content is gone. False when the kernel refuses.
