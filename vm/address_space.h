@@ -21,6 +21,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <string_view>
 
 #include "absl/types/span.h"
 #include "vm/os/kernel.h"
@@ -76,6 +77,8 @@ struct AddressSpaceOptions {
 
 enum class Placement : std::uint8_t {
   kAnywhere,  // `address` is ignored
+  kHint,      // at `address`, rounded down to a page, if memory of this kind lives there and all of it is free;
+              // else anywhere. Slower than kAnywhere
   kFixed,     // exactly at `address`; kOverlap when something is mapped there
   kReplace,   // exactly at `address`; what is mapped there is unmapped, atomically to lookups
 };
@@ -121,6 +124,11 @@ struct PopulateOptions {
   // Called after every chunk, with no lock held, with the pages done so far. May be null.
   void (*progress)(void* context, Pages done) = nullptr;
   void* progress_context = nullptr;
+};
+
+struct SnapshotResult {
+  std::size_t vmas = 0;  // in the space: more than were copied if there was too little room
+  bool instant = false;  // all of them at one moment
 };
 
 // What Advise says about memory. Hints, but for kDontNeed.
@@ -208,8 +216,8 @@ class AddressSpace {
   // zero; a kLocked mapping is populated before it returns. A target becomes visible to lookups before the source
   // goes, and what others do to the source's content meanwhile may be lost. Errors: kEmpty, kOverflow, kUnaligned
   // (target), kOutsideReservation (source; target not inside one region), kNotMapped (also of several VMAs),
-  // kOverlap (also of source and target), kPinned, kNoRoom, kUnsupported (keep_source, and the size changes or nothing
-  // moves), kReplaced (others changed the source again and again), kNoMetadata, kSystem. All is as it was then,
+  // kOverlap (also of source and target), kPinned, kNoRoom, kUnsupported (kHint; keep_source, and the size changes or
+  // nothing moves), kReplaced (others changed the source again and again), kNoMetadata, kSystem. All is as it was then,
   // but for the target of kReplace.
   Result<PageRange> Remap(PageRange range, Pages count, const RemapOptions& options = {});
 
@@ -273,6 +281,19 @@ class AddressSpace {
   // How long `operation` waited for and held range locks since Create; empty unless
   // AddressSpaceOptions::record_range_locks is set. What takes no range lock (vm/README.md) does not count.
   sync::LockTimes RangeLockTimes(sync::Operation operation) const;
+
+  // Copies every mapped VMA in ascending order to `out`, as far as there is room. Waits for nobody but holders of a
+  // tree lock, and nobody waits for it longer than that. Each page is reported at most once, and as it was at some
+  // moment during the call; if the result says `instant`, the same moment for all. It does unless others kept
+  // changing the space during each of several attempts.
+  SnapshotResult Snapshot(absl::Span<VmaInfo> out) const;
+
+  // How often something that lookups see has changed: as long as this stays, a snapshot holds.
+  std::uint64_t Changes() const;
+
+  // Writes what is mapped as /proc/PID/maps does, line by line, backings named as they describe themselves. No lock
+  // is held during a call of `write`.
+  void WriteMaps(void (*write)(void* context, std::string_view line), void* context);
 
   // Calls `visit` for every mapped VMA in ascending order, from consistent copies of up to 64 VMAs of a region;
   // no lock is held during the call. Pages mapped all the time are visited once; no page is visited twice: of a
@@ -343,6 +364,7 @@ class AddressSpace {
   Error AdvisePart(PageRange part, std::uint64_t generation, Advice advice);
   Result<PageRange> MapInZone(Zone zone, Pages count, const MapOptions& options);
   Result<PageRange> MapElsewhere(Zone zone, std::size_t own, Pages count, const MapOptions& options);
+  Result<PageRange> MapNear(Pages count, const MapOptions& options);
   Result<PageRange> MapAt(Pages count, const MapOptions& options);
   Result<Pages> PopulateVma(PageRange part, std::uint64_t generation, const PopulateOptions& options,
                             Pages before);

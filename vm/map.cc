@@ -414,6 +414,7 @@ void Region::PublishFixed(const Claim& claim, const MapOptions& options, std::ui
       PublishLocked(vma, page - from, attributes);
     } else {
       VmaWriter(*vma).SetRange(claim.first, page - claim.first);
+      changes_.Add(1);
       mapped_pages_.Add(page - from);
     }
     while (NextLocked(vma) != nullptr && NextLocked(vma)->first_page() < page) DropNextLocked(vma);

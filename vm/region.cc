@@ -247,6 +247,7 @@ void Region::PublishLocked(Vma* vma, RegionPage count, const VmaAttributes& attr
     writer.SetState(VmaState::kMapped);
     writer.SetAttributes(attributes);
   }
+  changes_.Add(1);
   mapped_pages_.Add(count);
   vmas_.Add(1);
   maps_.Add(1);

@@ -42,6 +42,8 @@ class RegionCounter {
   void Add(std::uint64_t n) { value_.store(get() + n, std::memory_order_relaxed); }
   void Subtract(std::uint64_t n) { value_.store(get() - n, std::memory_order_relaxed); }
   std::uint64_t get() const { return value_.load(std::memory_order_relaxed); }
+  // What the caller does next comes after this.
+  std::uint64_t get_acquire() const { return value_.load(std::memory_order_acquire); }
 
  private:
   std::atomic<std::uint64_t> value_{0};
@@ -125,6 +127,8 @@ class alignas(kCacheLineSize) Region {
   PageRange range() const { return range_; }
   sync::RangeLock& range_lock() const { return range_lock_; }
   bool is_heap() const { return zone_ != Zone::kMapping; }
+  // How often something that lookups see has changed; splits and merges change nothing.
+  std::uint64_t changes() const { return changes_.get_acquire(); }
   void AddStats(AddressSpaceStats& stats) const;
   // Nothing unless AddressSpaceOptions::record_tree_lock_holds asked for it.
   sync::TimeHistogram TreeLockHolds() const;
@@ -384,6 +388,7 @@ class alignas(kCacheLineSize) Region {
   Vma* unfinished_ ABSL_GUARDED_BY(tree_lock_) = nullptr;  // deferred extents that no pin will finish
   std::atomic<std::uint32_t> purges_in_flight_{0};  // extents in kPurging; changed under tree_lock_
 
+  RegionCounter changes_;  // see snapshot.cc
   RegionCounter mapped_pages_;
   RegionCounter vmas_;
   RegionCounter maps_;

@@ -36,6 +36,7 @@ Result<PageRange> AddressSpace::Remap(PageRange range, Pages count, const RemapO
   if (count.value == 0) return ErrorCode::kEmpty;
   if (count >= reservation_.count()) return ErrorCode::kNoRoom;
   const bool moves = options.may_move || options.placement != Placement::kAnywhere;
+  if (options.placement == Placement::kHint) return ErrorCode::kUnsupported;
   if (options.keep_source && (!moves || count != range.count())) return ErrorCode::kUnsupported;
   for (int attempt = 0; attempt < kMaxAttempts; ++attempt) {
     const Result<VmaInfo> vma = Lookup(range.first);
@@ -272,6 +273,7 @@ void Region::Adopt(PageRange part, std::uint64_t generation, const Guard& guard)
   // It may come from a region that has seen more: an Unmap spares what is newer than itself (Detachment::newest).
   RaiseGenerationLocked(generation);
   VmaWriter(*tree_.Find(ToRegion(part.first)).vma()).SetGeneration(generation);
+  changes_.Add(1);
   MergeMappedLocked(ToRegion(part.first), ToRegion(part.end));
 }
 

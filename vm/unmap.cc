@@ -95,6 +95,7 @@ bool Region::RetireWholeLocked(PageRange part, std::size_t sampled) {
 }
 
 void Region::RetireLocked(Vma* vma) {
+  changes_.Add(1);
   mapped_pages_.Subtract(vma->page_count());
   vmas_.Subtract(1);
   CacheLocked(vma, vma->knowledge == Knowledge::kResident ? Knowledge::kResident : Knowledge::kUnknown);
@@ -138,6 +139,7 @@ bool Region::DetachLocked(Detachment& detachment) {
       RetireLocked(vma);
       continue;
     }
+    changes_.Add(1);
     mapped_pages_.Subtract(vma->page_count());
     vmas_.Subtract(1);
     if (detachment.pinned) {
@@ -243,6 +245,7 @@ void Region::RemapDetached(PageRange part) {
       page = vma->end_page();
       if (!vma->Is(VmaState::kDetached)) continue;
       SetStateLocked(vma, VmaState::kMapped);
+      changes_.Add(1);
       mapped_pages_.Add(vma->page_count());
       vmas_.Add(1);
     }
