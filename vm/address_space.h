@@ -104,6 +104,9 @@ struct MapOptions {
   // Where the content comes from, its page `backing_page` first; null: anonymous memory.
   Backing* backing = nullptr;
   std::uint64_t backing_page = 0;
+  // Unless null, gets the VmaInfo::generation of the new mapping: by the time of a lookup, others may have put a
+  // mapping of theirs in its place.
+  std::uint64_t* generation = nullptr;
 };
 
 // A copy of a VMA's attributes, valid at the moment of the lookup.
@@ -353,6 +356,8 @@ class AddressSpace {
   // Map without populating.
   Result<PageRange> Place(Pages count, const MapOptions& options);
   Result<PageRange> RemapVma(const VmaInfo& vma, PageRange range, Pages count, const RemapOptions& options);
+  // Unmaps what is left of the mapping `generation` in `range`, and nothing else, as far as that goes.
+  void UnmapOwn(PageRange range, std::uint64_t generation);
   Result<PageRange> MoveVma(const VmaInfo& vma, PageRange range, Pages count, const RemapOptions& options);
   Error MoveInto(const VmaInfo& vma, PageRange range, const VmaInfo& target_vma, PageRange target,
                  const RemapOptions& options);

@@ -76,7 +76,8 @@ class alignas(kCacheLineSize) Region {
   Result<PageRange> MapAnywhere(RegionPage count, const MapOptions& options);
   Result<PageRange> MapFixed(PageRange range, const MapOptions& options);
   // unmap.cc
-  Error Unmap(PageRange part);
+  // `only`: unless null, error kReplaced where `part` does not belong to this VMA, as it is there.
+  Error Unmap(PageRange part, const VmaInfo* only = nullptr);
   // protect.cc
   Error Protect(PageRange part, os::Protection protection);
   // remap.cc

@@ -1,5 +1,6 @@
 // Interleavings of two and three verbs on the same pages, made to happen: one is held up in the kernel, where it
 // holds its range lock, until the others were seen to wait.
+#include <atomic>
 #include <cerrno>
 #include <cstddef>
 #include <functional>
@@ -615,6 +616,74 @@ TEST_F(RaceTest, ARemapThatWaitedFindsItsSourceChanged) {
     EXPECT_EQ(Line(60), "AAAA" + std::string(56, '.'));
     EXPECT_EQ(*space_->Remap(P(0, 4), {8}), P(0, 8));
   }
+}
+
+//   page     0       8      16      24
+//   Advise   |-------|                   held up in the kernel: keeps the source
+//   Remap    |A A A A|      |A A A A|    has mapped its target, waits for the source
+//   others                  |B B B B|    unmap that, and map their own there
+//
+// Neither content nor an unmap meant for the target goes where others are by then.
+TEST_F(RaceTest, AMoveSparesWhatOthersMappedInThePlaceOfItsTarget) {
+  for (const bool all : {true, false}) {
+    SCOPED_TRACE(all ? "all of it" : "a part of it");
+    Gate gate;
+    MustMapAt(*space_, P(0, 8));
+    Fill(P(0, 8), 7);
+    kernel_.HoldNext(Operation::kAdviseReclaim, gate);
+    WatchedThread adviser([&] { EXPECT_TRUE(space_->Advise(P(0, 8), Advice::kCold).ok()); });
+    const bool arrived = gate.AwaitArrival();
+    Result<PageRange> moved = ErrorCode::kEmpty;
+    WatchedThread mover([&] {
+      moved = space_->Remap(P(0, 8), {8}, {.placement = Placement::kFixed, .address = P(16, 1).address()});
+    });
+    EXPECT_TRUE(mover.AwaitSleep());
+    EXPECT_EQ(Line(26), "AAAAAAAA........BBBBBBBB..");
+    const PageRange own = all ? P(16, 8) : P(18, 3);
+    EXPECT_TRUE(space_->Unmap(own).ok());
+    MustMapAt(*space_, own);
+    Fill(own, 9);
+    const std::uint64_t generation = space_->Lookup(own.first)->generation;
+    gate.Open();
+    adviser.Join();
+    mover.Join();
+    ASSERT_TRUE(arrived);
+    EXPECT_EQ(moved.error().code, ErrorCode::kOverlap) << "seen when it tried again";
+    EXPECT_EQ(space_->Lookup(own.first)->generation, generation);
+    EXPECT_TRUE(IsFilledWith(own, 9));
+    EXPECT_EQ(Line(26), all ? "AAAAAAAA........BBBBBBBB.." : "AAAAAAAA..........BBB.....");
+    EXPECT_TRUE(IsFilledWith(P(0, 8), 7));
+    space_->CheckInvariants();
+    ASSERT_TRUE(space_->Unmap(P(0, 24)).ok());
+  }
+}
+
+// The same, at any moment.
+TEST_F(RaceTest, MovesBesideOthersWhoTakeTheTarget) {
+  std::atomic<bool> done{false};
+  std::atomic<int> stolen{0};
+  WatchedThread thief([&] {
+    while (!done.load()) {
+      if (!space_->Unmap(P(16, 8)).ok() || !space_->Map({8}, At(P(16, 1).first)).ok()) continue;
+      Fill(P(16, 8), 9);
+      std::this_thread::yield();
+      // Only moves that succeeded before it was mapped, and none since, had content for these pages.
+      ASSERT_TRUE(IsFilledWith(P(16, 8), 9));
+      stolen.fetch_add(1);
+      ASSERT_TRUE(space_->Unmap(P(16, 8)).ok());
+    }
+  });
+  MustMapAt(*space_, P(0, 8));
+  for (int round = 0; round < 300 || (stolen.load() < 3 && !thief.done()); ++round) {
+    Fill(P(0, 8), 7);
+    const Result<PageRange> moved =
+        space_->Remap(P(0, 8), {8}, {.placement = Placement::kFixed, .address = P(16, 1).address()});
+    if (moved.ok()) MustMapAt(*space_, P(0, 8));
+    ASSERT_TRUE(IsFilledWith(P(0, 8), moved.ok() ? 0 : 7));
+  }
+  done.store(true);
+  thief.Join();
+  space_->CheckInvariants();
 }
 
 // Two moves cross: each locks its two ranges in ascending order.
