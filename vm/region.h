@@ -205,6 +205,16 @@ class alignas(kCacheLineSize) Region {
   Error MakeBusy(RegionPage first, RegionPage end);
   // Its end when it was refused.
   void EndBusy(RegionPage first, RegionPage end);
+  // These two go through the extents of [first, end), which the caller holds exclusively, so that what is mapped stays
+  // so from one hold of the tree lock to the next; kExtentsPerHold of them a hold.
+  // Calls `look(vma)`, which returns an Error. Errors: kNotMapped where something is not mapped; the first of `look`.
+  template <typename Look>
+  Error LookAtMapped(RegionPage first, RegionPage end, const Look& look) const;
+  // Calls `change(vma)` for what MakeBusy has cut out, merges what has become equal, and ends busy.
+  template <typename Change>
+  void ChangeBusy(RegionPage first, RegionPage end, const Change& change);
+  // A kernel VMA of a heap zone was split.
+  void CountHeapSplit();
   // Merges mapped neighbours of one mapping that have equal attributes, around and within [first, end), unless
   // they are busy.
   void MergeMappedLocked(RegionPage first, RegionPage end) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
@@ -296,13 +306,6 @@ class alignas(kCacheLineSize) Region {
   bool IsStill(PageRange part, const VmaInfo& vma, const Guard& guard) const;
 
   // lock_memory.cc
-  // What of [first, end) SetMemoryLock would change; kNotMapped where something is not mapped.
-  struct LockChange {
-    bool attribute = false;
-    bool in_kernel = false;  // for the kernel both kinds of lock are one
-  };
-  Result<LockChange> LockDiffers(RegionPage first, RegionPage end, os::MemoryLock lock) const;
-  void RecordLock(RegionPage first, RegionPage end, os::MemoryLock lock);
   Error LockInKernel(PageRange range, os::MemoryLock lock);
   // Locks every extent of `range` in the kernel as the tree says, and no other.
   void RestoreLocks(PageRange range, const Guard& guard);
@@ -345,11 +348,6 @@ class alignas(kCacheLineSize) Region {
   bool WantsSample(PageRange part);
   static constexpr std::size_t kNoSample = SIZE_MAX;
   std::size_t SampleResidency(PageRange part);
-
-  // protect.cc
-  // Whether something in [first, end) has another protection; kNotMapped where something is not mapped.
-  Result<bool> ProtectionDiffers(RegionPage first, RegionPage end, os::Protection protection) const;
-  void RecordProtection(RegionPage first, RegionPage end, os::Protection protection);
 
   // pin.cc
   bool IsPinnedLocked(PageRange range) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
@@ -406,6 +404,39 @@ class alignas(kCacheLineSize) Region {
   RegionCounter coarse_retries_;
   std::atomic<std::uint64_t> committed_pages_{0};
 };
+
+template <typename Look>
+Error Region::LookAtMapped(RegionPage first, RegionPage end, const Look& look) const {
+  for (RegionPage page = first; page < end;) {
+    sync::SpinLockHolder holder(tree_lock_);
+    for (int visits = 0; page < end && visits < kExtentsPerHold; ++visits) {
+      const Vma& vma = *tree_.Find(page).vma();
+      page = vma.end_page();
+      if (!vma.Is(VmaState::kMapped)) return {ErrorCode::kNotMapped};
+      if (const Error error = look(vma); !error.ok()) return error;
+    }
+  }
+  return Error::Ok();
+}
+
+template <typename Change>
+void Region::ChangeBusy(RegionPage first, RegionPage end, const Change& change) {
+  for (RegionPage page = first; page < end;) {
+    sync::SpinLockHolder holder(tree_lock_);
+    const RegionPage from = page;
+    for (int visits = 0; page < end && visits < kExtentsPerHold; ++visits) {
+      Vma& vma = *tree_.Find(page).vma();
+      page = vma.end_page();
+      change(vma);
+      changes_.Add(1);
+    }
+    if (page >= end) {
+      SetBusyLocked(first, end, false);
+      MergeMappedLocked(first, first + 1);
+    }
+    MergeMappedLocked(from, page < end ? page : end);
+  }
+}
 
 }  // namespace freehold::vm
 
