@@ -39,6 +39,7 @@ namespace freehold::vm {
 
 class Backing;
 class Pin;
+class Transaction;
 class MetadataArena;
 class PurgeStage;
 class Region;
@@ -107,6 +108,8 @@ struct MapOptions {
   // Unless null, gets the VmaInfo::generation of the new mapping: by the time of a lookup, others may have put a
   // mapping of theirs in its place.
   std::uint64_t* generation = nullptr;
+
+  bool populates() const { return populate || lock == os::MemoryLock::kLocked; }
 };
 
 // A copy of a VMA's attributes, valid at the moment of the lookup.
@@ -317,6 +320,7 @@ class AddressSpace {
 
  private:
   friend class Pin;
+  friend class Transaction;
 
   struct ForkGuards;
   // On cache lines of its own: lockers of different regions write no common line.

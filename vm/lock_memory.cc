@@ -88,7 +88,10 @@ Error Region::SetMemoryLock(PageRange part, MemoryLock lock) {
       EndBusy(first, end);
       return error;
     }
-    if (is_heap() && locks) CountHeapSplit();
+    if (is_heap() && locks) {
+      sync::SpinLockHolder holder(tree_lock_);
+      heap_splits_.Add(1);
+    }
   }
   ChangeBusy(first, end, [&](Vma& vma) {
     VmaWriter(vma).SetLock(lock);

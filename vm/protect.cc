@@ -14,14 +14,9 @@ Error Region::Protect(PageRange part, os::Protection protection) {
   const Guard guard(range_lock_, part, Mode::kExclusive, sync::Operation::kProtect);
   const RegionPage first = ToRegion(part.first);
   const RegionPage end = ToRegion(part.end);
-  bool differs = false;
-  const Error refusal = LookAtMapped(first, end, [&](const Vma& vma) {
-    const VmaAttributes now = vma.attributes();
-    if (now.backing != nullptr && !now.backing->Allows(protection)) return Error{ErrorCode::kDenied};
-    differs = differs || now.protection != protection;
-    return Error::Ok();
-  });
-  if (!refusal.ok() || !differs) return refusal;
+  const Result<bool> differs = ProtectionDiffers(first, end, protection);
+  if (!differs.ok()) return differs.error();
+  if (!*differs) return Error::Ok();
   if (!shared_.notifiers->empty()) Invalidate(part, Invalidation::kProtect, guard);
   if (const Error error = MakeBusy(first, end); !error.ok()) return error;
   if (const Error error = shared_.kernel->Protect(part, protection); !error.ok()) {
@@ -29,14 +24,33 @@ Error Region::Protect(PageRange part, os::Protection protection) {
     EndBusy(first, end);
     return error;
   }
+  for (RegionPage page = first; page < end;) {
+    sync::SpinLockHolder holder(tree_lock_);
+    RecordProtectionLocked(first, end, protection, page);
+  }
+  return Error::Ok();
+}
+
+Result<bool> Region::ProtectionDiffers(RegionPage first, RegionPage end, os::Protection protection) const {
+  bool differs = false;
+  const Error error = LookAtMapped(first, end, [&](const Vma& vma) {
+    const VmaAttributes now = vma.attributes();
+    if (now.backing != nullptr && !now.backing->Allows(protection)) return Error{ErrorCode::kDenied};
+    differs = differs || now.protection != protection;
+    return Error::Ok();
+  });
+  if (!error.ok()) return error;
+  return differs;
+}
+
+void Region::RecordProtectionLocked(RegionPage first, RegionPage end, os::Protection protection, RegionPage& page) {
   const bool splits = is_heap() && protection != os::Protection::kReadWrite;
-  if (splits) CountHeapSplit();
-  ChangeBusy(first, end, [&](Vma& vma) {
+  ChangeBusyLocked(first, end, page, [&](Vma& vma) {
     VmaWriter(vma).SetProtection(protection);
     // In the mapping zone, content stays behind a protection of kNone: it needs a reset like any other.
     vma.kernel_vma = splits || !is_heap();
   });
-  return Error::Ok();
+  if (splits && page >= end) heap_splits_.Add(1);
 }
 
 }  // namespace freehold::vm

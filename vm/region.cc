@@ -164,11 +164,6 @@ void Region::EndBusy(RegionPage first, RegionPage end) {
   for (const RegionPage border : {first, end}) MergeMappedLocked(border, border);
 }
 
-void Region::CountHeapSplit() {
-  sync::SpinLockHolder holder(tree_lock_);
-  heap_splits_.Add(1);
-}
-
 void Region::MergeMappedLocked(RegionPage first, RegionPage end) {
   Vma* vma = tree_.Find(first == 0 ? 0 : first - 1).vma();
   while (vma->first_page() < end) {
