@@ -93,6 +93,11 @@ Error AddressSpace::Init(PageRange reservation, MetadataArena* arena) {
   if (locks == nullptr || memory == nullptr || regions_ == nullptr) return {ErrorCode::kNoMetadata};
   range_locks_ = static_cast<PaddedRangeLock*>(locks);
   for (std::size_t i = 0; i < lock_count; ++i) new (range_locks_ + i) PaddedRangeLock(options_.lock_policy);
+  if (options_.record_range_locks) {
+    lock_times_ = arena->New<sync::LockTimesRecorder>();
+    if (lock_times_ == nullptr) return {ErrorCode::kNoMetadata};
+    for (std::size_t i = 0; i < lock_count; ++i) range_locks_[i].lock.InstallRecorder(lock_times_);
+  }
 
   const Region::Shared shared{kernel_, arena_, purge_stage_, &options_, &clock_, &notifiers_};
   const Pages region_pages = {std::size_t{1} << region_shift_};
@@ -318,10 +323,14 @@ AddressSpaceStats AddressSpace::Stats() const {
   return stats;
 }
 
-sync::HoldHistogram AddressSpace::TreeLockHolds() const {
-  sync::HoldHistogram holds;
+sync::TimeHistogram AddressSpace::TreeLockHolds() const {
+  sync::TimeHistogram holds;
   for (const Region* region : regions()) holds += region->TreeLockHolds();
   return holds;
+}
+
+sync::LockTimes AddressSpace::RangeLockTimes(sync::Operation operation) const {
+  return lock_times_ != nullptr ? lock_times_->Read(operation) : sync::LockTimes();
 }
 
 void AddressSpace::CheckInvariants() const {
