@@ -437,7 +437,7 @@ class alignas(kCacheLineSize) Region {
   // Held over mprotect. Only under a range guard, so that fork finds it free.
   sync::SpinLock commit_lock_{sync::LockRank::kPurge};
   // Several at once by a fork or a Transaction only, in address order.
-  mutable sync::RecordedSpinLock tree_lock_{sync::LockRank::kRegion, sync::SameRank::kAscendingAddress};
+  mutable sync::RecordedSpinLock tree_lock_{sync::LockRank::kRegion};
   VmaTree tree_;  // changed under tree_lock_; Lookup is lock-free
   FreeRanges free_ ABSL_GUARDED_BY(tree_lock_);
   Vma* spare_vmas_ ABSL_GUARDED_BY(tree_lock_) = nullptr;
