@@ -37,7 +37,7 @@ Error Region::Init() {
     if (windows_ == nullptr) return {ErrorCode::kNoMetadata};
   }
   if (shared_.options->record_tree_lock_holds) {
-    auto* recorder = shared_.arena->New<sync::HoldRecorder>();
+    auto* recorder = shared_.arena->New<sync::TimeRecorder>();
     if (recorder == nullptr) return {ErrorCode::kNoMetadata};
     tree_lock_.InstallRecorder(recorder);
   }
@@ -330,9 +330,9 @@ void Region::AddStats(AddressSpaceStats& stats) const {
   stats.window_bytes = stats.window_bytes + pages(windows_->pages());
 }
 
-sync::HoldHistogram Region::TreeLockHolds() const {
-  const sync::HoldRecorder* recorder = tree_lock_.recorder();
-  return recorder != nullptr ? recorder->Read() : sync::HoldHistogram();
+sync::TimeHistogram Region::TreeLockHolds() const {
+  const sync::TimeRecorder* recorder = tree_lock_.recorder();
+  return recorder != nullptr ? recorder->Read() : sync::TimeHistogram();
 }
 
 void Region::CheckInvariants() const {

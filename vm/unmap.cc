@@ -18,12 +18,13 @@ constexpr std::size_t kSamplePages = 512;
 
 }  // namespace
 
-Error Region::Unmap(PageRange part) {
+Error Region::Unmap(PageRange part, const VmaInfo* only) {
   bool over_limit = false;
   const bool sample = WantsSample(part);
   const bool notified = !shared_.notifiers->empty();
-  if (sample || notified || !UnmapWhole(part, over_limit)) {
+  if (sample || notified || only != nullptr || !UnmapWhole(part, over_limit)) {
     Guard guard(range_lock_, part, Mode::kExclusive, sync::Operation::kUnmap);
+    if (only != nullptr && !IsStill(part, *only, guard)) return {ErrorCode::kReplaced};
     if (notified) Invalidate(part, Invalidation::kUnmap, guard);
     const std::size_t sampled = sample ? SampleResidency(part) : kNoSample;
     Detachment detachment;

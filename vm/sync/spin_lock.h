@@ -23,9 +23,9 @@
 #include "absl/base/optimization.h"
 #include "absl/base/thread_annotations.h"
 #include "vm/sync/clock.h"
-#include "vm/sync/hold_histogram.h"
 #include "vm/sync/lock_rank.h"
 #include "vm/sync/sync_point.h"
+#include "vm/sync/time_histogram.h"
 
 namespace freehold::vm::sync {
 
@@ -66,8 +66,9 @@ class ABSL_LOCKABLE SpinLock {
   // Losses after which a waiter reserves the lock.
   static constexpr int kMaxSteals = 8;
 
-  void Lock(AcquisitionSite site) ABSL_EXCLUSIVE_LOCK_FUNCTION() {
-    CheckRank(rank(), this, check(), site);
+  void Lock(AcquisitionSite site) ABSL_EXCLUSIVE_LOCK_FUNCTION() { Lock(site, check()); }
+  void Lock(AcquisitionSite site, RankCheck check) ABSL_EXCLUSIVE_LOCK_FUNCTION() {
+    CheckRank(rank(), this, check, site);
     if (!TryLockWord()) LockSlow();
     RecordRank(rank(), this, site);
     ReachSyncPoint(SyncPoint::kAcquired, this);
@@ -111,17 +112,16 @@ class ABSL_LOCKABLE SpinLock {
 // cache line. Holds that span a fork are not recorded.
 class ABSL_LOCKABLE RecordedSpinLock : public SpinLock {
  public:
-  explicit constexpr RecordedSpinLock(LockRank rank, SameRank same_rank = SameRank::kRefused)
-      : SpinLock(rank, same_rank) {}
+  explicit constexpr RecordedSpinLock(LockRank rank) : SpinLock(rank) {}
 
   // REQUIRES: no other thread uses the lock yet; `recorder` records no other lock and outlives this one.
-  void InstallRecorder(HoldRecorder* recorder) { recorder_ = recorder; }
+  void InstallRecorder(TimeRecorder* recorder) { recorder_ = recorder; }
   // Null until one is installed.
-  const HoldRecorder* recorder() const { return recorder_; }
+  const TimeRecorder* recorder() const { return recorder_; }
 
  private:
   friend class SpinLockHolder;
-  HoldRecorder* recorder_ = nullptr;  // constant once threads use the lock
+  TimeRecorder* recorder_ = nullptr;  // constant once threads use the lock
 };
 
 // Holds a SpinLock while in scope.
@@ -138,16 +138,23 @@ class [[nodiscard]] ABSL_SCOPED_LOCKABLE SpinLockHolder {
     lock_.Lock(site);
     if (ABSL_PREDICT_FALSE(recorder_ != nullptr)) since_ = MonotonicNow();
   }
+  // One of several locks of this rank that the thread holds at once, at ascending addresses.
+  SpinLockHolder(RecordedSpinLock& lock, SameRank, AcquisitionSite site = AcquisitionSite::Here())
+      ABSL_EXCLUSIVE_LOCK_FUNCTION(lock)
+      : lock_(lock), recorder_(lock.recorder_) {
+    lock_.Lock(site, RankCheck::kAscending);
+    if (ABSL_PREDICT_FALSE(recorder_ != nullptr)) since_ = MonotonicNow();
+  }
   SpinLockHolder(const SpinLockHolder&) = delete;
   SpinLockHolder& operator=(const SpinLockHolder&) = delete;
   ~SpinLockHolder() ABSL_UNLOCK_FUNCTION() {
-    if (ABSL_PREDICT_FALSE(recorder_ != nullptr)) recorder_->Record(MonotonicNow() - since_);
+    if (ABSL_PREDICT_FALSE(recorder_ != nullptr)) recorder_->RecordAlone(MonotonicNow() - since_);
     lock_.Unlock();
   }
 
  private:
   SpinLock& lock_;
-  HoldRecorder* const recorder_;  // null, known to the compiler, for a plain SpinLock
+  TimeRecorder* const recorder_;  // null, known to the compiler, for a plain SpinLock
   Nanoseconds since_;
 };
 
