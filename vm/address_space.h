@@ -260,7 +260,8 @@ class AddressSpace {
 
   // Makes `range`, which lies in one VMA, `count` pages long, as mremap(2): the tail is unmapped, or grows into
   // free memory behind, or everything moves. Content, protection, lock and generation are kept; new pages are
-  // zero; a kLocked mapping is populated before it returns. A target becomes visible to lookups before the source
+  // zero, or show the next of the file; a kLocked mapping is populated before it returns. File mappings grow in place
+  // unless they are locked or were ever private and writable, and the kernel moves them. A target becomes visible to lookups before the source
   // goes, and what others do to the source's content meanwhile may be lost. Errors: kEmpty, kOverflow, kUnaligned
   // (target), kOutsideReservation (source; target not inside one region), kNotMapped (also of several VMAs),
   // kOverlap (also of source and target), kPinned, kNoRoom, kUnsupported (kHint; keep_source, and the size changes or
@@ -272,11 +273,12 @@ class AddressSpace {
   Result<VmaInfo> Lookup(PageNumber page) const;
 
   // Makes the pages of `range` present, in chunks of at most 2 MiB, each under a shared range lock of that
-  // chunk only. Returns the pages done. Errors: kNotMapped, kReplaced (unmapped or replaced meanwhile),
-  // kDeadline, kCancelled; then the pages done so far stay.
+  // chunk only. Returns the pages done. Errors: kNotMapped, kUnsupported (not writable; of files, whatever may be read
+  // will do), kReplaced (unmapped or replaced meanwhile), kSystem (EFAULT: the file ends there; EIO), kDeadline,
+  // kCancelled; then the pages done so far stay.
   Result<Pages> Populate(PageRange range, const PopulateOptions& options = {});
 
-  // Drops the content of mapped read-write memory: it reads as zero afterwards and is not resident
+  // Drops the content of mapped read-write memory: it reads as zero, or as the file, afterwards and is not resident
   // (MADV_DONTNEED through the purge stage). Each range lies in one region. Errors: kNotMapped, kSystem,
   // kOutsideReservation, kEmpty.
   // Ranges that ascend within a region go into one call.

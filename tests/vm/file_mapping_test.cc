@@ -161,7 +161,8 @@ TEST_P(FileMappingTest, GoesWhereItIsTold) {
   const PageRange range = MustMapFile(*space_, 2, Of(file));
   const PageNumber free = range.end + Pages{10};
   ASSERT_EQ(MustMapFile(*space_, 2, OfAt(file, free, Placement::kFixed)), PageRange::Of(free, {2}));
-  ASSERT_EQ(MustMapFile(*space_, 2, OfAt(file, free + Pages{5}, Placement::kHint)), PageRange::Of(free + Pages{5}, {2}));
+  const PageNumber beyond = free + Pages{5};
+  ASSERT_EQ(MustMapFile(*space_, 2, OfAt(file, beyond, Placement::kHint)), PageRange::Of(beyond, {2}));
   EXPECT_EQ(Letters(MustMapFile(*space_, 2, OfAt(file, free, Placement::kHint))), "ab") << "elsewhere: it is taken";
   EXPECT_EQ(Letters(PageRange::Of(free, {7})), "ab...ab");
 }
