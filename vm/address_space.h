@@ -348,15 +348,8 @@ class AddressSpace {
   // As CheckRange, or kNotMapped: `range` lies in one region and is mapped throughout. `guard`: of the range, or
   // null.
   Error CheckDiscard(PageRange range, const sync::RangeLock::Guard* guard) const;
-  // Map with a lock that its caller did not ask for.
-  Result<PageRange> MapLocked(Pages count, const MapOptions& options, os::MemoryLock lock);
-  // Map with checked arguments.
-  Result<PageRange> MapAny(Pages count, const MapOptions& options);
-  // Map with a backing or notifiers.
-  Result<PageRange> MapSpecial(Pages count, const MapOptions& options);
-  // Map with a backing: counts its pages.
-  Result<PageRange> MapBacked(Pages count, const MapOptions& options);
-  Result<PageRange> MapPopulated(Pages count, const MapOptions& options);
+  // Map with whatever is not ordinary: a backing, notifiers, locks, populating, another protection or place.
+  Result<PageRange> MapSpecial(Pages count, MapOptions options);
   // Map without populating.
   Result<PageRange> Place(Pages count, const MapOptions& options);
   Result<PageRange> RemapVma(const VmaInfo& vma, PageRange range, Pages count, const RemapOptions& options);
