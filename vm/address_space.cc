@@ -184,6 +184,7 @@ Result<PageRange> AddressSpace::MapPopulated(Pages count, const MapOptions& opti
 }
 
 Result<PageRange> AddressSpace::Place(Pages count, const MapOptions& options) {
+  if (options.placement == Placement::kHint) return MapNear(count, options);
   if (options.placement != Placement::kAnywhere) return MapAt(count, options);
   if (options.protection != os::Protection::kReadWrite || options.backing != nullptr) {
     return MapInZone(Zone::kMapping, count, options);
@@ -234,6 +235,27 @@ Result<PageRange> AddressSpace::MapAt(Pages count, const MapOptions& options) {
   Region* region = RegionOf(range.first);
   if (!region->range().Contains(range)) return ErrorCode::kOutsideReservation;
   return region->MapFixed(range, options);
+}
+
+// The hint is followed where memory of this kind lives, if all of it is free.
+Result<PageRange> AddressSpace::MapNear(Pages count, const MapOptions& options) {
+  MapOptions placed = options;
+  placed.placement = Placement::kFixed;
+  const PageNumber first = PageNumber::Of(options.address);
+  placed.address = first.address();
+  const bool mapping = options.protection != os::Protection::kReadWrite || options.backing != nullptr;
+  if (reservation_.Contains(first) && mapping == !RegionOf(first)->is_heap()) {
+    const Result<PageRange> mapped = MapAt(count, placed);
+    switch (mapped.error().code) {
+      case ErrorCode::kOverlap:
+      case ErrorCode::kPinned:
+      case ErrorCode::kOverflow:
+      case ErrorCode::kOutsideReservation: break;
+      default: return mapped;
+    }
+  }
+  placed.placement = Placement::kAnywhere;
+  return Place(count, placed);
 }
 
 Error AddressSpace::Unmap(PageRange range) {
@@ -288,6 +310,7 @@ Pages AddressSpace::Purge(PurgeScope scope) {
 }
 
 void AddressSpace::Tick() {
+  for (Region* region : regions()) region->RetryDeferred();
   (void)Purge(PurgeScope::kDecayed);
   clock_.store(static_cast<std::uint32_t>(kernel_->Now().value >> kClockShift), std::memory_order_relaxed);
   epochs_.Poll();
@@ -309,17 +332,6 @@ sync::HoldHistogram AddressSpace::TreeLockHolds() const {
   sync::HoldHistogram holds;
   for (const Region* region : regions()) holds += region->TreeLockHolds();
   return holds;
-}
-
-void AddressSpace::ForEachVma(void (*visit)(void* context, const VmaInfo& vma), void* context) const {
-  constexpr std::size_t kBatch = 64;
-  for (const Region* region : regions()) {
-    for (PageNumber from = region->range().first; from < region->range().end;) {
-      VmaInfo vmas[kBatch];
-      const std::size_t size = region->CopyVmas(from, vmas, kBatch);
-      for (std::size_t i = 0; i < size; ++i) visit(context, vmas[i]);
-    }
-  }
 }
 
 void AddressSpace::CheckInvariants() const {

@@ -21,6 +21,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <string_view>
 
 #include "absl/types/span.h"
 #include "vm/os/kernel.h"
@@ -35,6 +36,7 @@
 namespace freehold::vm {
 
 class Backing;
+class Pin;
 class MetadataArena;
 class PurgeStage;
 class Region;
@@ -71,6 +73,8 @@ struct AddressSpaceOptions {
 
 enum class Placement : std::uint8_t {
   kAnywhere,  // `address` is ignored
+  kHint,      // at `address`, rounded down to a page, if memory of this kind lives there and all of it is free;
+              // else anywhere. Slower than kAnywhere
   kFixed,     // exactly at `address`; kOverlap when something is mapped there
   kReplace,   // exactly at `address`; what is mapped there is unmapped, atomically to lookups
 };
@@ -118,6 +122,11 @@ struct PopulateOptions {
   void* progress_context = nullptr;
 };
 
+struct SnapshotResult {
+  std::size_t vmas = 0;  // in the space: more than were copied if there was too little room
+  bool instant = false;  // all of them at one moment
+};
+
 // What Advise says about memory. Hints, but for kDontNeed.
 enum class Advice : std::uint8_t {
   kDontNeed,     // the content is dropped: reads as zero, not resident
@@ -159,6 +168,7 @@ struct AddressSpaceStats {
   std::uint64_t vmas = 0;
   std::uint64_t maps = 0;
   std::uint64_t unmaps = 0;
+  std::uint64_t deferred_unmaps = 0;  // VMAs, or parts of them, that wait for a pin to go
   std::uint64_t reuses = 0;         // maps served from cached extents
   std::uint64_t zeroed_pages = 0;   // cleaned by memset for re-use
   std::uint64_t purged_pages = 0;   // given back to the kernel
@@ -182,11 +192,12 @@ class AddressSpace {
   AddressSpace& operator=(const AddressSpace&) = delete;
 
   // Maps `count` pages of anonymous memory, or of a backing. Errors: kEmpty, kOverflow, kUnaligned (address or alignment),
-  // kOutsideReservation (fixed range not inside one region), kOverlap, kNoRoom, kNoMetadata, kDenied (more than the
+  // kOutsideReservation (fixed range not inside one region), kOverlap, kPinned, kNoRoom, kNoMetadata, kDenied (more than the
   // backing allows), kSystem (EPERM or ENOMEM too when it is to be locked and may not; what the backing says).
   Result<PageRange> Map(Pages count, const MapOptions& options = {});
 
-  // Unmaps whatever is mapped in `range`: parts of VMAs, several VMAs, holes. Errors: kEmpty, kOverflow,
+  // Unmaps whatever is mapped in `range`: parts of VMAs, several VMAs, holes. What is pinned is no longer found, but
+  // stays untouched until the last pin goes (vm/pin.h). Errors: kEmpty, kOverflow,
   // kOutsideReservation, kNoMetadata (a split needs metadata), kSystem. Fails as a whole per region; lookups may
   // find an unmap of many VMAs partly done.
   Error Unmap(PageRange range);
@@ -201,8 +212,8 @@ class AddressSpace {
   // zero; a kLocked mapping is populated before it returns. A target becomes visible to lookups before the source
   // goes, and what others do to the source's content meanwhile may be lost. Errors: kEmpty, kOverflow, kUnaligned
   // (target), kOutsideReservation (source; target not inside one region), kNotMapped (also of several VMAs),
-  // kOverlap (also of source and target), kNoRoom, kUnsupported (keep_source, and the size changes or nothing
-  // moves), kReplaced (others changed the source again and again), kNoMetadata, kSystem. All is as it was then,
+  // kOverlap (also of source and target), kPinned, kNoRoom, kUnsupported (kHint; keep_source, and the size changes or
+  // nothing moves), kReplaced (others changed the source again and again), kNoMetadata, kSystem. All is as it was then,
   // but for the target of kReplace.
   Result<PageRange> Remap(PageRange range, Pages count, const RemapOptions& options = {});
 
@@ -264,6 +275,19 @@ class AddressSpace {
   // AddressSpaceOptions::record_tree_lock_holds is set.
   sync::HoldHistogram TreeLockHolds() const;
 
+  // Copies every mapped VMA in ascending order to `out`, as far as there is room. Waits for nobody but holders of a
+  // tree lock, and nobody waits for it longer than that. Each page is reported at most once, and as it was at some
+  // moment during the call; if the result says `instant`, the same moment for all. It does unless others kept
+  // changing the space during each of several attempts.
+  SnapshotResult Snapshot(absl::Span<VmaInfo> out) const;
+
+  // How often something that lookups see has changed: as long as this stays, a snapshot holds.
+  std::uint64_t Changes() const;
+
+  // Writes what is mapped as /proc/PID/maps does, line by line, backings named as they describe themselves. No lock
+  // is held during a call of `write`.
+  void WriteMaps(void (*write)(void* context, std::string_view line), void* context);
+
   // Calls `visit` for every mapped VMA in ascending order, from consistent copies of up to 64 VMAs of a region;
   // no lock is held during the call. Pages mapped all the time are visited once; no page is visited twice: of a
   // VMA that changes meanwhile, only the part above what was visited before.
@@ -279,6 +303,8 @@ class AddressSpace {
   void CheckInvariants() const;
 
  private:
+  friend class Pin;
+
   struct ForkGuards;
   // On cache lines of its own: lockers of different regions write no common line.
   struct alignas(kCacheLineSize) PaddedRangeLock {
@@ -331,6 +357,7 @@ class AddressSpace {
   Error AdvisePart(PageRange part, std::uint64_t generation, Advice advice);
   Result<PageRange> MapInZone(Zone zone, Pages count, const MapOptions& options);
   Result<PageRange> MapElsewhere(Zone zone, std::size_t own, Pages count, const MapOptions& options);
+  Result<PageRange> MapNear(Pages count, const MapOptions& options);
   Result<PageRange> MapAt(Pages count, const MapOptions& options);
   Result<Pages> PopulateVma(PageRange part, std::uint64_t generation, const PopulateOptions& options,
                             Pages before);

@@ -72,13 +72,20 @@ void Region::PrepareFork() ABSL_NO_THREAD_SAFETY_ANALYSIS { tree_lock_.LockForFo
 
 void Region::ParentAfterFork() ABSL_NO_THREAD_SAFETY_ANALYSIS { tree_lock_.UnlockAfterFork(); }
 
-// Still under the tree lock of PrepareFork. The kernel let the child inherit no memory locks.
+// Still under the tree lock of PrepareFork. The child inherits no memory locks from the kernel, and no pins from us:
+// their nodes lie on stacks and in objects of threads that it does not have.
 void Region::ChildAfterFork() ABSL_NO_THREAD_SAFETY_ANALYSIS {
+  ++forks_;
+  pins_.Clear();
+  unfinished_ = nullptr;
   for (RegionPage page = 0; page < range_.count().value;) {
     Vma* vma = tree_.Find(page).vma();
     page = vma->end_page();
     if (vma->locked()) VmaWriter(*vma).SetLock(os::MemoryLock::kNone);
     if (vma->Is(VmaState::kPending) || vma->Is(VmaState::kPurging)) GiveBackLocked(vma);
+    if (!vma->Is(VmaState::kDeferred)) continue;
+    vma->older = unfinished_;
+    unfinished_ = vma;
   }
   MergeMappedLocked(0, static_cast<RegionPage>(range_.count().value));
   purges_in_flight_.store(0, std::memory_order_relaxed);

@@ -277,6 +277,9 @@ Result<Region::Claim> Region::ClaimFixed(RegionPage first, RegionPage end, Place
       case ClaimResult::kOverlap:
         error = {ErrorCode::kOverlap};
         break;
+      case ClaimResult::kPinned:
+        error = {ErrorCode::kPinned};
+        break;
       case ClaimResult::kPurging:
         WaitForPurges();
         break;
@@ -297,11 +300,19 @@ Region::ClaimResult Region::ClaimLocked(Claim& claim) {
   for (int visits = 0; claim.next < claim.end; ++visits) {
     if (visits == kExtentsPerHold) return ClaimResult::kMore;
     const Vma* vma = tree_.Find(claim.next).vma();
-    if (vma->Is(VmaState::kPurging)) return ClaimResult::kPurging;
-    if (vma->Is(VmaState::kMapped) && claim.placement == Placement::kFixed) return ClaimResult::kOverlap;
+    if (!MayClaim(*vma, claim.placement, refusal)) return refusal;
     claim.next = ClaimExtentLocked(claim.next, claim)->end_page();
   }
   return ClaimResult::kClaimed;
+}
+
+bool Region::MayClaim(const Vma& vma, Placement placement, ClaimResult& refusal) {
+  switch (vma.state.load(std::memory_order_relaxed)) {
+    case VmaState::kPurging: refusal = ClaimResult::kPurging; return false;
+    case VmaState::kDeferred: refusal = ClaimResult::kPinned; return false;
+    case VmaState::kMapped: refusal = ClaimResult::kOverlap; return placement == Placement::kReplace;
+    default: return true;
+  }
 }
 
 // Makes the ends of the range borders, and claims the extents there, so that nothing grows across them later.
@@ -310,14 +321,14 @@ Region::ClaimResult Region::ClaimLocked(Claim& claim) {
 //                first    end
 //   after    | cached | claimed | cached |
 bool Region::StartClaimLocked(Claim& claim, ClaimResult& refusal) {
+  refusal = ClaimResult::kPinned;
+  if (IsPinnedLocked(ToAbsolute(claim.first, claim.end - claim.first))) return false;
   refusal = ClaimResult::kNoMetadata;
   if (!HasMetadataLocked()) return false;
   RegionPage page = claim.first;
   for (int visits = 0; page < claim.end; ++visits) {
     const Vma* vma = tree_.Find(visits < kExtentsPerHold ? page : claim.end - 1).vma();
-    refusal = vma->Is(VmaState::kPurging) ? ClaimResult::kPurging : ClaimResult::kOverlap;
-    if (vma->Is(VmaState::kPurging)) return false;
-    if (vma->Is(VmaState::kMapped) && claim.placement == Placement::kFixed) return false;
+    if (!MayClaim(*vma, claim.placement, refusal)) return false;
     page = visits < kExtentsPerHold ? vma->end_page() : claim.end;
   }
   for (const RegionPage border : {claim.first, claim.end - 1}) {
@@ -403,6 +414,7 @@ void Region::PublishFixed(const Claim& claim, const MapOptions& options, std::ui
       PublishLocked(vma, page - from, attributes);
     } else {
       VmaWriter(*vma).SetRange(claim.first, page - claim.first);
+      changes_.Add(1);
       mapped_pages_.Add(page - from);
     }
     while (NextLocked(vma) != nullptr && NextLocked(vma)->first_page() < page) DropNextLocked(vma);

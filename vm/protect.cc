@@ -58,6 +58,7 @@ void Region::RecordProtection(RegionPage first, RegionPage end, os::Protection p
       Vma* vma = tree_.Find(page).vma();
       page = vma->end_page();
       VmaWriter(*vma).SetProtection(protection);
+      changes_.Add(1);
       // In the mapping zone, content stays behind a protection of kNone: it needs a reset like any other.
       vma->kernel_vma = kernel_vma || !is_heap();
     }

@@ -8,7 +8,8 @@
 // Invariants:    G1. Extents tile the region (T1-T3 in vma_tree.h).
 //                G2. A kPending extent belongs to the one Map that set its generation. Whoever holds its range
 //                    exclusively may take it away, which changes the generation.
-//                G3. A kDetached extent lies under a range guard of the Unmap that detached it.
+//                G3. A kDetached extent lies under a range guard of the Unmap that detached it; a kDeferred one is
+//                    neither cut nor merged.
 //                G4. A verb visits at most kExtentsPerHold extents in one hold of tree_lock_. One over more of them
 //                    goes on in further holds, under its range lock; between, lookups find part of it done.
 //                G5. A free extent of a heap zone has the zone's own protection; one of the mapping zone is
@@ -28,6 +29,7 @@
 #include "vm/purge_stage.h"
 #include "vm/result.h"
 #include "vm/sync/range_lock.h"
+#include "vm/sync/request_tree.h"
 #include "vm/sync/spin_lock.h"
 #include "vm/vma.h"
 #include "vm/vma_tree.h"
@@ -40,10 +42,14 @@ class RegionCounter {
   void Add(std::uint64_t n) { value_.store(get() + n, std::memory_order_relaxed); }
   void Subtract(std::uint64_t n) { value_.store(get() - n, std::memory_order_relaxed); }
   std::uint64_t get() const { return value_.load(std::memory_order_relaxed); }
+  // What the caller does next comes after this.
+  std::uint64_t get_acquire() const { return value_.load(std::memory_order_acquire); }
 
  private:
   std::atomic<std::uint64_t> value_{0};
 };
+
+class Pin;
 
 class alignas(kCacheLineSize) Region {
  public:
@@ -102,6 +108,12 @@ class alignas(kCacheLineSize) Region {
   // Copies up to `capacity` of the next mapped VMAs from `from` on, in order, and no page below it; returns how
   // many, and in `from` where to go on: the end of the region when it has seen all.
   std::size_t CopyVmas(PageNumber& from, VmaInfo* out, std::size_t capacity) const;
+  // pin.cc
+  // Error: kNotMapped.
+  Error Enter(Pin& pin);
+  void Leave(Pin& pin);
+  // Unmaps what could not be unmapped when its last pin went.
+  void RetryDeferred();
   // purge.cc
   // Gives cached extents freed at or before `until` back, the oldest first, until at most `keep` pages of
   // possibly resident memory are left in the bins. Returns the pages given back.
@@ -115,6 +127,8 @@ class alignas(kCacheLineSize) Region {
   PageRange range() const { return range_; }
   sync::RangeLock& range_lock() const { return range_lock_; }
   bool is_heap() const { return zone_ != Zone::kMapping; }
+  // How often something that lookups see has changed; splits and merges change nothing.
+  std::uint64_t changes() const { return changes_.get_acquire(); }
   void AddStats(AddressSpaceStats& stats) const;
   // Nothing unless AddressSpaceOptions::record_tree_lock_holds asked for it.
   sync::HoldHistogram TreeLockHolds() const;
@@ -241,7 +255,7 @@ class alignas(kCacheLineSize) Region {
   Result<PageRange> Finish(const Preparation& preparation, const Guard& guard);
   Error Prepare(const Preparation& preparation);
   // What MapFixed finds in its range.
-  enum class ClaimResult : std::uint8_t { kClaimed, kMore, kOverlap, kPurging, kNoMetadata };
+  enum class ClaimResult : std::uint8_t { kClaimed, kMore, kOverlap, kPinned, kPurging, kNoMetadata };
   struct Claim {
     RegionPage first;
     RegionPage end;
@@ -259,6 +273,8 @@ class alignas(kCacheLineSize) Region {
   };
   Result<Claim> ClaimFixed(RegionPage first, RegionPage end, Placement placement);
   ClaimResult ClaimLocked(Claim& claim) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // Whether a fixed map of this placement takes what `vma` has, or why not.
+  static bool MayClaim(const Vma& vma, Placement placement, ClaimResult& refusal);
   bool StartClaimLocked(Claim& claim, ClaimResult& refusal) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   Vma* ClaimExtentLocked(RegionPage page, Claim& claim) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   void Unclaim(const Claim& claim);
@@ -302,14 +318,18 @@ class alignas(kCacheLineSize) Region {
     RegionPage next = 0;
     RegionPage end = 0;
     std::uint64_t newest = 0;  // generation: later mappings came into holes of the range and stay
+    bool pinned = false;   // all of it waits for pins: see pin.cc
     bool zap = false;      // some of it needs kernel work
     bool backed = false;   // some of it has a backing
     bool reset = false;    // in the mapping zone: some of it was ever accessible
   };
   // Cuts mapped extents at the borders of `part`.
-  Detachment StartDetachLocked(PageRange part) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  Detachment StartDetachLocked(PageRange part, bool pinned) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Takes up to kExtentsPerHold extents away from lookups; true when that was all.
   bool DetachLocked(Detachment& detachment) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // Whether an extent that is unmapped gives the kernel work.
+  bool NeedsZap(const Vma& vma) const;
+  void NoteDetached(const Vma& vma, Detachment& detachment) const;
   void RetireLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   Error ZapDetached(PageRange part, const Detachment& detachment, const Guard& guard);
   bool Trap(PageRange range);
@@ -324,6 +344,13 @@ class alignas(kCacheLineSize) Region {
   // Whether something in [first, end) has another protection; kNotMapped where something is not mapped.
   Result<bool> ProtectionDiffers(RegionPage first, RegionPage end, os::Protection protection) const;
   void RecordProtection(RegionPage first, RegionPage end, os::Protection protection);
+
+  // pin.cc
+  bool IsPinnedLocked(PageRange range) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  void DeferLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  void RetryLaterLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // Finishes an Unmap that found `extent` pinned.
+  void FinishDeferred(PageRange extent);
 
   // purge.cc
   bool OverFreeLimit() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
@@ -356,12 +383,17 @@ class alignas(kCacheLineSize) Region {
   Vma* spare_vmas_ ABSL_GUARDED_BY(tree_lock_) = nullptr;
   std::size_t spare_vma_count_ ABSL_GUARDED_BY(tree_lock_) = 0;
   std::uint64_t last_generation_ ABSL_GUARDED_BY(tree_lock_);
+  sync::RequestTree pins_ ABSL_GUARDED_BY(tree_lock_);
+  std::uint32_t forks_ ABSL_GUARDED_BY(tree_lock_) = 0;         // in how many generations of children this lives
+  Vma* unfinished_ ABSL_GUARDED_BY(tree_lock_) = nullptr;  // deferred extents that no pin will finish
   std::atomic<std::uint32_t> purges_in_flight_{0};  // extents in kPurging; changed under tree_lock_
 
+  RegionCounter changes_;  // see snapshot.cc
   RegionCounter mapped_pages_;
   RegionCounter vmas_;
   RegionCounter maps_;
   RegionCounter unmaps_;
+  RegionCounter deferred_extents_;
   RegionCounter reuses_;
   RegionCounter zeroed_pages_;
   RegionCounter heap_splits_;

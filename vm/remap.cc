@@ -36,6 +36,7 @@ Result<PageRange> AddressSpace::Remap(PageRange range, Pages count, const RemapO
   if (count.value == 0) return ErrorCode::kEmpty;
   if (count >= reservation_.count()) return ErrorCode::kNoRoom;
   const bool moves = options.may_move || options.placement != Placement::kAnywhere;
+  if (options.placement == Placement::kHint) return ErrorCode::kUnsupported;
   if (options.keep_source && (!moves || count != range.count())) return ErrorCode::kUnsupported;
   for (int attempt = 0; attempt < kMaxAttempts; ++attempt) {
     const Result<VmaInfo> vma = Lookup(range.first);
@@ -208,6 +209,10 @@ Result<PageRange> Region::Grow(PageRange part, Pages count, const VmaInfo& vma) 
 Error Region::Isolate(PageRange part, const VmaInfo& vma, const Guard& guard) {
   FREEHOLD_DCHECK(guard.Covers(part, Mode::kExclusive));
   if (!IsStill(part, vma, guard)) return {ErrorCode::kReplaced};
+  {
+    sync::SpinLockHolder holder(tree_lock_);
+    if (IsPinnedLocked(part)) return {ErrorCode::kPinned};
+  }
   if (const Error error = MakeBusy(ToRegion(part.first), ToRegion(part.end)); !error.ok()) return error;
   sync::SpinLockHolder holder(tree_lock_);
   // It may become readable for the copy: then it needs a reset.
@@ -230,12 +235,17 @@ Error Region::UnmapIsolated(PageRange part, const Guard& guard) {
     // What is resident of it now, nobody has counted.
     tree_.Find(ToRegion(part.first)).vma()->knowledge = Knowledge::kUnknown;
     unmaps_.Add(1);
-    if (RetireWholeLocked(part, kNoSample)) return Error::Ok();
+    // Pinned since Isolate has looked.
+    const bool pinned = IsPinnedLocked(part);
+    if (!pinned && RetireWholeLocked(part, kNoSample)) return Error::Ok();
     // It is one extent, and so one hold; nothing is left to cut.
-    detachment = StartDetachLocked(part);
+    detachment = StartDetachLocked(part, pinned);
     FREEHOLD_CHECK(DetachLocked(detachment));
   }
-  return detachment.zap ? ZapDetached(part, detachment, guard) : Error::Ok();
+  if (!detachment.zap) return Error::Ok();
+  const Error error = ZapDetached(part, detachment, guard);
+  if (!error.ok()) RemapDetached(part);
+  return error;
 }
 
 Error Region::PrepareTarget(PageRange part, const VmaInfo& vma, const Guard& guard) {
@@ -263,6 +273,7 @@ void Region::Adopt(PageRange part, std::uint64_t generation, const Guard& guard)
   // It may come from a region that has seen more: an Unmap spares what is newer than itself (Detachment::newest).
   RaiseGenerationLocked(generation);
   VmaWriter(*tree_.Find(ToRegion(part.first)).vma()).SetGeneration(generation);
+  changes_.Add(1);
   MergeMappedLocked(ToRegion(part.first), ToRegion(part.end));
 }
 
