@@ -268,8 +268,6 @@ class alignas(kCacheLineSize) Region {
     bool foreign = false;  // some of it came by Remap
     bool backed = false;   // some of it has a backing, or the remains of one
     bool occupied = false; // some of it is mapped
-    // The kernel may have something of a backing that it refused in what is claimed.
-    bool spoiled = false;
   };
   Result<Claim> ClaimFixed(RegionPage first, RegionPage end, Placement placement);
   ClaimResult ClaimLocked(Claim& claim) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
@@ -282,8 +280,9 @@ class alignas(kCacheLineSize) Region {
   Result<PageRange> MapHeld(PageRange range, const MapOptions& options, std::uint64_t generation,
                             const Guard& guard);
   void PublishFixed(const Claim& claim, const MapOptions& options, std::uint64_t continued);
-  Error PrepareFixed(PageRange range, const MapOptions& options, Claim& claim, const Guard& guard);
-  Error ReplaceInKernel(PageRange range, const MapOptions& options, Claim& claim);
+  Error PrepareFixed(PageRange range, const MapOptions& options, const Claim& claim, const Guard& guard);
+  Error ReplaceInKernel(PageRange range, const MapOptions& options, const Claim& claim);
+  void RestoreContent(PageRange range, bool lost);
   void FlushBackings(PageRange range, const Guard& guard);
   // Fills with zeroes: by memset where that is cheaper than faults, else by a discard.
   Error MakeZero(PageRange range, bool writable);

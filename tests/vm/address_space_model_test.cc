@@ -63,7 +63,7 @@ TEST(AddressSpaceModelTest, RandomOperations) {
     PrintOnCrash(&run, &operations);
     const std::string failure = RunAndShrink(operations, variant.options);
     PrintOnCrash(nullptr, nullptr);
-    ASSERT_EQ(failure, "") << run;
+    ASSERT_TRUE(failure.empty()) << run << ": " << failure;
   }
 }
 
@@ -163,7 +163,7 @@ TEST(SpaceOperationsTest, ContentBehindNoAccessIsResetOnUnmap) {
 // ---- The operations themselves ----
 
 TEST(SpaceOperationsTest, BytesAreOperationsAndBack) {
-  const std::vector<SpaceOperation> operations = RandomOperations(7, 3000);
+  const std::vector<SpaceOperation> operations = RandomOperations(7, 10000);
   std::vector<bool> seen(std::variant_size_v<SpaceOperation>);
   for (const SpaceOperation& operation : operations) seen[operation.index()] = true;
   EXPECT_EQ(std::count(seen.begin(), seen.end(), false), 0);
@@ -207,26 +207,26 @@ TEST_F(CheckerTest, FindsContentThatChanged) {
 
 TEST_F(CheckerTest, FindsAPageThatWent) {
   ASSERT_TRUE(space_->Unmap(PageRange::Of(range_.first, {1})).ok());
-  EXPECT_NE(Check().find("should be mapped"), std::string::npos) << Check();
+  EXPECT_NE(Check().find("should be ["), std::string::npos) << Check();
 }
 
 TEST_F(CheckerTest, FindsAPageThatCame) {
   ASSERT_TRUE(space_->Map({1}).ok());
-  EXPECT_NE(Check().find("VMA"), std::string::npos) << Check();
+  EXPECT_NE(Check().find("should not be mapped"), std::string::npos) << Check();
 }
 
 TEST_F(CheckerTest, FindsAnotherProtection) {
-  ASSERT_TRUE(space_->Protect(PageRange::Of(range_.first, {1}), os::Protection::kRead).ok());
+  ASSERT_TRUE(space_->Protect(range_, os::Protection::kRead).ok());
   EXPECT_NE(Check().find("wrong protection"), std::string::npos) << Check();
 }
 
 TEST_F(CheckerTest, FindsAnotherLock) {
-  if (!space_->LockMemory(PageRange::Of(range_.first, {1})).ok()) GTEST_SKIP() << "memory cannot be locked here";
+  if (!space_->LockMemory(range_).ok()) GTEST_SKIP() << "memory cannot be locked here";
   EXPECT_NE(Check().find("wrong lock"), std::string::npos) << Check();
 }
 
 TEST_F(CheckerTest, FindsAnotherMapping) {
-  ASSERT_TRUE(space_->Map({1}, {.placement = Placement::kReplace, .address = range_.address()}).ok());
+  ASSERT_TRUE(space_->Map(range_.count(), {.placement = Placement::kReplace, .address = range_.address()}).ok());
   EXPECT_NE(Check().find("wrong generation"), std::string::npos) << Check();
 }
 

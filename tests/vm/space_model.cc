@@ -141,7 +141,45 @@ PageRange SpaceModel::VmaOf(PageNumber page) {
 }
 
 void SpaceModel::Erase(PageRange range) {
-  pages_.erase(pages_.lower_bound(range.first.value), pages_.lower_bound(range.end.value));
+  const auto from = pages_.lower_bound(range.first.value);
+  const auto to = pages_.lower_bound(range.end.value);
+  if (PinnedIn(range) == Pinned::kYes) {
+    for (auto at = from; at != to; ++at) {
+      perhaps_deferred_.insert(at->first);
+      if (PinnedIn({{at->first}, {at->first + 1}}) == Pinned::kYes) deferred_.insert(*at);
+    }
+  }
+  pages_.erase(from, to);
+}
+
+void SpaceModel::Put(PageNumber page, const Page& mapped) {
+  pages_[page.value] = mapped;
+  perhaps_deferred_.erase(page.value);
+}
+
+void SpaceModel::SetPin(std::size_t index, std::unique_ptr<Pin> pin) {
+  pins_[index % kPins] = std::move(pin);
+  std::erase_if(deferred_, [&](const auto& page) {
+    return std::none_of(pins_.begin(), pins_.end(), [&](const std::unique_ptr<Pin>& other) {
+      return other != nullptr && other->range().Contains(PageNumber{page.first});
+    });
+  });
+  const bool none = std::all_of(pins_.begin(), pins_.end(), [](const auto& other) { return other == nullptr; });
+  if (none && !had_failures_) perhaps_deferred_.clear();
+}
+
+SpaceModel::Pinned SpaceModel::PinnedIn(PageRange range) const {
+  for (const std::unique_ptr<Pin>& pin : pins_) {
+    if (pin != nullptr && pin->range().Overlaps(range)) return Pinned::kYes;
+  }
+  const auto perhaps = perhaps_deferred_.lower_bound(range.first.value);
+  return perhaps != perhaps_deferred_.end() && *perhaps < range.end.value ? Pinned::kMaybe : Pinned::kNo;
+}
+
+void SpaceModel::ForgetDeferred() {
+  if (std::all_of(pins_.begin(), pins_.end(), [](const auto& pin) { return pin == nullptr; })) {
+    perhaps_deferred_.clear();
+  }
 }
 
 void SpaceModel::SetZero(PageRange range) {
@@ -185,6 +223,7 @@ Error SpaceModel::Call(const std::function<Error()>& verb, const std::function<v
   armed_call_ = 0;
   const Error error = verb();
   kernel_->StopFailing();
+  had_failures_ = had_failures_ || kernel_->InjectedFailures() != before;
   if (error.ok() || kernel_->InjectedFailures() == before) return error;
   if (tolerate) tolerate();
   CheckInvariants(Depth::kContent);
@@ -212,19 +251,29 @@ bool SpaceModel::Expect(const char* verb, Error got, ErrorCode want) {
                 std::string(verb) + ": got '" + Text(got) + "', expected '" + ToString(want) + "'");
 }
 
-void SpaceModel::CheckPage(PageNumber number, const Page& page, Depth depth) {
-  const std::string name = "page " + Hex(PageRange::Of(number, {1}));
-  const Result<VmaInfo> vma = space_.Lookup(number);
-  if (!Expect(vma.ok(), name + " should be mapped")) return;
-  Expect(vma->range.Contains(number), name + ": lookup gave another range");
-  Expect(vma->protection == page.protection, name + ": wrong protection");
-  Expect(vma->lock == page.lock, name + ": wrong lock");
-  Expect(vma->generation == page.generation, name + ": wrong generation");
-  Expect(vma->backing == page.file, name + ": wrong backing");
+void SpaceModel::CheckAttributes(const VmaInfo& vma, PageNumber number, const Page& page) {
+  const auto expect = [&](bool condition, const char* what) {
+    if (!condition) Fail("page " + Hex(PageRange::Of(number, {1})) + what);
+  };
+  expect(vma.range.Contains(number), ": lookup gave another range");
+  expect(vma.protection == page.protection, ": wrong protection");
+  expect(vma.lock == page.lock, ": wrong lock");
+  expect(vma.generation == page.generation, ": wrong generation");
+  expect(vma.backing == page.file, ": wrong backing");
   if (page.file != nullptr) {
-    Expect(vma->backing_page + (number - vma->range.first).value == page.file_page, name + ": wrong backing page");
+    expect(vma.backing_page + (number - vma.range.first).value == page.file_page, ": wrong backing page");
   }
-  if (!ok() || depth == Depth::kAttributes || !Readable(page.protection)) return;
+}
+
+void SpaceModel::CheckPage(PageNumber number, const Page& page, Depth depth) {
+  const Result<VmaInfo> vma = space_.Lookup(number);
+  if (!vma.ok()) return Fail("page " + Hex(PageRange::Of(number, {1})) + " should be mapped");
+  CheckAttributes(*vma, number, page);
+  if (ok() && depth == Depth::kContent) CheckContent(number, page);
+}
+
+void SpaceModel::CheckContent(PageNumber number, const Page& page) {
+  if (!Readable(page.protection)) return;
   if (page.file == nullptr && !page.known) return;
   const std::uint64_t stamp = page.file == nullptr ? page.stamp : page.file->stamps[page.file_page];
   const volatile std::uint64_t* words = WordsOf(number);
@@ -234,11 +283,11 @@ void SpaceModel::CheckPage(PageNumber number, const Page& page, Depth depth) {
     char text[80];
     std::snprintf(text, sizeof text, ": word %zu is %#zx, expected %#zx", i, static_cast<std::size_t>(word),
                   static_cast<std::size_t>(stamp));
-    return Fail(name + text);
+    return Fail("page " + Hex(PageRange::Of(number, {1})) + text);
   }
 }
 
-// The walk over all VMAs finds the same pages, cut in the same way.
+// The walk over all VMAs finds the same pages, cut in the same way, with the same attributes.
 void SpaceModel::CheckVmas() {
   std::vector<VmaInfo> vmas;
   space_.ForEachVma(
@@ -248,12 +297,17 @@ void SpaceModel::CheckVmas() {
     if (!Expect(next != pages_.end(), "a VMA too many: " + Hex(vma.range))) return;
     const PageRange wanted = VmaOf({next->first});
     if (!Expect(vma.range == wanted, "VMA " + Hex(vma.range) + " should be " + Hex(wanted))) return;
+    CheckAttributes(vma, vma.range.first, next->second);
+    CheckPage(wanted.end - vm::Pages{1}, *Find(wanted.end - vm::Pages{1}), Depth::kAttributes);
+    Expect(IsMapped({wanted.end, wanted.end + vm::Pages{1}}) || !space_.Lookup(wanted.end).ok(),
+           "the page after " + Hex(wanted) + " should not be mapped");
     next = pages_.lower_bound(wanted.end.value);
   }
   Expect(next == pages_.end(), "a VMA is missing");
   const AddressSpaceStats stats = space_.Stats();
   Expect(stats.vmas == vmas.size(), "Stats: wrong number of VMAs");
   Expect(stats.mapped == vm::Pages{pages_.size()}.bytes(), "Stats: wrong number of mapped pages");
+  if (!perhaps_deferred_.empty()) return;
   for (const std::unique_ptr<FilePages>& file : files_) {
     const auto uses = [&](const auto& page) { return page.second.file == file.get(); };
     Expect(file->pages() == static_cast<std::size_t>(std::count_if(pages_.begin(), pages_.end(), uses)),
@@ -265,27 +319,32 @@ void SpaceModel::CheckVmas() {
 void SpaceModel::CheckKernel() {
   for (const auto& [number, page] : pages_) {
     const os::PageState state = kernel_->At({number});
-    const std::string name = "page " + Hex({{number}, {number + 1}});
-    Expect(state.protection == page.protection, name + ": the kernel has another protection");
-    Expect(state.locked == (page.lock != MemoryLock::kNone), name + ": the kernel has another lock");
+    if (state.protection == page.protection && state.locked == (page.lock != MemoryLock::kNone)) continue;
+    return Fail("page " + Hex({{number}, {number + 1}}) + ": the kernel has another " +
+                (state.protection == page.protection ? "lock" : "protection"));
   }
 }
 
 void SpaceModel::CheckInvariants(Depth depth) {
+  if (alone()) CheckVmas();
+  if (!ok() || (alone() && depth == Depth::kAttributes)) return;
   for (const auto& [number, page] : pages_) {
     CheckPage({number}, page, depth);
     if (!ok()) return;
   }
+  for (const auto& [number, page] : deferred_) CheckContent({number}, page);
   if (!alone()) return;
-  CheckVmas();
   CheckKernel();
   space_.CheckInvariants();
 }
 
 void SpaceModel::Finish() {
   armed_call_ = 0;
+  if (ok()) CheckInvariants(Depth::kContent);
+  for (std::size_t i = 0; i < kPins; ++i) SetPin(i, nullptr);
   if (!ok()) return;
-  CheckInvariants(Depth::kContent);
+  space_.Tick();
+  ForgetDeferred();
   if (!alone()) {
     while (ok() && !pages_.empty()) {
       const PageRange vma = VmaOf({pages_.begin()->first});
@@ -298,6 +357,8 @@ void SpaceModel::Finish() {
   Expect("Unmap", space_.Unmap(all_), ErrorCode::kOk);
   pages_.clear();
   CheckInvariants(Depth::kContent);
+  // What the kernel refused to unlock stays locked while it waits for re-use.
+  (void)space_.Purge(PurgeScope::kAll);
   Expect(kernel_->LockedPages() == vm::Pages{0}, "something stayed locked");
   for (const PageRange window : windows_) {
     for (const PageRange part : {window.Intersect(RegionOf(window.first)),
@@ -308,7 +369,7 @@ void SpaceModel::Finish() {
       if (!Expect("Map of everything", mapped.error(), ErrorCode::kOk)) return;
       const Result<VmaInfo> vma = space_.Lookup(part.first);
       for (PageNumber page = part.first; page < part.end; page = page + vm::Pages{1}) {
-        pages_[page.value].generation = vma.ok() ? vma->generation : 0;
+        Put(page, {.generation = vma.ok() ? vma->generation : 0});
       }
     }
   }

@@ -6,6 +6,7 @@
 #ifndef FREEHOLD_TESTS_VM_SPACE_MODEL_H_
 #define FREEHOLD_TESTS_VM_SPACE_MODEL_H_
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -18,6 +19,7 @@
 #include "vm/address_space.h"
 #include "vm/backing.h"
 #include "vm/os/fake_kernel.h"
+#include "vm/pin.h"
 
 namespace freehold::vm::test {
 
@@ -68,7 +70,7 @@ class SpaceModel {
   using Pages = std::map<std::size_t, Page>;  // by page number
 
   static constexpr std::size_t kFiles = 2;        // of a model: read-write, read-only
-  static constexpr std::size_t kMaxPages = 3000;  // more are not mapped
+  static constexpr std::size_t kMaxPages = 1000;  // more are not mapped
   static constexpr std::size_t kWindowPages = 512;
 
   // Alone on `space`, whose kernel is `kernel`.
@@ -93,7 +95,9 @@ class SpaceModel {
   bool IsFree(PageRange range);    // none of it is ours
   // The VMA that holds `page`, which is mapped: pages that differ in nothing but content.
   PageRange VmaOf(PageNumber page);
+  // Unmaps: what is pinned lives on.
   void Erase(PageRange range);
+  void Put(PageNumber page, const Page& mapped);
   // The anonymous pages of `range` that are mapped hold zeroes, or nothing known.
   void SetZero(PageRange range);
   void SetUnknown(PageRange range);
@@ -105,8 +109,19 @@ class SpaceModel {
   // A generation that no mapping had before.
   bool IsNew(std::uint64_t generation) { return generations_.insert(generation).second; }
 
+  // ---- Pins ----
+  static constexpr std::size_t kPins = 4;
+  // Null takes the pin away.
+  void SetPin(std::size_t index, std::unique_ptr<Pin> pin);
+  // Whether something in `range` may not be replaced. kMaybe: it was unmapped together with something pinned, or its
+  // kernel did not let it go.
+  enum class Pinned : std::uint8_t { kNo, kMaybe, kYes };
+  Pinned PinnedIn(PageRange range) const;
+  void ForgetDeferred();  // a Tick has tried again
+
   // ---- Failures ----
   void Arm(std::size_t nth_call, int sys_errno);
+  bool had_failures() const { return had_failures_; }
   // Calls `verb`. If a failure is armed and strikes, the space must be as it was, once `tolerate` has changed the
   // model by what the verb is allowed to leave behind, and the verb is called again.
   Error Call(const std::function<Error()>& verb, const std::function<void()>& tolerate = nullptr);
@@ -119,15 +134,18 @@ class SpaceModel {
   bool Expect(const char* verb, Error got, Error want);
   bool Expect(const char* verb, Error got, ErrorCode want);
 
+  // kAttributes: VMA by VMA. kContent: page by page, the kernel's side and the space's own invariants too.
   enum class Depth : std::uint8_t { kAttributes, kContent };
   // Everything that this model knows.
   void CheckInvariants(Depth depth);
   void CheckPage(PageNumber number, const Page& page, Depth depth);
+  void CheckContent(PageNumber number, const Page& page);
   // Unmaps everything; alone, checks that nothing old shows in memory that is mapped again.
   void Finish();
 
  private:
   static bool Continues(std::size_t number, const Page& page, std::size_t next_number, const Page& next);
+  void CheckAttributes(const VmaInfo& vma, PageNumber number, const Page& page);
   void CheckVmas();
   void CheckKernel();
   void MakeWindows();
@@ -141,10 +159,14 @@ class SpaceModel {
   std::size_t region_pages_ = 0;
   Pages pages_;
   std::vector<std::unique_ptr<FilePages>> files_;
+  std::array<std::unique_ptr<Pin>, kPins> pins_;
+  Pages deferred_;                         // unmapped and pinned: must keep content
+  std::set<std::size_t> perhaps_deferred_;  // see Pinned::kMaybe
   std::set<std::uint64_t> generations_;
   std::uint64_t last_stamp_ = 0;
   std::size_t armed_call_ = 0;
   int armed_errno_ = 0;
+  bool had_failures_ = false;
   std::string failure_;
 };
 

@@ -9,6 +9,7 @@
 #include <csignal>
 #include <numeric>
 #include <random>
+#include <string_view>
 #include <type_traits>
 #include <utility>
 
@@ -89,12 +90,12 @@ void Map::Perform(SpaceModel& model) const {
   PageRange range = span.Window(model);
   if (!model.alone() && placement == Placement::kReplace) range = span.Range(model);
   if (range.empty() || !model.HasRoomFor(range.count().value)) return;
-  const bool anywhere = placement == Placement::kAnywhere;
+  const bool fixed = placement == Placement::kFixed || placement == Placement::kReplace;
   FilePages* const backing = file >= 1 && file <= SpaceModel::kFiles ? &model.file(file - 1) : nullptr;
   MapOptions options;
   options.placement = placement;
   options.address = range.address();
-  if (anywhere) options.alignment = {std::size_t{1} << alignment};
+  if (placement == Placement::kAnywhere) options.alignment = {std::size_t{1} << alignment};
   options.protection = ProtectionOf(protection);
   options.content = content;
   options.huge_pages = huge_pages ? os::HugePages::kPrefer : os::HugePages::kAvoid;
@@ -103,36 +104,65 @@ void Map::Perform(SpaceModel& model) const {
   options.backing = backing;
   options.backing_page = file_page;
 
+  using Pinned = SpaceModel::Pinned;
+  const Pinned pinned = fixed ? model.PinnedIn(range) : Pinned::kNo;
   ErrorCode want = ErrorCode::kOk;
-  if (!anywhere && !model.InOneRegion(range)) want = ErrorCode::kOutsideReservation;
-  if (want == ErrorCode::kOk && placement == Placement::kFixed && !model.IsFree(range)) want = ErrorCode::kOverlap;
+  if (fixed && !model.InOneRegion(range)) want = ErrorCode::kOutsideReservation;
+  if (want == ErrorCode::kOk && pinned == Pinned::kYes) want = ErrorCode::kPinned;
+  if (want != ErrorCode::kOutsideReservation && placement == Placement::kFixed && !model.IsFree(range)) {
+    want = ErrorCode::kOverlap;
+  }
   if (backing != nullptr && !backing->Allows(options.protection)) want = ErrorCode::kDenied;
   const MemoryLock locked = lock != MemoryLock::kNone ? lock : model.future_lock;
   Result<PageRange> mapped = ErrorCode::kNoRoom;
-  const Error error = model.Call([&] {
-    mapped = model.space().Map(range.count(), options);
-    return mapped.error();
+  // What a backing takes the place of, or what takes the place of a backing, has lost its content when a later step
+  // is refused. Earlier failures may have left a backing in free memory.
+  bool replaces_backing = backing != nullptr || (model.had_failures() && !model.IsMapped(range));
+  ForEachPage(range, [&](PageNumber page) {
+    const SpaceModel::Page* old = model.Find(page);
+    replaces_backing = replaces_backing || (old != nullptr && old->file != nullptr);
   });
+  const auto tolerate = [&] {
+    if (placement == Placement::kReplace && replaces_backing) model.SetUnknown(range);
+  };
+  const Error error = model.Call(
+      [&] {
+        mapped = model.space().Map(range.count(), options);
+        return mapped.error();
+      },
+      tolerate);
+  if (!error.ok()) tolerate();
   if (locked != MemoryLock::kNone && want == ErrorCode::kOk && IsLockLimit(error)) return;
-  const bool taken = !model.alone() && placement == Placement::kFixed && error.code == ErrorCode::kOverlap;
-  if (taken && want == ErrorCode::kOk) return;
+  // Both may be true of the range.
+  if (error.code == ErrorCode::kPinned && want == ErrorCode::kOverlap && pinned == Pinned::kYes) return;
+  if (error.code == ErrorCode::kPinned && want != ErrorCode::kDenied && pinned == Pinned::kMaybe) return;
+  const bool taken = !model.alone() && placement == Placement::kFixed &&
+                     (error.code == ErrorCode::kOverlap || error.code == ErrorCode::kPinned);
+  if (taken && want != ErrorCode::kDenied && want != ErrorCode::kOutsideReservation) return;
   if (!model.Expect("Map", error, want) || !error.ok()) return;
 
-  model.Expect(anywhere || *mapped == range, "Map: not at the fixed range");
+  if (placement == Placement::kHint && model.alone()) {
+    const bool mapping = options.protection != Protection::kReadWrite || backing != nullptr;
+    const bool fits = mapping == model.windows().back().Contains(range.first) && model.InOneRegion(range) &&
+                      model.IsFree(range) && model.PinnedIn(range) == Pinned::kNo;
+    model.Expect(!fits || *mapped == range, "Map: the hint was not followed");
+  }
+  model.Expect(!fixed || *mapped == range, "Map: not at the fixed range");
   model.Expect(mapped->count() == range.count(), "Map: wrong size");
   model.Expect(mapped->first.value % options.alignment.value == 0, "Map: not aligned");
   if (!Keep(model, *mapped)) return;
   model.Expect(placement == Placement::kReplace || model.IsFree(*mapped), "Map: handed out mapped pages");
+  model.Expect(model.PinnedIn(*mapped) != Pinned::kYes, "Map: handed out pinned pages");
   const Result<VmaInfo> vma = model.space().Lookup(mapped->first);
   if (!model.Expect("Lookup", vma.error(), ErrorCode::kOk)) return;
   model.Expect(model.IsNew(vma->generation), "Map: a generation that was there before");
   ForEachPage(*mapped, [&](PageNumber page) {
-    model.pages()[page.value] = {.protection = options.protection,
-                                 .lock = locked,
-                                 .generation = vma->generation,
-                                 .file = backing,
-                                 .file_page = backing == nullptr ? 0 : file_page + (page - mapped->first).value,
-                                 .known = content == Content::kZeroed};
+    model.Put(page, {.protection = options.protection,
+                     .lock = locked,
+                     .generation = vma->generation,
+                     .file = backing,
+                     .file_page = backing == nullptr ? 0 : file_page + (page - mapped->first).value,
+                     .known = content == Content::kZeroed});
   });
 }
 
@@ -329,7 +359,7 @@ void Remap::Perform(SpaceModel& model) const {
   if (range.empty()) return;
   const std::size_t before = range.count().value;
   const std::size_t count = same_size ? before : Span{.size = size}.Count();
-  const bool fixed = placement != Placement::kAnywhere;
+  const bool fixed = placement == Placement::kFixed || placement == Placement::kReplace;
   RemapOptions options;
   options.placement = placement;
   options.keep_source = keep_source;
@@ -355,7 +385,11 @@ void Remap::Perform(SpaceModel& model) const {
   const PageRange more = {range.end, std::max(range.end, goal.end)};
   const bool fits = model.InOneRegion(goal) && model.IsFree(more);
   ErrorCode want = ErrorCode::kOk;
-  if (keep_source && (!moves || count != before)) {
+  using Pinned = SpaceModel::Pinned;
+  if (model.PinnedIn(more) != Pinned::kNo) return;
+  const Pinned target_pinned = fixed ? model.PinnedIn(goal) : Pinned::kNo;
+  const bool source_pinned = model.PinnedIn(range) == Pinned::kYes;
+  if (placement == Placement::kHint || (keep_source && (!moves || count != before))) {
     want = ErrorCode::kUnsupported;
   } else if (!one_vma) {
     want = ErrorCode::kNotMapped;
@@ -368,17 +402,21 @@ void Remap::Perform(SpaceModel& model) const {
       want = ErrorCode::kOutsideReservation;
     } else if (placement == Placement::kFixed && !model.IsFree(goal)) {
       want = ErrorCode::kOverlap;
+    } else if (source_pinned || target_pinned == Pinned::kYes) {
+      want = ErrorCode::kPinned;
     }
   } else if (count > before && !fits) {
-    want = !options.may_move          ? ErrorCode::kNoRoom
+    want = !options.may_move       ? ErrorCode::kNoRoom
            : first.file != nullptr ? ErrorCode::kUnsupported
-                                      : ErrorCode::kOk;
+           : source_pinned         ? ErrorCode::kPinned
+                                   : ErrorCode::kOk;
   }
 
   Result<PageRange> remapped = ErrorCode::kNoRoom;
   // What was to be replaced may be gone.
   const auto tolerate = [&] {
-    if (placement == Placement::kReplace && want == ErrorCode::kOk && !model.space().Lookup(goal.first).ok()) {
+    if (placement == Placement::kReplace && (want == ErrorCode::kOk || want == ErrorCode::kPinned) &&
+        target_pinned != Pinned::kYes && !model.space().Lookup(goal.first).ok()) {
       model.Erase(goal);
     }
   };
@@ -389,13 +427,20 @@ void Remap::Perform(SpaceModel& model) const {
       },
       tolerate);
   if (first.lock != MemoryLock::kNone && want == ErrorCode::kOk && IsLockLimit(error)) return tolerate();
+  const bool perhaps_pinned = target_pinned != Pinned::kNo || (!model.alone() && placement == Placement::kFixed);
+  if (error.code == ErrorCode::kPinned &&
+      (want == ErrorCode::kPinned || (perhaps_pinned && want != ErrorCode::kNotMapped))) {
+    return tolerate();
+  }
   if (!model.alone() && want == ErrorCode::kOk && !error.ok()) {
     // Somebody has the pages behind it, or the target, or unmapped the target meanwhile.
     const bool lost_race = error.code == ErrorCode::kReplaced && !fixed;
-    const bool taken = placement == Placement::kFixed ? error.code == ErrorCode::kOverlap
-                       : count <= before              ? false
-                       : options.may_move             ? error.code == ErrorCode::kUnsupported && first.file != nullptr
-                                                      : error.code == ErrorCode::kNoRoom;
+    const bool taken = placement == Placement::kFixed
+                           ? error.code == ErrorCode::kOverlap || error.code == ErrorCode::kPinned
+                       : count <= before ? false
+                       : error.code == ErrorCode::kPinned ? true
+                       : options.may_move ? error.code == ErrorCode::kUnsupported && first.file != nullptr
+                                          : error.code == ErrorCode::kNoRoom;
     if (lost_race || taken) return;
   }
   if (!model.Expect("Remap", error, want) || !error.ok()) return;
@@ -428,7 +473,7 @@ void Remap::Perform(SpaceModel& model) const {
     model.Expect(model.IsNew(vma->generation), "Remap: a generation that was there before");
     for (SpaceModel::Page& page : pages) page.generation = vma->generation;
   }
-  for (std::size_t i = 0; i < count; ++i) model.pages()[remapped->first.value + i] = pages[i];
+  for (std::size_t i = 0; i < count; ++i) model.Put(remapped->first + Pages{i}, pages[i]);
 }
 
 // ---- The rest ----
@@ -446,6 +491,50 @@ void Tick::Perform(SpaceModel& model) const {
     model.space().Tick();
     return Error::Ok();
   });
+}
+
+void PinPages::Perform(SpaceModel& model) const {
+  if (release) return model.SetPin(pin, nullptr);
+  const PageRange range = span.Range(model);
+  if (range.empty()) return;
+  auto pinned = std::make_unique<Pin>(model.space(), range);
+  const bool mapped = model.IsMapped(range);
+  model.Expect("Pin", pinned->error(), !model.InOneRegion(range) ? ErrorCode::kOutsideReservation
+                                       : mapped                  ? ErrorCode::kOk
+                                                                 : ErrorCode::kNotMapped);
+  if (pinned->ok()) model.SetPin(pin, std::move(pinned));
+}
+
+void TakeSnapshot::Perform(SpaceModel& model) const {
+  std::vector<VmaInfo> out(room == 255 ? model.space().Stats().vmas + 100 : room);
+  const std::uint64_t changes = model.space().Changes();
+  const SnapshotResult result = model.space().Snapshot(absl::MakeSpan(out));
+  if (out.size() > result.vmas) out.resize(result.vmas);
+  for (std::size_t i = 1; i < out.size(); ++i) {
+    model.Expect(out[i - 1].range.end <= out[i].range.first, "Snapshot: not in order");
+  }
+  // What is ours is all there, cut as it is, as far as there was room.
+  auto next = model.pages().begin();
+  for (const VmaInfo& vma : out) {
+    const SpaceModel::Page* page = model.Find(vma.range.first);
+    if (page == nullptr) {
+      model.Expect(!model.alone(), "Snapshot: a VMA too many");
+      continue;
+    }
+    model.Expect(next != model.pages().end() && next->first == vma.range.first.value, "Snapshot: a VMA is missing");
+    model.Expect(vma.range == model.VmaOf(vma.range.first) && vma.generation == page->generation &&
+                     vma.protection == page->protection && vma.lock == page->lock && vma.backing == page->file &&
+                     (page->file == nullptr || vma.backing_page == page->file_page),
+                 "Snapshot: wrong attributes of " + Hex(vma.range));
+    next = model.pages().lower_bound(vma.range.end.value);
+  }
+  if (out.size() == result.vmas) model.Expect(next == model.pages().end(), "Snapshot: a VMA is missing");
+  if (!model.alone()) return;
+  model.Expect(result.instant && result.vmas == model.space().Stats().vmas, "Snapshot: wrong number of VMAs");
+  model.Expect(model.space().Changes() == changes, "Changes: a snapshot is none");
+  std::size_t lines = 0;
+  model.space().WriteMaps([](void* context, std::string_view) { ++*static_cast<std::size_t*>(context); }, &lines);
+  model.Expect(lines == result.vmas, "WriteMaps: wrong number of lines");
 }
 
 void Misuse::Perform(SpaceModel& model) const {
@@ -579,10 +668,10 @@ void Contend::Perform(SpaceModel& model) const {
     map.protection = Protection::kReadWrite;
     map.backing_page = page;
   }
-  switch (verb % (open ? 15 : 11)) {
+  switch (verb % (open ? 16 : 12)) {
     case 0:
     case 1:
-      ExpectAnyOf(model, "Map", space.Map(range.count(), map).error(), {kSystem});
+      ExpectAnyOf(model, "Map", space.Map(range.count(), map).error(), {kPinned, kSystem});
       break;
     case 2: {
       std::uint64_t word = kSharedStamp | page;
@@ -622,15 +711,21 @@ void Contend::Perform(SpaceModel& model) const {
     case 10:
       ExpectAnyOf(model, "UnlockMemory", space.UnlockMemory(range), {open ? kNotMapped : kOk});
       break;
-    case 11:
+    case 11: {
+      const Pin pin(space, range);
+      ExpectAnyOf(model, "Pin", pin.error(), {open ? kNotMapped : kOk});
+      if (pin.ok() && !open) model.Expect(space.Lookup(range.first).ok(), "Lookup of pinned pages");
+      break;
+    }
     case 12:
+    case 13:
       ExpectAnyOf(model, "Unmap", space.Unmap(range), {});
       break;
-    case 13:
+    case 14:
       map.placement = Placement::kFixed;
-      ExpectAnyOf(model, "Map", space.Map(range.count(), map).error(), {kOverlap, kSystem});
+      ExpectAnyOf(model, "Map", space.Map(range.count(), map).error(), {kOverlap, kPinned, kSystem});
       break;
-    case 14: {
+    case 15: {
       const PageRange to = PageRange::Of(all.first + Pages{choice % all.count().value}, range.count()).Intersect(all);
       ExpectAnyOf(model, "Remap",
                   space
@@ -640,7 +735,7 @@ void Contend::Perform(SpaceModel& model) const {
                                                            : Placement::kAnywhere,
                               .address = to.address()})
                       .error(),
-                  {kNotMapped, kOverlap, kNoRoom, kReplaced, kUnsupported, kSystem});
+                  {kNotMapped, kOverlap, kPinned, kNoRoom, kReplaced, kUnsupported, kSystem});
       break;
     }
   }
@@ -670,6 +765,8 @@ FREEHOLD_NAME(Remap);
 FREEHOLD_NAME(Purge);
 FREEHOLD_NAME(Tick);
 FREEHOLD_NAME(Misuse);
+FREEHOLD_NAME(PinPages);
+FREEHOLD_NAME(TakeSnapshot);
 FREEHOLD_NAME(FailCall);
 FREEHOLD_NAME(Contend);
 FREEHOLD_NAME(Placement);

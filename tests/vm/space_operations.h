@@ -59,7 +59,7 @@ struct Map {
   template <typename Visitor>
   void Visit(Visitor& visit) {
     visit("span", span);
-    visit("placement", placement, 3);
+    visit("placement", placement, 4);
     visit("protection", protection, 8);
     visit("content", content, 2);
     visit("populate", populate);
@@ -202,7 +202,7 @@ struct Remap {
     visit("span", span);
     visit("size", size);
     visit("same_size", same_size);
-    visit("placement", placement, 3);
+    visit("placement", placement, 4);
     visit("target", target);
     visit("may_move", may_move);
     visit("keep_source", keep_source);
@@ -240,6 +240,32 @@ struct Misuse {
   }
 };
 
+// Pins pages with one of the model's pins; or takes that pin away.
+struct PinPages {
+  Span span;
+  std::uint8_t pin = 0;
+  bool release = false;
+
+  void Perform(SpaceModel& model) const;
+  template <typename Visitor>
+  void Visit(Visitor& visit) {
+    visit("span", span);
+    visit("pin", pin, SpaceModel::kPins);
+    visit("release", release);
+  }
+};
+
+// Snapshot and WriteMaps.
+struct TakeSnapshot {
+  std::uint8_t room = 0;  // for VMAs; 255: for all of them
+
+  void Perform(SpaceModel& model) const;
+  template <typename Visitor>
+  void Visit(Visitor& visit) {
+    visit("room", room);
+  }
+};
+
 // The nth kernel call of the next verb fails. Only alone.
 struct FailCall {
   std::uint8_t nth = 0;
@@ -273,9 +299,9 @@ struct Contend {
 };
 
 using SpaceOperation = std::variant<Map, Unmap, Protect, Advise, Discard, Write, Lookup, Residency, Populate, LockMemory,
-                               LockAll, Remap, Purge, Tick, Misuse, FailCall, Contend>;
+                               LockAll, Remap, Purge, Tick, Misuse, PinPages, TakeSnapshot, FailCall, Contend>;
 // How often each comes among random ones.
-inline constexpr int kWeights[] = {50, 40, 16, 14, 8, 40, 4, 4, 8, 14, 4, 24, 2, 4, 4, 12, 40};
+inline constexpr int kWeights[] = {50, 40, 16, 14, 8, 40, 4, 4, 8, 14, 4, 24, 2, 4, 4, 12, 4, 12, 40};
 static_assert(std::size(kWeights) == std::variant_size_v<SpaceOperation>);
 
 // Any bytes are operations; Encode(Decode(bytes)) decodes to the same.
