@@ -98,7 +98,7 @@ Error AddressSpace::Init(PageRange reservation, MetadataArena* arena) {
   range_locks_ = static_cast<PaddedRangeLock*>(locks);
   for (std::size_t i = 0; i < lock_count; ++i) new (range_locks_ + i) PaddedRangeLock(options_.lock_policy);
 
-  const Region::Shared shared{kernel_, arena_, purge_stage_, &options_, &clock_};
+  const Region::Shared shared{kernel_, arena_, purge_stage_, &options_, &clock_, &notifiers_};
   const Pages region_pages = {std::size_t{1} << region_shift_};
   for (std::size_t i = 0; i < region_count_; ++i) {
     const Zone zone = i < zone_begin_[1] ? Zone::kPlain : i < zone_begin_[2] ? Zone::kDense : Zone::kMapping;
@@ -146,8 +146,14 @@ Result<PageRange> AddressSpace::Map(Pages count, const MapOptions& options) {
   const std::size_t alignment = options.alignment.value;
   if (alignment == 0 || (alignment & (alignment - 1)) != 0) return ErrorCode::kUnaligned;
 
-  if (ABSL_PREDICT_FALSE(options.backing != nullptr)) return MapBacked(count, options);
+  if (ABSL_PREDICT_FALSE(options.backing != nullptr || !notifiers_.empty())) return MapSpecial(count, options);
   return MapAny(count, options);
+}
+
+Result<PageRange> AddressSpace::MapSpecial(Pages count, const MapOptions& options) {
+  const Result<PageRange> mapped = options.backing != nullptr ? MapBacked(count, options) : MapAny(count, options);
+  if (mapped.ok()) notifiers_.Map(*mapped);
+  return mapped;
 }
 
 Result<PageRange> AddressSpace::MapBacked(Pages count, const MapOptions& options) {

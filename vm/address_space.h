@@ -24,6 +24,7 @@
 #include <string_view>
 
 #include "absl/types/span.h"
+#include "vm/notifier.h"
 #include "vm/os/kernel.h"
 #include "vm/page_range.h"
 #include "vm/result.h"
@@ -270,6 +271,8 @@ class AddressSpace {
   os::Kernel& kernel() const { return *kernel_; }
   // Keeps backings that a lookup reported from being destroyed while a reader is inside. Tick polls it.
   sync::EpochDomain& epochs() { return epochs_; }
+  // See NotifierRegistration.
+  NotifierList& notifiers() { return notifiers_; }
   AddressSpaceStats Stats() const;
   // How long tree locks were held since Create, all regions together; empty unless
   // AddressSpaceOptions::record_tree_lock_holds is set.
@@ -335,6 +338,8 @@ class AddressSpace {
   Result<PageRange> MapLocked(Pages count, const MapOptions& options, os::MemoryLock lock);
   // Map with checked arguments.
   Result<PageRange> MapAny(Pages count, const MapOptions& options);
+  // Map with a backing or notifiers.
+  Result<PageRange> MapSpecial(Pages count, const MapOptions& options);
   // Map with a backing: counts its pages.
   Result<PageRange> MapBacked(Pages count, const MapOptions& options);
   Result<PageRange> MapPopulated(Pages count, const MapOptions& options);
@@ -376,6 +381,7 @@ class AddressSpace {
   // Of new mappings; relaxed, any thread. Beside what every Map reads and nobody writes.
   std::atomic<os::MemoryLock> future_lock_{os::MemoryLock::kNone};
   sync::EpochDomain epochs_;
+  NotifierList notifiers_{epochs_};
   sync::SpinLock fork_lock_{sync::LockRank::kFork};
   ForkGuards* fork_guards_ = nullptr;  // changed under fork_lock_
 

@@ -57,6 +57,9 @@ Error AddressSpace::AdvisePart(PageRange part, std::uint64_t generation, Advice 
   const Result<VmaInfo> vma = LookupHeld(part.first, guard);
   if (!vma.ok() || vma->generation != generation || !vma->range.Contains(part)) return {ErrorCode::kReplaced};
   if (vma->lock != os::MemoryLock::kNone) return Error::System(EINVAL);
+  if (!notifiers_.empty() && advice != Advice::kCold && advice != Advice::kPageOut) {
+    notifiers_.Invalidate(part, Invalidation::kDiscard);
+  }
   switch (advice) {
     case Advice::kFree: return kernel_->AdviseReclaim(part, os::ReclaimHint::kFree);
     case Advice::kCold: return kernel_->AdviseReclaim(part, os::ReclaimHint::kCold);

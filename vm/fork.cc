@@ -43,9 +43,11 @@ void AddressSpace::PrepareFork() ABSL_NO_THREAD_SAFETY_ANALYSIS {
   }
   purge_stage_->PrepareFork();
   for (Region* region : regions()) region->PrepareFork();
+  notifiers_.PrepareFork();
 }
 
 void AddressSpace::ParentAfterFork() ABSL_NO_THREAD_SAFETY_ANALYSIS {
+  notifiers_.EndFork();
   for (Region* region : regions()) region->ParentAfterFork();
   purge_stage_->ParentAfterFork();
   fork_guards_->Clear();
@@ -56,6 +58,7 @@ void AddressSpace::ParentAfterFork() ABSL_NO_THREAD_SAFETY_ANALYSIS {
 void AddressSpace::ChildAfterFork() ABSL_NO_THREAD_SAFETY_ANALYSIS {
   os::ForgetThreadIdAfterFork();
   future_lock_.store(os::MemoryLock::kNone, std::memory_order_relaxed);
+  notifiers_.EndFork();
   for (Region* region : regions()) region->ChildAfterFork();
   purge_stage_->ChildAfterFork();
   if (options_.lock_policy == sync::LockPolicy::kCoarse) {

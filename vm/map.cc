@@ -250,6 +250,8 @@ Result<PageRange> Region::MapHeld(PageRange range, const MapOptions& options, st
   const RegionPage end = ToRegion(range.end);
   Result<Claim> claim = ClaimFixed(first, end, options.placement);
   if (!claim.ok()) return claim.error();
+  const bool notified = claim->occupied && !shared_.notifiers->empty();
+  if (notified) Invalidate(range, Invalidation::kReplace, guard);
   if (claim->backed) FlushBackings(range, guard);
   const Error error = PrepareFixed(range, options, *claim, guard);
   if (!error.ok()) {
@@ -257,6 +259,7 @@ Result<PageRange> Region::MapHeld(PageRange range, const MapOptions& options, st
     return error;
   }
   PublishFixed(*claim, options, generation);
+  if (notified) shared_.notifiers->Close(range);
   return range;
 }
 

@@ -91,13 +91,10 @@ void Region::FinishDeferred(PageRange extent) {
     Vma* vma = tree_.Find(ToRegion(extent.first)).vma();
     if (!vma->Is(VmaState::kDeferred) || RangeOf(*vma) != extent || IsPinnedLocked(extent)) return;
     deferred_extents_.Subtract(1);
-    if (!NeedsZap(*vma)) {
-      CacheLocked(vma, Knowledge::kUnknown);
-      return;
-    }
     SetStateLocked(vma, VmaState::kDetached);
     NoteDetached(*vma, detachment);
   }
+  if (!shared_.notifiers->empty()) shared_.notifiers->Close(extent);
   if (ZapDetached(extent, detachment, guard).ok()) return;
   sync::SpinLockHolder holder(tree_lock_);
   RetryLaterLocked(tree_.Find(ToRegion(extent.first)).vma());

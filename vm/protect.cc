@@ -19,6 +19,7 @@ Error Region::Protect(PageRange part, os::Protection protection) {
   const Result<bool> differs = ProtectionDiffers(first, end, protection);
   if (!differs.ok()) return differs.error();
   if (!*differs) return Error::Ok();
+  if (!shared_.notifiers->empty()) Invalidate(part, Invalidation::kProtect, guard);
   if (const Error error = MakeBusy(first, end); !error.ok()) return error;
   const Error error = shared_.kernel->Protect(part, protection);
   if (error.ok()) {

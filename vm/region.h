@@ -25,6 +25,7 @@
 #include "vm/address_space.h"
 #include "vm/free_ranges.h"
 #include "vm/metadata_arena.h"
+#include "vm/notifier.h"
 #include "vm/page_range.h"
 #include "vm/purge_stage.h"
 #include "vm/result.h"
@@ -62,6 +63,7 @@ class alignas(kCacheLineSize) Region {
     PurgeStage* purge_stage;
     const AddressSpaceOptions* options;
     std::atomic<std::uint32_t>* clock;  // coarse ticks, see AddressSpace::Tick
+    NotifierList* notifiers;
   };
 
   // `range_lock` may be shared with other regions (LockPolicy::kCoarse).
@@ -304,6 +306,8 @@ class alignas(kCacheLineSize) Region {
   void RestoreLocks(PageRange range, const Guard& guard);
 
   // unmap.cc
+  // Tells the notifiers about what is mapped in `range`.
+  void Invalidate(PageRange range, Invalidation what, const Guard& guard);
   // Unmaps `part` without its range lock, if nobody has that and RetireWholeLocked does it.
   bool UnmapWhole(PageRange part, bool& over_limit);
   // Heap zones: puts the zone's own kernel VMA in the place of another, without access.
@@ -318,12 +322,13 @@ class alignas(kCacheLineSize) Region {
     RegionPage end = 0;
     std::uint64_t newest = 0;  // generation: later mappings came into holes of the range and stay
     bool pinned = false;   // all of it waits for pins: see pin.cc
+    bool notified = false; // it must not be used again before OnClose
     bool zap = false;      // some of it needs kernel work
     bool backed = false;   // some of it has a backing
     bool reset = false;    // in the mapping zone: some of it was ever accessible
   };
   // Cuts mapped extents at the borders of `part`.
-  Detachment StartDetachLocked(PageRange part, bool pinned) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  Detachment StartDetachLocked(PageRange part, bool pinned, bool notified) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Takes up to kExtentsPerHold extents away from lookups; true when that was all.
   bool DetachLocked(Detachment& detachment) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Whether an extent that is unmapped gives the kernel work.

@@ -61,6 +61,7 @@ Result<PageRange> AddressSpace::RemapVma(const VmaInfo& vma, PageRange range, Pa
     return wanted;
   }
   const Result<PageRange> grown = RegionOf(range.first)->Grow(range, count, vma);
+  if (grown.ok() && !notifiers_.empty()) notifiers_.Map({range.end, grown->end});
   if (grown.ok() || grown.error().code != ErrorCode::kNoRoom || !options.may_move) return grown;
   return MoveVma(vma, range, count, options);
 }
@@ -89,6 +90,7 @@ Result<PageRange> AddressSpace::MoveVma(const VmaInfo& vma, PageRange range, Pag
   if (as_mapped) error = MoveInto(vma, range, *target_vma, *target, options);
   if (error.ok()) {
     remap_moves_.fetch_add(1, std::memory_order_relaxed);
+    if (!notifiers_.empty()) notifiers_.Map(*target);
     return target;
   }
   (void)Unmap(*target);
@@ -213,6 +215,7 @@ Error Region::Isolate(PageRange part, const VmaInfo& vma, const Guard& guard) {
     sync::SpinLockHolder holder(tree_lock_);
     if (IsPinnedLocked(part)) return {ErrorCode::kPinned};
   }
+  if (!shared_.notifiers->empty()) Invalidate(part, Invalidation::kMove, guard);
   if (const Error error = MakeBusy(ToRegion(part.first), ToRegion(part.end)); !error.ok()) return error;
   sync::SpinLockHolder holder(tree_lock_);
   // It may become readable for the copy: then it needs a reset.
@@ -229,6 +232,7 @@ void Region::Join(PageRange part, const Guard& guard) {
 Error Region::UnmapIsolated(PageRange part, const Guard& guard) {
   FREEHOLD_DCHECK(guard.Covers(part, Mode::kExclusive));
   Detachment detachment;
+  const bool notified = !shared_.notifiers->empty();
   {
     sync::SpinLockHolder holder(tree_lock_);
     SetBusyLocked(ToRegion(part.first), ToRegion(part.end), false);
@@ -237,14 +241,17 @@ Error Region::UnmapIsolated(PageRange part, const Guard& guard) {
     unmaps_.Add(1);
     // Pinned since Isolate has looked.
     const bool pinned = IsPinnedLocked(part);
-    if (!pinned && RetireWholeLocked(part, kNoSample)) return Error::Ok();
+    if (!pinned && !notified && RetireWholeLocked(part, kNoSample)) return Error::Ok();
     // It is one extent, and so one hold; nothing is left to cut.
-    detachment = StartDetachLocked(part, pinned);
+    detachment = StartDetachLocked(part, pinned, notified);
     FREEHOLD_CHECK(DetachLocked(detachment));
   }
   if (!detachment.zap) return Error::Ok();
+  if (notified) shared_.notifiers->Close(part);
   const Error error = ZapDetached(part, detachment, guard);
-  if (!error.ok()) RemapDetached(part);
+  if (error.ok()) return error;
+  RemapDetached(part);
+  if (notified) shared_.notifiers->Map(part);
   return error;
 }
 

@@ -21,8 +21,10 @@ constexpr std::size_t kSamplePages = 512;
 Error Region::Unmap(PageRange part) {
   bool over_limit = false;
   const bool sample = WantsSample(part);
-  if (sample || !UnmapWhole(part, over_limit)) {
+  const bool notified = !shared_.notifiers->empty();
+  if (sample || notified || !UnmapWhole(part, over_limit)) {
     Guard guard(range_lock_, part, Mode::kExclusive, sync::Operation::kUnmap);
+    if (notified) Invalidate(part, Invalidation::kUnmap, guard);
     const std::size_t sampled = sample ? SampleResidency(part) : kNoSample;
     Detachment detachment;
     bool pinned = false;
@@ -32,9 +34,9 @@ Error Region::Unmap(PageRange part) {
         if (!started) {
           // No pin comes while the range is held exclusively.
           pinned = IsPinnedLocked(part);
-          done = !pinned && RetireWholeLocked(part, sampled);
+          done = !pinned && !notified && RetireWholeLocked(part, sampled);
           started = done || HasMetadataLocked() || !IsCutLocked(part);
-          if (started && !done) detachment = StartDetachLocked(part, pinned);
+          if (started && !done) detachment = StartDetachLocked(part, pinned, notified);
         }
         if (started && !done) done = DetachLocked(detachment);
         over_limit = OverFreeLimit();
@@ -44,9 +46,11 @@ Error Region::Unmap(PageRange part) {
       if (const Error error = Refill(); !error.ok()) return error;
     }
     if (detachment.zap) {
+      if (notified) shared_.notifiers->Close(part);
       guard.Downgrade();
       if (const Error error = ZapDetached(part, detachment, guard); !error.ok()) {
         RemapDetached(part);
+        if (notified) shared_.notifiers->Map(part);
         return error;
       }
     }
@@ -113,7 +117,7 @@ bool Region::IsCutLocked(PageRange part) const {
 //   before   |  A  |  hole  |  B     |        A, B mapped
 //               part.first      part.end
 //   after    | A|d |  hole  | d |  B |        d: detached, or free at once
-Region::Detachment Region::StartDetachLocked(PageRange part, bool pinned) {
+Region::Detachment Region::StartDetachLocked(PageRange part, bool pinned, bool notified) {
   const RegionPage first = ToRegion(part.first);
   const RegionPage end = ToRegion(part.end);
   // Free extents that cross the borders stay as they are.
@@ -122,7 +126,7 @@ Region::Detachment Region::StartDetachLocked(PageRange part, bool pinned) {
     Vma* vma = tree_.Find(border).vma();
     if (vma->Is(VmaState::kMapped) && vma->first_page() < border) SplitLocked(vma, border);
   }
-  return {.next = first, .end = end, .newest = last_generation_, .pinned = pinned};
+  return {.next = first, .end = end, .newest = last_generation_, .pinned = pinned, .notified = notified};
 }
 
 // Whoever maps in a hole of the range needs no range lock (MapOnce): such a mapping has a newer generation.
@@ -135,7 +139,7 @@ bool Region::DetachLocked(Detachment& detachment) {
       continue;
     }
     vma->busy = false;
-    if (!detachment.pinned && !NeedsZap(*vma)) {
+    if (!detachment.pinned && !detachment.notified && !NeedsZap(*vma)) {
       RetireLocked(vma);
       continue;
     }
@@ -157,6 +161,16 @@ bool Region::DetachLocked(Detachment& detachment) {
     last->busy = true;
   }
   return false;
+}
+
+void Region::Invalidate(PageRange range, Invalidation what, const Guard& guard) {
+  FREEHOLD_DCHECK(guard.Covers(range, Mode::kShared));
+  for (PageNumber page = range.first; page < range.end;) {
+    VmaState state;
+    const PageRange extent = LookupExtent(page, state).range;
+    if (state == VmaState::kMapped) shared_.notifiers->Invalidate(extent.Intersect(range), what);
+    page = extent.end;
+  }
 }
 
 bool Region::NeedsZap(const Vma& vma) const {
@@ -185,16 +199,18 @@ Error Region::ZapDetached(PageRange part, const Detachment& detachment, const Gu
     if (state != VmaState::kDetached) continue;
     Vma* vma;
     bool foreign;
+    bool needs_zap;
     {
       sync::SpinLockHolder holder(tree_lock_);
       vma = tree_.Find(ToRegion(extent.first)).vma();
       foreign = vma->foreign;
+      needs_zap = NeedsZap(*vma);
     }
     // A reset drops content and locks: that of the whole part, or the extent's own.
     bool clean = !is_heap();
     bool restored = true;
     bool unlocked = true;
-    if (is_heap()) {
+    if (needs_zap && is_heap()) {
       const bool replaced = foreign && ReplaceForeign(extent).ok();
       foreign = foreign && !replaced;
       clean = replaced;
