@@ -321,7 +321,7 @@ class alignas(kCacheLineSize) Region {
     RegionPage next = 0;
     RegionPage end = 0;
     std::uint64_t newest = 0;  // generation: later mappings came into holes of the range and stay
-    bool pinned = false;   // all of it waits for pins: see pin.cc
+    bool pinned = false;   // some of it: all of it is deferred, see pin.cc
     bool notified = false; // it must not be used again before OnClose
     bool zap = false;      // some of it needs kernel work
     bool backed = false;   // some of it has a backing

@@ -20,6 +20,7 @@ constexpr std::size_t kSamplePages = 512;
 
 Error Region::Unmap(PageRange part) {
   bool over_limit = false;
+  bool pinned = false;
   const bool sample = WantsSample(part);
   const bool notified = !shared_.notifiers->empty();
   if (sample || notified || !UnmapWhole(part, over_limit)) {
@@ -27,7 +28,6 @@ Error Region::Unmap(PageRange part) {
     if (notified) Invalidate(part, Invalidation::kUnmap, guard);
     const std::size_t sampled = sample ? SampleResidency(part) : kNoSample;
     Detachment detachment;
-    bool pinned = false;
     for (bool started = false, done = false; !done;) {
       {
         sync::SpinLockHolder holder(tree_lock_);
@@ -55,6 +55,8 @@ Error Region::Unmap(PageRange part) {
       }
     }
   }
+  // What lies beside the pinned extents waits for nobody.
+  if (pinned) RetryDeferred();
   if (over_limit) {
     (void)PurgeFree(UINT32_MAX, {PagesFor(shared_.options->free_resident_limit).value / 2});
   }
@@ -147,7 +149,11 @@ bool Region::DetachLocked(Detachment& detachment) {
     mapped_pages_.Subtract(vma->page_count());
     vmas_.Subtract(1);
     if (detachment.pinned) {
-      DeferLocked(vma);
+      if (IsPinnedLocked(RangeOf(*vma))) {
+        DeferLocked(vma);
+      } else {
+        RetryLaterLocked(vma);
+      }
       continue;
     }
     SetStateLocked(vma, VmaState::kDetached);
