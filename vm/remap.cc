@@ -205,7 +205,8 @@ Result<PageRange> Region::Grow(PageRange part, Pages count, const VmaInfo& vma) 
   const Result<PageRange> added = MapHeld(more, options, vma.generation, guard);
   if (added.ok()) return wanted;
   if (vma.backing != nullptr) vma.backing->DropPages(more.count().value);
-  return added.error().code == ErrorCode::kOverlap ? Error{ErrorCode::kNoRoom} : added.error();
+  const bool taken = added.error().code == ErrorCode::kOverlap || added.error().code == ErrorCode::kPinned;
+  return taken ? Error{ErrorCode::kNoRoom} : added.error();
 }
 
 Error Region::Isolate(PageRange part, const VmaInfo& vma, const Guard& guard) {

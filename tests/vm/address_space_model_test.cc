@@ -96,6 +96,7 @@ void RunThreads(std::uint64_t seed, const AddressSpaceOptions& options) {
 
   std::vector<std::unique_ptr<SpaceModel>> models;
   for (int i = 0; i < kThreads; ++i) models.push_back(std::make_unique<SpaceModel>(space, shared, i + 1));
+  std::string last[kThreads];
   std::vector<std::thread> threads;
   for (int i = 0; i < kThreads; ++i) {
     threads.emplace_back([&, i] {
@@ -104,7 +105,10 @@ void RunThreads(std::uint64_t seed, const AddressSpaceOptions& options) {
       for (const SpaceOperation& operation : RandomOperations(seed * kThreads + i, 6000)) {
         std::visit([&](const auto& one) { one.Perform(model); }, operation);
         if (++done % 16 == 0) model.CheckInvariants(SpaceModel::Depth::kContent);
-        if (!model.ok()) return model.Fail(ToString(operation));
+        if (!model.ok()) {
+          last[i] = ToString(operation);
+          return;
+        }
       }
     });
   }
@@ -116,11 +120,12 @@ void RunThreads(std::uint64_t seed, const AddressSpaceOptions& options) {
     for (const PageRange range : ranges) ASSERT_TRUE(space.Unmap(range).ok());
   }
   std::size_t known = 0;
-  for (const std::unique_ptr<SpaceModel>& model : models) {
-    ASSERT_EQ(model->failure(), "");
-    model->CheckInvariants(SpaceModel::Depth::kContent);
-    ASSERT_EQ(model->failure(), "") << "at the end";
-    known += model->pages().size();
+  for (int i = 0; i < kThreads; ++i) {
+    SpaceModel& model = *models[i];
+    ASSERT_TRUE(model.ok()) << "thread " << i << ": " << model.failure() << ", after " << last[i];
+    model.CheckInvariants(SpaceModel::Depth::kContent);
+    ASSERT_TRUE(model.ok()) << "thread " << i << ", at the end: " << model.failure();
+    known += model.pages().size();
   }
   EXPECT_EQ(file.pages(), 0u);
   EXPECT_EQ(space.Stats().mapped, Pages{known}.bytes());

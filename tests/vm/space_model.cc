@@ -155,6 +155,7 @@ void SpaceModel::Erase(PageRange range) {
 void SpaceModel::Put(PageNumber page, const Page& mapped) {
   pages_[page.value] = mapped;
   perhaps_deferred_.erase(page.value);
+  deferred_.erase(page.value);
 }
 
 void SpaceModel::SetPin(std::size_t index, std::unique_ptr<Pin> pin) {

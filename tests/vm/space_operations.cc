@@ -383,10 +383,11 @@ void Remap::Perform(SpaceModel& model) const {
 
   const bool moves = fixed || options.may_move;
   const PageRange more = {range.end, std::max(range.end, goal.end)};
-  const bool fits = model.InOneRegion(goal) && model.IsFree(more);
   ErrorCode want = ErrorCode::kOk;
   using Pinned = SpaceModel::Pinned;
-  if (model.PinnedIn(more) != Pinned::kNo) return;
+  const Pinned more_pinned = model.PinnedIn(more);
+  if (more_pinned == Pinned::kMaybe) return;
+  const bool fits = model.InOneRegion(goal) && model.IsFree(more) && more_pinned == Pinned::kNo;
   const Pinned target_pinned = fixed ? model.PinnedIn(goal) : Pinned::kNo;
   const bool source_pinned = model.PinnedIn(range) == Pinned::kYes;
   if (placement == Placement::kHint || (keep_source && (!moves || count != before))) {
@@ -432,14 +433,14 @@ void Remap::Perform(SpaceModel& model) const {
       (want == ErrorCode::kPinned || (perhaps_pinned && want != ErrorCode::kNotMapped))) {
     return tolerate();
   }
-  if (!model.alone() && want == ErrorCode::kOk && !error.ok()) {
+  if (!model.alone() && (want == ErrorCode::kOk || want == ErrorCode::kPinned) && !error.ok()) {
     // Somebody has the pages behind it, or the target, or unmapped the target meanwhile.
     const bool lost_race = error.code == ErrorCode::kReplaced && !fixed;
     const bool taken = placement == Placement::kFixed
                            ? error.code == ErrorCode::kOverlap || error.code == ErrorCode::kPinned
                        : count <= before ? false
-                       : error.code == ErrorCode::kPinned ? true
-                       : options.may_move ? error.code == ErrorCode::kUnsupported && first.file != nullptr
+                       : options.may_move ? (error.code == ErrorCode::kUnsupported && first.file != nullptr) ||
+                                                (error.code == ErrorCode::kPinned && source_pinned)
                                           : error.code == ErrorCode::kNoRoom;
     if (lost_race || taken) return;
   }
