@@ -67,6 +67,11 @@ void Region::Leave(Pin& pin) {
   }
 }
 
+bool Region::IsPinned(PageRange range) const {
+  sync::SpinLockHolder holder(tree_lock_);
+  return IsPinnedLocked(range);
+}
+
 bool Region::IsPinnedLocked(PageRange range) const {
   return pins_.in_use() && pins_.HasConflict(range, sync::LockMode::kExclusive);
 }

@@ -116,6 +116,7 @@ class alignas(kCacheLineSize) Region {
   void Leave(Pin& pin);
   // Unmaps what could not be unmapped when its last pin went.
   void RetryDeferred();
+  bool IsPinned(PageRange range) const;
   // purge.cc
   // Gives cached extents freed at or before `until` back, the oldest first, until at most `keep` pages of
   // possibly resident memory are left in the bins. Returns the pages given back.

@@ -74,6 +74,8 @@ Result<PageRange> AddressSpace::MoveVma(const VmaInfo& vma, PageRange range, Pag
   map.address = options.address;
   map.protection = vma.protection;
   map.lock = vma.lock;
+  // Looked at again when both ranges are held, but as a rule before anything is mapped or replaced for nothing.
+  if (RegionOf(range.first)->IsPinned(range)) return ErrorCode::kPinned;
   Result<PageRange> target = ErrorCode::kNoRoom;
   if (options.placement == Placement::kAnywhere) {
     target = MapInZone(vma.zone, count, map);

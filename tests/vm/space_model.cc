@@ -49,10 +49,11 @@ std::string Hex(PageRange range) {
 FilePages::FilePages(Protection max_protection) : Backing(max_protection), stamps(kPages) {
   file_ = memfd_create("model", MFD_CLOEXEC);
   if (file_ < 0 || ftruncate(file_, kPages * kPageSize) != 0) Die("memfd");
-  // Every other page has content from the start.
-  for (std::uint64_t page = 0; page < kPages; page += 2) {
+  // Every fourth page has content from the start.
+  std::array<std::uint64_t, kWordsPerPage> content;
+  for (std::uint64_t page = 0; page < kPages; page += 4) {
     stamps[page] = kFileStamp | page;
-    const std::vector<std::uint64_t> content(kWordsPerPage, stamps[page]);
+    content.fill(stamps[page]);
     if (pwrite(file_, content.data(), kPageSize, static_cast<off_t>(page * kPageSize)) != kPageSize) Die("pwrite");
   }
 }
@@ -375,7 +376,11 @@ void SpaceModel::Finish() {
     }
   }
   CheckInvariants(Depth::kContent);
-  if (ok()) Write(all_);
+  for (const PageRange window : windows_) {
+    for (std::size_t page = 0; ok() && page < kWindowPages; page += 16) {
+      Write(PageRange::Of(window.first + vm::Pages{page}, {1}));
+    }
+  }
   CheckInvariants(Depth::kContent);
   Expect("Unmap", space_.Unmap(all_), ErrorCode::kOk);
   pages_.clear();

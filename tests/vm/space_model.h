@@ -29,7 +29,7 @@ inline constexpr std::uint64_t kFileStamp = std::uint64_t{'F'} << 56;
 // A memory file, mapped shared. What its pages hold is known: a stamp each.
 class FilePages final : public Backing {
  public:
-  static constexpr std::uint64_t kPages = 1024;
+  static constexpr std::uint64_t kPages = 512;
 
   explicit FilePages(os::Protection max_protection);
   ~FilePages();

@@ -414,12 +414,13 @@ void Remap::Perform(SpaceModel& model) const {
   }
 
   Result<PageRange> remapped = ErrorCode::kNoRoom;
-  // What was to be replaced may be gone.
+  // What was to be replaced may be gone, all of it.
   const auto tolerate = [&] {
-    if (placement == Placement::kReplace && (want == ErrorCode::kOk || want == ErrorCode::kPinned) &&
-        target_pinned != Pinned::kYes && !model.space().Lookup(goal.first).ok()) {
-      model.Erase(goal);
-    }
+    if (placement != Placement::kReplace || target_pinned == Pinned::kYes) return;
+    if (want != ErrorCode::kOk && want != ErrorCode::kPinned) return;
+    const auto replaced = model.pages().lower_bound(goal.first.value);
+    if (replaced == model.pages().end() || !goal.Contains(PageNumber{replaced->first})) return;
+    if (!model.space().Lookup({replaced->first}).ok()) model.Erase(goal);
   };
   const Error error = model.Call(
       [&] {
@@ -428,11 +429,10 @@ void Remap::Perform(SpaceModel& model) const {
       },
       tolerate);
   if (first.lock != MemoryLock::kNone && want == ErrorCode::kOk && IsLockLimit(error)) return tolerate();
-  const bool perhaps_pinned = target_pinned != Pinned::kNo || (!model.alone() && placement == Placement::kFixed);
-  if (error.code == ErrorCode::kPinned &&
-      (want == ErrorCode::kPinned || (perhaps_pinned && want != ErrorCode::kNotMapped))) {
-    return tolerate();
-  }
+  // Several refusals may be due, and others may have pinned something.
+  const bool perhaps_pinned =
+      source_pinned || target_pinned != Pinned::kNo || (!model.alone() && placement == Placement::kFixed);
+  if (error.code == ErrorCode::kPinned && perhaps_pinned && want != ErrorCode::kNotMapped) return tolerate();
   if (!model.alone() && (want == ErrorCode::kOk || want == ErrorCode::kPinned) && !error.ok()) {
     // Somebody has the pages behind it, or the target, or unmapped the target meanwhile.
     const bool lost_race = error.code == ErrorCode::kReplaced && !fixed;
@@ -603,8 +603,8 @@ void Misuse::Perform(SpaceModel& model) const {
       // A mapping of our own moves nowhere that is not there.
       if (model.pages().empty()) return;
       const PageNumber page = {model.pages().begin()->first};
-      if (model.Find(page)->file != nullptr) return;
       const PageRange one = PageRange::Of(page, {1});
+      if (model.Find(page)->file != nullptr || model.PinnedIn(one) != SpaceModel::Pinned::kNo) return;
       const auto to = [&](const void* address) {
         return space.Remap(one, {1}, {.placement = Placement::kFixed, .address = const_cast<void*>(address)}).error();
       };
