@@ -25,10 +25,6 @@ constexpr std::size_t kMinRegionPages = MiB(4).value / kPageSize;
 constexpr std::size_t kMetadataShare = 32;
 constexpr std::size_t kMinMetadataPages = MiB(8).value / kPageSize;
 
-bool Populates(const MapOptions& options) {
-  return options.populate || options.lock == os::MemoryLock::kLocked;
-}
-
 bool IsAligned(const void* address) {
   return (reinterpret_cast<std::uintptr_t>(address) & (kPageSize - 1)) == 0;
 }
@@ -170,7 +166,7 @@ Result<PageRange> AddressSpace::MapAny(Pages count, const MapOptions& options) {
   if (ABSL_PREDICT_FALSE(future != os::MemoryLock::kNone)) {
     if (options.lock == os::MemoryLock::kNone) return MapLocked(count, options, future);
   }
-  if (!Populates(options)) return Place(count, options);
+  if (!options.populates()) return Place(count, options);
   return MapPopulated(count, options);
 }
 
@@ -195,7 +191,7 @@ Result<PageRange> AddressSpace::Place(Pages count, const MapOptions& options) {
   if (options.protection != os::Protection::kReadWrite || options.backing != nullptr) {
     return MapInZone(Zone::kMapping, count, options);
   }
-  if (count.value >= kPagesPerHugePage && (Populates(options) || options.huge_pages == os::HugePages::kPrefer)) {
+  if (count.value >= kPagesPerHugePage && (options.populates() || options.huge_pages == os::HugePages::kPrefer)) {
     MapOptions dense = options;
     dense.alignment = {std::max(options.alignment.value, kPagesPerHugePage)};
     const Result<PageRange> mapped = MapInZone(Zone::kDense, count, dense);

@@ -38,6 +38,7 @@ namespace freehold::vm {
 
 class Backing;
 class Pin;
+class Transaction;
 class MetadataArena;
 class PurgeStage;
 class Region;
@@ -100,6 +101,8 @@ struct MapOptions {
   // Where the content comes from, its page `backing_page` first; null: anonymous memory.
   Backing* backing = nullptr;
   std::uint64_t backing_page = 0;
+
+  bool populates() const { return populate || lock == os::MemoryLock::kLocked; }
 };
 
 // A copy of a VMA's attributes, valid at the moment of the lookup.
@@ -307,6 +310,7 @@ class AddressSpace {
 
  private:
   friend class Pin;
+  friend class Transaction;
 
   struct ForkGuards;
   // On cache lines of its own: lockers of different regions write no common line.

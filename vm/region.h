@@ -23,6 +23,7 @@
 
 #include "absl/base/thread_annotations.h"
 #include "vm/address_space.h"
+#include "vm/backing.h"
 #include "vm/free_ranges.h"
 #include "vm/metadata_arena.h"
 #include "vm/notifier.h"
@@ -136,6 +137,67 @@ class alignas(kCacheLineSize) Region {
   // Nothing unless AddressSpaceOptions::record_tree_lock_holds asked for it.
   sync::HoldHistogram TreeLockHolds() const;
   void CheckInvariants() const;
+
+  // What a fixed map finds in its range.
+  struct Claim {
+    RegionPage first = 0;
+    RegionPage end = 0;
+    Placement placement = Placement::kFixed;
+    RegionPage next = 0;               // everything below is claimed; the two outermost extents from the start
+    std::uint64_t generation = 0;  // of the mapping to be; 0 until the range was cut out
+    // Of what is claimed so far:
+    bool clean = true;    // no page was used since it was last zero
+    bool locked = false;  // the kernel has some of it locked
+    bool foreign = false;  // some of it came by Remap
+    bool backed = false;   // some of it has a backing, or the remains of one
+    bool occupied = false; // some of it is mapped
+    bool lost = false;     // the kernel has something else in place of what is mapped
+  };
+  // What is left of an Unmap to take away from lookups, and what that has found.
+  struct Detachment {
+    RegionPage next = 0;
+    RegionPage end = 0;
+    std::uint64_t newest = 0;  // generation: later mappings came into holes of the range and stay
+    bool pinned = false;   // some of it: all of it is deferred, see pin.cc
+    bool notified = false; // it must not be used again before OnClose
+    bool zap = false;      // some of it needs kernel work
+    bool backed = false;   // some of it has a backing
+    bool reset = false;    // in the mapping zone: some of it was ever accessible
+  };
+  // transaction.cc
+  // A step of a Transaction on its way.
+  struct Change {
+    PageRange range;
+    Claim claim;            // of a map
+    Detachment detachment;  // of an unmap
+    bool closes = false;    // something that was mapped is not any more
+  };
+  // What can be undone, by the Cancel of the same name. Errors: as the verbs, and kUnsupported.
+  Error PrepareMap(Change& change, const MapOptions& options, const Guard& guard);
+  Error PrepareUnmap(Change& change, const Guard& guard);
+  Error PrepareProtect(Change& change, os::Protection protection, const Guard& guard);
+  // Drops the content that is mapped over. Error: kSystem.
+  Error PrepareContent(Change& change, const MapOptions& options);
+  void CancelMap(Change& change, const MapOptions& options, const Guard& guard);
+  void CancelUnmap(Change& change);
+  void CancelProtect(Change& change, const Guard& guard);
+  // REQUIRES: a Hidden of this region.
+  void PublishMap(Change& change, const MapOptions& options);
+  void PublishUnmap(Change& change);
+  void PublishProtect(Change& change, os::Protection protection);
+  void FinishChange(Change& change, const Guard& guard);
+  // Holds the tree lock, and lets no lookup begin, while in scope.
+  class Hidden {
+   public:
+    explicit Hidden(Region& region);
+    ~Hidden();
+    Hidden(const Hidden&) = delete;
+    Hidden& operator=(const Hidden&) = delete;
+
+   private:
+    VmaTree& tree_;
+    sync::SpinLockHolder holder_;
+  };
 
  private:
   using Mode = sync::RangeLock::Mode;
@@ -257,21 +319,7 @@ class alignas(kCacheLineSize) Region {
   Result<PageRange> MapOnce(RegionPage count, const MapOptions& options, const Guard* held);
   Result<PageRange> Finish(const Preparation& preparation, const Guard& guard);
   Error Prepare(const Preparation& preparation);
-  // What MapFixed finds in its range.
   enum class ClaimResult : std::uint8_t { kClaimed, kMore, kOverlap, kPinned, kPurging, kNoMetadata };
-  struct Claim {
-    RegionPage first;
-    RegionPage end;
-    Placement placement;
-    RegionPage next;               // everything below is claimed; the two outermost extents from the start
-    std::uint64_t generation = 0;  // of the mapping to be; 0 until the range was cut out
-    // Of what is claimed so far:
-    bool clean = true;    // no page was used since it was last zero
-    bool locked = false;  // the kernel has some of it locked
-    bool foreign = false;  // some of it came by Remap
-    bool backed = false;   // some of it has a backing, or the remains of one
-    bool occupied = false; // some of it is mapped
-  };
   Result<Claim> ClaimFixed(RegionPage first, RegionPage end, Placement placement);
   ClaimResult ClaimLocked(Claim& claim) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Whether a fixed map of this placement takes what `vma` has, or why not.
@@ -283,8 +331,13 @@ class alignas(kCacheLineSize) Region {
   Result<PageRange> MapHeld(PageRange range, const MapOptions& options, std::uint64_t generation,
                             const Guard& guard);
   void PublishFixed(const Claim& claim, const MapOptions& options, std::uint64_t continued);
-  Error PrepareFixed(PageRange range, const MapOptions& options, const Claim& claim, const Guard& guard);
-  Error ReplaceInKernel(PageRange range, const MapOptions& options, const Claim& claim);
+  void PublishFixedLocked(const Claim& claim, const MapOptions& options, std::uint64_t continued, RegionPage& page,
+                          DroppedPages<kExtentsPerHold>& replaced) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  Error PrepareFixed(PageRange range, const MapOptions& options, Claim& claim, const Guard& guard);
+  Error PrepareAccess(PageRange range, const MapOptions& options, Claim& claim, const Guard& guard);
+  Error PrepareContent(PageRange range, const MapOptions& options, const Claim& claim);
+  void UndoAccess(PageRange range, const MapOptions& options, const Claim& claim, const Guard& guard);
+  Error ReplaceInKernel(PageRange range, const MapOptions& options, Claim& claim);
   void RestoreContent(PageRange range, bool lost);
   void FlushBackings(PageRange range, const Guard& guard);
   // Fills with zeroes: by memset where that is cheaper than faults, else by a discard.
@@ -317,17 +370,6 @@ class alignas(kCacheLineSize) Region {
   bool RetireWholeLocked(PageRange part, std::size_t sampled) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Whether a border of `part` goes through a mapped extent.
   bool IsCutLocked(PageRange part) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
-  // What is left of an Unmap to take away from lookups, and what that has found.
-  struct Detachment {
-    RegionPage next = 0;
-    RegionPage end = 0;
-    std::uint64_t newest = 0;  // generation: later mappings came into holes of the range and stay
-    bool pinned = false;   // some of it: all of it is deferred, see pin.cc
-    bool notified = false; // it must not be used again before OnClose
-    bool zap = false;      // some of it needs kernel work
-    bool backed = false;   // some of it has a backing
-    bool reset = false;    // in the mapping zone: some of it was ever accessible
-  };
   // Cuts mapped extents at the borders of `part`.
   Detachment StartDetachLocked(PageRange part, bool pinned, bool notified) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Takes up to kExtentsPerHold extents away from lookups; true when that was all.
@@ -345,10 +387,17 @@ class alignas(kCacheLineSize) Region {
   static constexpr std::size_t kNoSample = SIZE_MAX;
   std::size_t SampleResidency(PageRange part);
 
+  // transaction.cc
+  // Error kUnsupported: more than one hold of the tree lock visits.
+  Error CheckExtentCount(PageRange range) const;
+  void SetBordersBusyLocked(PageRange range, bool busy) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+
   // protect.cc
   // Whether something in [first, end) has another protection; kNotMapped where something is not mapped.
   Result<bool> ProtectionDiffers(RegionPage first, RegionPage end, os::Protection protection) const;
   void RecordProtection(RegionPage first, RegionPage end, os::Protection protection);
+  void RecordProtectionLocked(RegionPage first, RegionPage end, os::Protection protection, RegionPage& page)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
 
   // pin.cc
   bool IsPinnedLocked(PageRange range) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
@@ -382,7 +431,8 @@ class alignas(kCacheLineSize) Region {
 
   // Held over mprotect. Only under a range guard, so that fork finds it free.
   sync::SpinLock commit_lock_{sync::LockRank::kPurge};
-  mutable sync::RecordedSpinLock tree_lock_{sync::LockRank::kRegion};
+  // Several at once by a fork or a Transaction only, in address order.
+  mutable sync::RecordedSpinLock tree_lock_{sync::LockRank::kRegion, sync::SameRank::kAscendingAddress};
   VmaTree tree_;  // changed under tree_lock_; Lookup is lock-free
   FreeRanges free_ ABSL_GUARDED_BY(tree_lock_);
   Vma* spare_vmas_ ABSL_GUARDED_BY(tree_lock_) = nullptr;
