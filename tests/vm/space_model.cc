@@ -70,6 +70,57 @@ Error FilePages::Install(os::Kernel& kernel, PageRange range, std::uint64_t page
 
 void FilePages::Flush(os::Kernel&, PageRange, std::uint64_t) {}
 
+// ---- Notifiers ----
+
+Listener::Listener(AddressSpace& space, const std::set<std::size_t>* mapped)
+    : space_(space),
+      alone_(mapped != nullptr),
+      pages_(alone_ ? *mapped : std::set<std::size_t>()),
+      registration_(space, space.reservation(), *this) {}
+
+void Listener::Expect(bool condition, const char* what, PageRange range) {
+  if (!condition && failure_.empty()) failure_ = std::string(what) + " of " + Hex(range);
+}
+
+void Listener::OnMap(PageRange range) {
+  const std::lock_guard lock(mutex_);
+  if (!alone_) return;
+  for (std::size_t page = range.first.value; page < range.end.value; ++page) {
+    Expect(pages_.insert(page).second, "OnMap of what is mapped", range);
+  }
+}
+
+// Until this returns, it is as it was.
+void Listener::OnInvalidate(PageRange range, Invalidation) {
+  const bool mapped = space_.Lookup(range.first).ok();
+  const std::lock_guard lock(mutex_);
+  Expect(mapped, "OnInvalidate of what is not mapped", range);
+  if (!alone_) return;
+  for (std::size_t page = range.first.value; page < range.end.value; ++page) {
+    Expect(pages_.count(page) == 1, "OnInvalidate of pages that nobody mapped", range);
+  }
+}
+
+void Listener::OnClose(PageRange range) {
+  const std::lock_guard lock(mutex_);
+  pages_.erase(pages_.lower_bound(range.first.value), pages_.lower_bound(range.end.value));
+}
+
+std::string Listener::failure() const {
+  const std::lock_guard lock(mutex_);
+  return failure_;
+}
+
+bool Listener::Knows(std::size_t page) const {
+  const std::lock_guard lock(mutex_);
+  return pages_.count(page) == 1;
+}
+
+std::set<std::size_t> Listener::pages() const {
+  const std::lock_guard lock(mutex_);
+  return pages_;
+}
+
 bool SharedPages::IsOpen(PageRange range) const {
   return std::any_of(open.begin(), open.end(), [&](PageRange part) { return part.Overlaps(range); });
 }
@@ -210,6 +261,36 @@ void SpaceModel::Write(PageRange range) {
   }
 }
 
+void SpaceModel::MayBeDeferred(PageRange range) {
+  for (std::size_t page = range.first.value; page < range.end.value; ++page) perhaps_deferred_.insert(page);
+}
+
+// ---- Notifiers ----
+
+void SpaceModel::Listen(bool on) {
+  listener_.reset();
+  if (!on) return;
+  std::set<std::size_t> mapped;
+  for (const auto& page : pages_) mapped.insert(page.first);
+  listener_ = std::make_unique<Listener>(space_, alone() ? &mapped : nullptr);
+}
+
+// It was told of what is mapped, and of what went, unless that is pinned.
+void SpaceModel::CheckListener() {
+  if (listener_ == nullptr) return;
+  Expect(listener_->failure().empty(), listener_->failure());
+  if (!alone()) return;
+  for (const auto& [number, page] : pages_) {
+    if (!listener_->Knows(number)) return Fail("OnMap was not called for page " + Hex({{number}, {number + 1}}));
+  }
+  for (const std::size_t number : listener_->pages()) {
+    const PageRange page = {{number}, {number + 1}};
+    if (Find(page.first) == nullptr && PinnedIn(page) == Pinned::kNo) {
+      return Fail("OnClose was not called for page " + Hex(page));
+    }
+  }
+}
+
 // ---- Failures ----
 
 void SpaceModel::Arm(std::size_t nth_call, int sys_errno) {
@@ -335,6 +416,7 @@ void SpaceModel::CheckInvariants(Depth depth) {
     if (!ok()) return;
   }
   for (const auto& [number, page] : deferred_) CheckContent({number}, page);
+  CheckListener();
   if (!alone()) return;
   CheckKernel();
   space_.CheckInvariants();
@@ -344,6 +426,7 @@ void SpaceModel::Finish() {
   armed_call_ = 0;
   if (ok()) CheckInvariants(Depth::kContent);
   for (std::size_t i = 0; i < kPins; ++i) SetPin(i, nullptr);
+  Listen(false);
   if (!ok()) return;
   space_.Tick();
   ForgetDeferred();

@@ -12,12 +12,14 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <set>
 #include <string>
 #include <vector>
 
 #include "vm/address_space.h"
 #include "vm/backing.h"
+#include "vm/notifier.h"
 #include "vm/os/fake_kernel.h"
 #include "vm/pin.h"
 
@@ -54,6 +56,31 @@ struct SharedPages {
 
   // Whether any of `range` is in `open`.
   bool IsOpen(PageRange range) const;
+};
+
+// Hears of everything that happens in a space, and checks that it is told in order.
+class Listener final : public Notifier {
+ public:
+  // `mapped`: what is mapped now; null: unknown, since others map too.
+  Listener(AddressSpace& space, const std::set<std::size_t>* mapped);
+
+  void OnMap(PageRange range) override;
+  void OnInvalidate(PageRange range, Invalidation what) override;
+  void OnClose(PageRange range) override;
+
+  std::string failure() const;  // "" if there was none
+  bool Knows(std::size_t page) const;
+  std::set<std::size_t> pages() const;
+
+ private:
+  void Expect(bool condition, const char* what, PageRange range);
+
+  AddressSpace& space_;
+  const bool alone_;
+  mutable std::mutex mutex_;
+  std::set<std::size_t> pages_;  // mapped, or unmapped and pinned
+  std::string failure_;
+  NotifierRegistration registration_;  // the last: from here on it is called
 };
 
 class SpaceModel {
@@ -118,6 +145,11 @@ class SpaceModel {
   enum class Pinned : std::uint8_t { kNo, kMaybe, kYes };
   Pinned PinnedIn(PageRange range) const;
   void ForgetDeferred();  // a Tick has tried again
+  // What the kernel did not drop of `range`, which is unmapped, a Tick drops.
+  void MayBeDeferred(PageRange range);
+
+  // ---- Notifiers ----
+  void Listen(bool on);
 
   // ---- Failures ----
   void Arm(std::size_t nth_call, int sys_errno);
@@ -147,6 +179,7 @@ class SpaceModel {
   static bool Continues(std::size_t number, const Page& page, std::size_t next_number, const Page& next);
   void CheckAttributes(const VmaInfo& vma, PageNumber number, const Page& page);
   void CheckVmas();
+  void CheckListener();
   void CheckKernel();
   void MakeWindows();
 
@@ -163,6 +196,7 @@ class SpaceModel {
   Pages deferred_;                         // unmapped and pinned: must keep content
   std::set<std::size_t> perhaps_deferred_;  // see Pinned::kMaybe
   std::set<std::uint64_t> generations_;
+  std::unique_ptr<Listener> listener_;
   std::uint64_t last_stamp_ = 0;
   std::size_t armed_call_ = 0;
   int armed_errno_ = 0;

@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "vm/os/fake_kernel.h"
+#include "vm/transaction.h"
 
 // Of the sanitizers' run time, if there is one.
 extern "C" __attribute__((weak)) void __sanitizer_set_death_callback(void (*callback)());
@@ -506,6 +507,148 @@ void PinPages::Perform(SpaceModel& model) const {
   if (pinned->ok()) model.SetPin(pin, std::move(pinned));
 }
 
+void Listen::Perform(SpaceModel& model) const { model.Listen(on); }
+
+namespace {
+
+// A step with what it is about now.
+struct PlannedStep {
+  Step step;
+  PageRange range;
+  FilePages* file = nullptr;
+};
+
+// Whether this step is a reason to refuse the transaction with `code`.
+bool MayRefuse(SpaceModel& model, const PlannedStep& planned, ErrorCode code) {
+  const PageRange range = planned.range;
+  const Protection protection = ProtectionOf(planned.step.protection);
+  const bool map = planned.step.verb == Step::Verb::kMap;
+  const bool replace = map && planned.step.replace;
+  bool backed = false;
+  bool denied = planned.file != nullptr && !planned.file->Allows(protection);
+  ForEachPage(range, [&](PageNumber page) {
+    const SpaceModel::Page* old = model.Find(page);
+    backed = backed || (old != nullptr && old->file != nullptr);
+    denied = denied || (planned.step.verb == Step::Verb::kProtect && old != nullptr && old->file != nullptr &&
+                        !old->file->Allows(protection));
+  });
+  switch (code) {
+    case ErrorCode::kOutsideReservation: return !model.InOneRegion(range);
+    case ErrorCode::kOverlap: return map && !replace && !model.IsFree(range);
+    case ErrorCode::kPinned: return map && model.PinnedIn(range) != SpaceModel::Pinned::kNo;
+    case ErrorCode::kNotMapped: return planned.step.verb == Step::Verb::kProtect && !model.IsMapped(range);
+    case ErrorCode::kDenied: return denied;
+    case ErrorCode::kUnsupported: return replace && !model.IsFree(range) && (backed || planned.file != nullptr);
+    default: return false;
+  }
+}
+
+}  // namespace
+
+void Transact::Perform(SpaceModel& model) const {
+  std::vector<PlannedStep> steps;
+  std::size_t pages = 0;
+  for (const Step& step : {first, second, third}) {
+    if (step.verb == Step::Verb::kNone) continue;
+    const bool free = step.verb == Step::Verb::kMap && !step.replace;
+    const PageRange range = free ? step.span.Window(model) : step.span.Range(model);
+    if (range.empty()) return;
+    FilePages* const file =
+        step.verb == Step::Verb::kMap && step.file >= 1 && step.file <= SpaceModel::kFiles ? &model.file(step.file - 1)
+                                                                                           : nullptr;
+    steps.push_back({step, range, file});
+    pages += range.count().value;
+  }
+  if (!model.HasRoomFor(pages)) return;
+
+  // Which refusal comes first is not said, nor how many extents there are.
+  std::vector<ErrorCode> refusals;
+  if (steps.empty()) refusals.push_back(ErrorCode::kEmpty);
+  bool perhaps_pinned = false;
+  bool taken = false;
+  bool locks = false;
+  for (std::size_t i = 0; i < steps.size(); ++i) {
+    for (std::size_t j = 0; j < i; ++j) {
+      if (steps[i].range.Overlaps(steps[j].range)) refusals.push_back(ErrorCode::kOverlap);
+    }
+    for (const ErrorCode code : {ErrorCode::kOutsideReservation, ErrorCode::kOverlap, ErrorCode::kPinned,
+                                 ErrorCode::kNotMapped, ErrorCode::kDenied, ErrorCode::kUnsupported}) {
+      if (!MayRefuse(model, steps[i], code)) continue;
+      const bool perhaps = code == ErrorCode::kPinned && model.PinnedIn(steps[i].range) == SpaceModel::Pinned::kMaybe;
+      if (perhaps) {
+        perhaps_pinned = true;
+      } else {
+        refusals.push_back(code);
+      }
+    }
+    const bool map = steps[i].step.verb == Step::Verb::kMap;
+    taken = taken || (!model.alone() && map && !steps[i].step.replace);
+    locks = locks || (map && (steps[i].step.lock != MemoryLock::kNone || model.future_lock != MemoryLock::kNone));
+  }
+  const auto commit = [&] {
+    Transaction transaction(model.space());
+    for (const PlannedStep& planned : steps) {
+      switch (planned.step.verb) {
+        case Step::Verb::kMap:
+          transaction.Map(planned.range, {.placement = planned.step.replace ? Placement::kReplace : Placement::kFixed,
+                                          .protection = ProtectionOf(planned.step.protection),
+                                          .lock = planned.step.lock,
+                                          .backing = planned.file,
+                                          .backing_page = planned.step.file_page});
+          break;
+        case Step::Verb::kUnmap: transaction.Unmap(planned.range); break;
+        case Step::Verb::kProtect:
+          transaction.Protect(planned.range, ProtectionOf(planned.step.protection));
+          break;
+        case Step::Verb::kNone: break;
+      }
+    }
+    return transaction.Commit();
+  };
+  const auto tolerate = [&] {
+    for (const PlannedStep& planned : steps) {
+      if (planned.step.verb == Step::Verb::kMap && planned.step.replace) model.SetUnknown(planned.range);
+    }
+  };
+  const Error error = model.Call(commit, tolerate);
+  const bool refused = std::find(refusals.begin(), refusals.end(), error.code) != refusals.end();
+  if (refused || error.code == ErrorCode::kUnsupported) return;
+  if (error.code == ErrorCode::kPinned && (perhaps_pinned || taken)) return;
+  if (error.code == ErrorCode::kOverlap && taken) return;
+  if (locks && IsLockLimit(error)) return;
+  if (!model.Expect(refusals.empty(), "Transaction: should have been refused")) return;
+  if (!model.Expect("Transaction", error, ErrorCode::kOk)) return;
+
+  for (const PlannedStep& planned : steps) {
+    const Protection protection = ProtectionOf(planned.step.protection);
+    const PageRange range = planned.range;
+    switch (planned.step.verb) {
+      case Step::Verb::kMap: {
+        const Result<VmaInfo> vma = model.space().Lookup(range.first);
+        if (!model.Expect("Lookup", vma.error(), ErrorCode::kOk)) return;
+        model.Expect(model.IsNew(vma->generation), "Transaction: a generation that was there before");
+        ForEachPage(range, [&](PageNumber page) {
+          const std::uint64_t file_page = planned.step.file_page + (page - range.first).value;
+          model.Put(page, {.protection = protection,
+                           .lock = planned.step.lock != MemoryLock::kNone ? planned.step.lock : model.future_lock,
+                           .generation = vma->generation,
+                           .file = planned.file,
+                           .file_page = planned.file == nullptr ? 0 : file_page});
+        });
+        break;
+      }
+      case Step::Verb::kUnmap:
+        model.Erase(range);
+        if (model.had_failures()) model.MayBeDeferred(range);
+        break;
+      case Step::Verb::kProtect:
+        ForEachPage(range, [&](PageNumber page) { model.Find(page)->protection = protection; });
+        break;
+      case Step::Verb::kNone: break;
+    }
+  }
+}
+
 void TakeSnapshot::Perform(SpaceModel& model) const {
   std::vector<VmaInfo> out(room == 255 ? model.space().Stats().vmas + 100 : room);
   const std::uint64_t changes = model.space().Changes();
@@ -768,6 +911,9 @@ FREEHOLD_NAME(Tick);
 FREEHOLD_NAME(Misuse);
 FREEHOLD_NAME(PinPages);
 FREEHOLD_NAME(TakeSnapshot);
+FREEHOLD_NAME(Listen);
+FREEHOLD_NAME(Transact);
+FREEHOLD_NAME(Step::Verb);
 FREEHOLD_NAME(FailCall);
 FREEHOLD_NAME(Contend);
 FREEHOLD_NAME(Placement);
@@ -800,6 +946,7 @@ class Reader {
   }
 
   void operator()(const char*, Span& span) { span.Visit(*this); }
+  void operator()(const char*, Step& step) { step.Visit(*this); }
   void operator()(const char*, bool& value) { value = (Byte() & 1) != 0; }
   void operator()(const char*, std::uint8_t& value, unsigned limit = 256) {
     value = static_cast<std::uint8_t>(Byte() % limit);
@@ -828,6 +975,7 @@ class Writer {
     bytes_.push_back(static_cast<std::uint8_t>(value >> 8));
   }
   void operator()(const char*, Span& span) { span.Visit(*this); }
+  void operator()(const char*, Step& step) { step.Visit(*this); }
   void operator()(const char*, std::uint16_t& value) { Number(value); }
   template <typename T>
   void operator()(const char*, T& value, unsigned = 0) {
@@ -840,13 +988,8 @@ class Writer {
 
 class Printer {
  public:
-  void operator()(const char* name, Span& span) {
-    Begin(name);
-    text_ += "{";
-    separator_ = "";
-    span.Visit(*this);
-    text_ += "}";
-  }
+  void operator()(const char* name, Span& span) { Group(name, span); }
+  void operator()(const char* name, Step& step) { Group(name, step); }
   void operator()(const char* name, bool& value) {
     Begin(name);
     text_ += value ? "true" : "false";
@@ -862,6 +1005,15 @@ class Printer {
   std::string TakeText() { return std::move(text_); }
 
  private:
+  template <typename Fields>
+  void Group(const char* name, Fields& fields) {
+    Begin(name);
+    text_ += "{";
+    separator_ = "";
+    fields.Visit(*this);
+    text_ += "}";
+    separator_ = ", ";
+  }
   void Begin(const char* name) {
     text_ += std::string(separator_) + "." + name + " = ";
     separator_ = ", ";

@@ -266,6 +266,54 @@ struct TakeSnapshot {
   }
 };
 
+// A notifier of the whole space comes, or goes.
+struct Listen {
+  bool on = false;
+
+  void Perform(SpaceModel& model) const;
+  template <typename Visitor>
+  void Visit(Visitor& visit) {
+    visit("on", on);
+  }
+};
+
+// A step of a transaction.
+struct Step {
+  enum class Verb : std::uint8_t { kNone, kMap, kUnmap, kProtect };
+  Verb verb = Verb::kNone;
+  Span span;
+  std::uint8_t protection = 0;
+  bool replace = false;
+  os::MemoryLock lock = os::MemoryLock::kNone;
+  std::uint8_t file = 0;  // as Map's
+  std::uint8_t file_page = 0;
+
+  template <typename Visitor>
+  void Visit(Visitor& visit) {
+    visit("verb", verb, 4);
+    visit("span", span);
+    visit("protection", protection, 8);
+    visit("replace", replace);
+    visit("lock", lock, 3);
+    visit("file", file, 16);
+    visit("file_page", file_page);
+  }
+};
+
+struct Transact {
+  Step first;
+  Step second;
+  Step third;
+
+  void Perform(SpaceModel& model) const;
+  template <typename Visitor>
+  void Visit(Visitor& visit) {
+    visit("first", first);
+    visit("second", second);
+    visit("third", third);
+  }
+};
+
 // The nth kernel call of the next verb fails. Only alone.
 struct FailCall {
   std::uint8_t nth = 0;
@@ -299,9 +347,10 @@ struct Contend {
 };
 
 using SpaceOperation = std::variant<Map, Unmap, Protect, Advise, Discard, Write, Lookup, Residency, Populate, LockMemory,
-                               LockAll, Remap, Purge, Tick, Misuse, PinPages, TakeSnapshot, FailCall, Contend>;
+                               LockAll, Remap, Purge, Tick, Misuse, PinPages, TakeSnapshot, Listen, Transact,
+                                    FailCall, Contend>;
 // How often each comes among random ones.
-inline constexpr int kWeights[] = {50, 40, 16, 14, 8, 40, 4, 4, 8, 14, 4, 24, 2, 4, 4, 12, 4, 12, 40};
+inline constexpr int kWeights[] = {50, 40, 16, 14, 8, 40, 4, 4, 8, 14, 4, 24, 2, 4, 4, 12, 4, 4, 12, 12, 40};
 static_assert(std::size(kWeights) == std::variant_size_v<SpaceOperation>);
 
 // Any bytes are operations; Encode(Decode(bytes)) decodes to the same.
