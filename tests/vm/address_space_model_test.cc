@@ -2,7 +2,7 @@
 // space from four threads. A failure prints its seed and operations; a list that once failed is kept below as a test
 // of its own.
 //
-//   FREEHOLD_MODEL_SECONDS=n   that long for each of the two (./runtests --long: ten minutes in all)
+//   FREEHOLD_MODEL_SECONDS=n   that long for each of the two (./runtests --long: five minutes)
 //   FREEHOLD_MODEL_SEED=n      one run with this seed
 #include <algorithm>
 #include <chrono>
@@ -163,6 +163,54 @@ TEST(SpaceOperationsTest, ContentBehindNoAccessIsResetOnUnmap) {
   ExpectFine({Map{.span = four, .placement = Placement::kFixed}, Write{four},
               Map{.span = four, .placement = Placement::kReplace, .protection = 2, .content = Content::kAnything},
               Unmap{four}, Map{.span = four, .placement = Placement::kAnywhere, .protection = 1}});
+}
+
+// Pages of the first window, or of the one for mappings, from `page` on.
+Span Plain(std::uint16_t page, std::uint8_t count) { return {.where = 0, .page = page, .size = static_cast<std::uint8_t>(count - 1)}; }
+Span Mappings(std::uint16_t page, std::uint8_t count) { return {.where = 3, .page = page, .size = static_cast<std::uint8_t>(count - 1)}; }
+
+// What replaced a file was refused half-way: lookups still found the file, but the kernel showed something else, and
+// what had been anonymous memory showed a file when it was mapped again.
+TEST(SpaceOperationsTest, RefusedReplacementShowsTheFileAgain) {
+  const Map file = {.span = Plain(0, 8), .placement = Placement::kReplace, .lock = os::MemoryLock::kOnFault,
+                    .file = 1, .file_page = 3};
+  Map anonymous = file;
+  anonymous.file = 0;
+  Map half = file;
+  half.span = Plain(4, 8);
+  for (std::uint8_t nth = 0; nth < 10; ++nth) {
+    SCOPED_TRACE(nth);
+    const FailCall fail = {.nth = nth, .error = 1};
+    ExpectFine({file, Write{Plain(0, 8)}, fail, anonymous, Unmap{Plain(0, 8)}, anonymous});
+    ExpectFine({anonymous, Write{Plain(0, 8)}, fail, half, Unmap{Plain(0, 8)}, anonymous, Write{Plain(0, 12)}, file});
+  }
+}
+
+// Of an unmap of several mappings, what lay beside the pinned one was lost for good.
+TEST(SpaceOperationsTest, UnmapFinishesWhatLiesBesideAPin) {
+  for (const bool mappings : {false, true}) {
+    const auto part = [&](std::uint16_t page, std::uint8_t count) {
+      return mappings ? Mappings(page, count) : Plain(page, count);
+    };
+    ExpectFine({Map{.span = part(0, 4), .placement = Placement::kFixed, .file = 1},
+                Map{.span = part(4, 4), .placement = Placement::kFixed, .lock = os::MemoryLock::kOnFault},
+                PinPages{.span = part(0, 4)}, Unmap{part(0, 8)}, PinPages{.release = true}});
+  }
+}
+
+// A mapping in front of pinned pages could not grow, though it might have moved.
+TEST(SpaceOperationsTest, GrowsElsewhereInFrontOfAPin) {
+  ExpectFine({Map{.span = Plain(0, 4), .placement = Placement::kFixed}, Write{Plain(0, 4)},
+              Map{.span = Plain(4, 4), .placement = Placement::kFixed}, PinPages{.span = Plain(4, 4)},
+              Unmap{Plain(4, 4)}, Remap{.span = Plain(0, 4), .size = 7, .may_move = true}});
+}
+
+// A pinned source is refused before the target is mapped: the kernel might not give that back.
+TEST(SpaceOperationsTest, PinnedSourceLeavesNoTarget) {
+  ExpectFine({Map{.span = Mappings(0, 4), .placement = Placement::kFixed, .protection = 1},
+              PinPages{.span = Mappings(1, 1)}, FailCall{.nth = 0, .error = 1},
+              Remap{.span = Mappings(0, 4), .same_size = true, .placement = Placement::kFixed,
+                    .target = Mappings(100, 4)}});
 }
 
 // ---- The operations themselves ----

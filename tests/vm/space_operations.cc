@@ -610,7 +610,9 @@ void Transact::Perform(SpaceModel& model) const {
       if (planned.step.verb == Step::Verb::kMap && planned.step.replace) model.SetUnknown(planned.range);
     }
   };
-  const Error error = model.Call(commit, tolerate);
+  // What is refused anyway goes back by calls that must not fail too.
+  const bool may_fail = refusals.empty() && !perhaps_pinned;
+  const Error error = may_fail ? model.Call(commit, tolerate) : commit();
   const bool refused = std::find(refusals.begin(), refusals.end(), error.code) != refusals.end();
   if (refused || error.code == ErrorCode::kUnsupported) return;
   if (error.code == ErrorCode::kPinned && (perhaps_pinned || taken)) return;

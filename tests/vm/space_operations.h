@@ -44,7 +44,7 @@ struct Span {
 };
 
 struct Map {
-  Span span;
+  Span span = {};
   Placement placement = Placement::kAnywhere;
   std::uint8_t protection = 0;  // see ProtectionOf
   Content content = Content::kZeroed;
@@ -72,7 +72,7 @@ struct Map {
 };
 
 struct Unmap {
-  Span span;
+  Span span = {};
 
   void Perform(SpaceModel& model) const;
   template <typename Visitor>
@@ -82,7 +82,7 @@ struct Unmap {
 };
 
 struct Protect {
-  Span span;
+  Span span = {};
   std::uint8_t protection = 0;
 
   void Perform(SpaceModel& model) const;
@@ -94,7 +94,7 @@ struct Protect {
 };
 
 struct Advise {
-  Span span;
+  Span span = {};
   Advice advice = Advice::kDontNeed;
 
   void Perform(SpaceModel& model) const;
@@ -106,8 +106,8 @@ struct Advise {
 };
 
 struct Discard {
-  Span first;
-  Span second;
+  Span first = {};
+  Span second = {};
 
   void Perform(SpaceModel& model) const;
   template <typename Visitor>
@@ -118,7 +118,7 @@ struct Discard {
 };
 
 struct Write {
-  Span span;
+  Span span = {};
 
   void Perform(SpaceModel& model) const;
   template <typename Visitor>
@@ -128,7 +128,7 @@ struct Write {
 };
 
 struct Lookup {
-  Span span;
+  Span span = {};
 
   void Perform(SpaceModel& model) const;
   template <typename Visitor>
@@ -138,7 +138,7 @@ struct Lookup {
 };
 
 struct Residency {
-  Span span;
+  Span span = {};
 
   void Perform(SpaceModel& model) const;
   template <typename Visitor>
@@ -149,7 +149,7 @@ struct Residency {
 
 struct Populate {
   enum class Stop : std::uint8_t { kNever, kCancelled, kDeadline };
-  Span span;
+  Span span = {};
   Stop stop = Stop::kNever;
 
   void Perform(SpaceModel& model) const;
@@ -161,7 +161,7 @@ struct Populate {
 };
 
 struct LockMemory {
-  Span span;
+  Span span = {};
   os::MemoryLock lock = os::MemoryLock::kNone;  // which unlocks
 
   void Perform(SpaceModel& model) const;
@@ -188,11 +188,11 @@ struct LockAll {
 };
 
 struct Remap {
-  Span span;
+  Span span = {};
   std::uint8_t size = 0;  // as Span's
   bool same_size = false;
   Placement placement = Placement::kAnywhere;
-  Span target;
+  Span target = {};
   bool may_move = false;
   bool keep_source = false;
 
@@ -242,7 +242,7 @@ struct Misuse {
 
 // Pins pages with one of the model's pins; or takes that pin away.
 struct PinPages {
-  Span span;
+  Span span = {};
   std::uint8_t pin = 0;
   bool release = false;
 
@@ -281,7 +281,7 @@ struct Listen {
 struct Step {
   enum class Verb : std::uint8_t { kNone, kMap, kUnmap, kProtect };
   Verb verb = Verb::kNone;
-  Span span;
+  Span span = {};
   std::uint8_t protection = 0;
   bool replace = false;
   os::MemoryLock lock = os::MemoryLock::kNone;
@@ -301,9 +301,9 @@ struct Step {
 };
 
 struct Transact {
-  Step first;
-  Step second;
-  Step third;
+  Step first = {};
+  Step second = {};
+  Step third = {};
 
   void Perform(SpaceModel& model) const;
   template <typename Visitor>
