@@ -38,7 +38,7 @@
 #include "bench/support/tick_clock.h"
 #include "vm/address_space.h"
 #include "vm/os/linux_kernel.h"
-#include "vm/sync/hold_histogram.h"
+#include "vm/sync/time_histogram.h"
 
 namespace freehold::bench {
 namespace {
@@ -90,7 +90,7 @@ class Space {
   }
   // As after Create, but for what is committed.
   void Purge() { (void)space_->Purge(vm::PurgeScope::kAll); }
-  vm::sync::HoldHistogram Holds() const { return space_->TreeLockHolds(); }
+  vm::sync::TimeHistogram Holds() const { return space_->TreeLockHolds(); }
 
  private:
   AddressSpace* space_;
@@ -148,11 +148,11 @@ class Meter {
 
   template <typename Verb>
   void Measure(const Verb& verb) {
-    vm::sync::HoldHistogram holds = space_.Holds();
+    vm::sync::TimeHistogram holds = space_.Holds();
     const std::uint64_t start = MonotonicNanoseconds();
     verb();
     state_.SetIterationTime(static_cast<double>(MonotonicNanoseconds() - start) * 1e-9);
-    vm::sync::HoldHistogram after = space_.Holds();
+    vm::sync::TimeHistogram after = space_.Holds();
     after -= holds;
     holds_ += after;
   }
@@ -172,7 +172,7 @@ class Meter {
  private:
   benchmark::State& state_;
   const Space& space_;
-  vm::sync::HoldHistogram holds_;
+  vm::sync::TimeHistogram holds_;
 };
 
 // ---- Verbs on one mapping. ----------------------------------------------------------------------

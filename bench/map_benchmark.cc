@@ -11,6 +11,10 @@
 //   populate/IMPL/SIZE             make the pages of a mapping present that has none
 //                                  (MADV_POPULATE_WRITE); dropping them again is not timed
 //   protect/IMPL/4KiB              first page of a mapping of 16 pages: no access, then read-write
+//   remap_move/IMPL/SIZE           move a mapping, all pages of it present, to another place and back (one
+//                                  thread; `freehold`: AddressSpace::Remap to a fixed place, where it was before;
+//                                  `kernel`: mremap; `kernel/SIZE_dontunmap`: mremap(MREMAP_DONTUNMAP) into a
+//                                  mapping without pages, the call that Remap makes above 256 KiB)
 //   lookup/IMPL/1000               which VMA holds an address, among 1000 (kernel: PROCMAP_QUERY)
 //
 // What is measured. Wall-clock time of all threads together: with threads:<n> the reported time is
@@ -163,6 +167,53 @@ void ProtectPair(benchmark::State& state) {
   }
   space.Unmap(memory, kMapped);
   state.SetItemsProcessed(static_cast<std::int64_t>(state.iterations()));
+}
+
+// ---- Moves. -------------------------------------------------------------------------------------
+
+// Two places for `bytes` each, of memory that nobody else uses, 2 MiB aligned as a large mapping is.
+constexpr std::size_t kMoveAlignment = 2 * kMiB;
+std::byte* AlignUp(std::byte* memory) {
+  return memory + (-reinterpret_cast<std::uintptr_t>(memory) & (kMoveAlignment - 1));
+}
+std::size_t PlaceBytes(std::size_t bytes) { return (bytes + kMoveAlignment - 1) & ~(kMoveAlignment - 1); }
+
+void CountMoves(benchmark::State& state, std::size_t bytes) {
+  state.SetItemsProcessed(static_cast<std::int64_t>(state.iterations()));
+  state.SetBytesProcessed(static_cast<std::int64_t>(state.iterations() * bytes));
+}
+
+template <typename Space>
+void MoveBackAndForth(benchmark::State& state, std::size_t bytes) {
+  const ScopedPin pin(state.thread_index());
+  Space& space = PerRun<Space>::Get();
+  const std::size_t mapped = 2 * PlaceBytes(bytes) + kMoveAlignment;
+  std::byte* const memory = space.Map(mapped);
+  std::byte* from = AlignUp(memory);
+  std::byte* to = from + PlaceBytes(bytes);
+  space.Unmap(to, bytes);
+  TouchPages(from, bytes / kBytesPerPage);
+  for (auto _ : state) {
+    space.Move(from, to, bytes);
+    std::swap(from, to);
+  }
+  CountMoves(state, bytes);
+  space.Unmap(memory, mapped);
+}
+
+void MoveInKernel(benchmark::State& state, std::size_t bytes, MoveSource source) {
+  const ScopedPin pin(state.thread_index());
+  const std::size_t mapped = 2 * PlaceBytes(bytes) + kMoveAlignment;
+  std::byte* const memory = KernelMap(mapped);
+  std::byte* from = AlignUp(memory);
+  std::byte* to = from + PlaceBytes(bytes);
+  TouchPages(from, bytes / kBytesPerPage);
+  for (auto _ : state) {
+    KernelMove(from, to, bytes, source);
+    std::swap(from, to);
+  }
+  CountMoves(state, bytes);
+  KernelUnmap(memory, mapped);
 }
 
 // PROCMAP_QUERY of Linux 6.11, whose header Debian 12 does not have yet: the VMA at an address,
@@ -321,6 +372,23 @@ void RegisterProtect() {
   });
 }
 
+void RegisterMoves() {
+  for (const std::size_t bytes : {64 * kKiB, 256 * kKiB, 1 * kMiB, 64 * kMiB}) {
+    CaseOptions options = FreshSpace<FreeholdSpace>();
+    options.max_threads = 1;
+    Register(
+        Name<FreeholdSpace>("remap_move", SizeName(bytes)),
+        [bytes](benchmark::State& state) { MoveBackAndForth<FreeholdSpace>(state, bytes); }, options);
+    for (const auto& [suffix, source] :
+         {std::pair{"", MoveSource::kUnmapped}, {"_dontunmap", MoveSource::kKeptEmpty}}) {
+      Register(
+          Name<KernelSpace>("remap_move", SizeName(bytes) + suffix),
+          [bytes, source = source](benchmark::State& state) { MoveInKernel(state, bytes, source); },
+          {.max_threads = 1});
+    }
+  }
+}
+
 template <typename Space, typename Lookup>
 void RegisterLookup() {
   Register(Name<Space>("lookup", absl::StrCat(kLookedUp)), LookUp<Space, Lookup>,
@@ -343,6 +411,7 @@ bool RegisterCases() {
   RegisterMapUnmap();
   RegisterPopulate();
   RegisterProtect();
+  RegisterMoves();
   RegisterLookups();
   return true;
 }

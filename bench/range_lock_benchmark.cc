@@ -3,6 +3,7 @@
 //
 //   pair_exclusive/IMPL         lock and unlock 16 pages that nobody else wants
 //   pair_shared/IMPL            the same, shared
+//   pair_exclusive/freehold/recorded   with its wait and hold counted (RangeLock::InstallRecorder)
 //   disjoint/IMPL/own_granule   every thread its own 16 pages exclusively, 2 MiB apart
 //   disjoint/IMPL/same_granule  the same, side by side within 2 MiB
 //   overlapping/IMPL            every thread the same 16 pages exclusively
@@ -75,6 +76,25 @@ class RangeLockOf {
 
  private:
   RangeLock lock_{policy};
+};
+
+// kAdaptive with a recorder.
+class RecordedRangeLock {
+ public:
+  class Holder {
+   public:
+    Holder(RecordedRangeLock& lock, PageRange range, LockMode mode)
+        : guard_(lock.lock_, range, mode, vm::sync::Operation::kTest) {}
+
+   private:
+    RangeLock::Guard guard_;
+  };
+
+  RecordedRangeLock() { lock_.InstallRecorder(&recorder_); }
+
+ private:
+  vm::sync::LockTimesRecorder recorder_;
+  RangeLock lock_{LockPolicy::kAdaptive};
 };
 
 class SharedMutex {
@@ -222,6 +242,11 @@ bool RegisterCases() {
                 },
                 {.max_threads = 1});
   }
+  Register("pair_exclusive/freehold/recorded",
+           [](benchmark::State& state) {
+             LockAndUnlock<RecordedRangeLock>(state, PagesAt(0), LockMode::kExclusive);
+           },
+           {.max_threads = 1});
   for (const auto& [argument, stride] :
        {std::pair{"own_granule", vm::kPagesPerHugePage}, {"same_granule", kPages}}) {
     ForEachLock("disjoint", argument, [stride = stride]<typename Lock>(benchmark::State& state) {

@@ -93,6 +93,11 @@ Error AddressSpace::Init(PageRange reservation, MetadataArena* arena) {
   if (locks == nullptr || memory == nullptr || regions_ == nullptr) return {ErrorCode::kNoMetadata};
   range_locks_ = static_cast<PaddedRangeLock*>(locks);
   for (std::size_t i = 0; i < lock_count; ++i) new (range_locks_ + i) PaddedRangeLock(options_.lock_policy);
+  if (options_.record_range_locks) {
+    lock_times_ = arena->New<sync::LockTimesRecorder>();
+    if (lock_times_ == nullptr) return {ErrorCode::kNoMetadata};
+    for (std::size_t i = 0; i < lock_count; ++i) range_locks_[i].lock.InstallRecorder(lock_times_);
+  }
 
   const Region::Shared shared{kernel_, arena_, purge_stage_, &options_, &clock_, &notifiers_};
   const Pages region_pages = {std::size_t{1} << region_shift_};
@@ -135,6 +140,17 @@ Error AddressSpace::CheckRange(PageRange range) const {
   return Error::Ok();
 }
 
+// In the region of this CPU, if that has room.
+Result<PageRange> AddressSpace::MapInZone(Zone zone, Pages count, const MapOptions& options) {
+  const absl::Span<Region* const> regions = RegionsOf(zone);
+  const std::size_t own = kernel_->CurrentCpu() & (regions.size() - 1);
+  Result<PageRange> mapped = regions[own]->MapAnywhere(static_cast<RegionPage>(count.value), options);
+  if (ABSL_PREDICT_FALSE(mapped.error().code == ErrorCode::kNoRoom)) {
+    mapped = MapElsewhere(zone, own, count, options);
+  }
+  return mapped;
+}
+
 Result<PageRange> AddressSpace::Map(Pages count, const MapOptions& options) {
   if (count.value == 0) return ErrorCode::kEmpty;
   // No region is as large as the reservation, so every count that fits one fits RegionPage.
@@ -142,46 +158,34 @@ Result<PageRange> AddressSpace::Map(Pages count, const MapOptions& options) {
   const std::size_t alignment = options.alignment.value;
   if (alignment == 0 || (alignment & (alignment - 1)) != 0) return ErrorCode::kUnaligned;
 
-  if (ABSL_PREDICT_FALSE(options.backing != nullptr || !notifiers_.empty())) return MapSpecial(count, options);
-  return MapAny(count, options);
+  // Almost every call.
+  const bool ordinary = options.placement == Placement::kAnywhere &&
+                        options.protection == os::Protection::kReadWrite &&
+                        options.huge_pages == os::HugePages::kAvoid && options.lock == os::MemoryLock::kNone &&
+                        !options.populate && options.backing == nullptr && notifiers_.empty() &&
+                        future_lock_.load(std::memory_order_relaxed) == os::MemoryLock::kNone;
+  if (ABSL_PREDICT_TRUE(ordinary)) return MapInZone(Zone::kPlain, count, options);
+  return MapSpecial(count, options);
 }
 
-Result<PageRange> AddressSpace::MapSpecial(Pages count, const MapOptions& options) {
-  const Result<PageRange> mapped = options.backing != nullptr ? MapBacked(count, options) : MapAny(count, options);
-  if (mapped.ok()) notifiers_.Map(*mapped);
-  return mapped;
-}
-
-Result<PageRange> AddressSpace::MapBacked(Pages count, const MapOptions& options) {
-  if (!options.backing->Allows(options.protection)) return ErrorCode::kDenied;
-  // While somebody may find the mapping, its pages are counted.
-  options.backing->AddPages(count.value);
-  const Result<PageRange> mapped = MapAny(count, options);
-  if (!mapped.ok()) options.backing->DropPages(count.value);
-  return mapped;
-}
-
-Result<PageRange> AddressSpace::MapAny(Pages count, const MapOptions& options) {
-  const os::MemoryLock future = future_lock_.load(std::memory_order_relaxed);
-  if (ABSL_PREDICT_FALSE(future != os::MemoryLock::kNone)) {
-    if (options.lock == os::MemoryLock::kNone) return MapLocked(count, options, future);
+Result<PageRange> AddressSpace::MapSpecial(Pages count, MapOptions options) {
+  if (options.lock == os::MemoryLock::kNone) options.lock = future_lock_.load(std::memory_order_relaxed);
+  if (options.backing != nullptr) {
+    if (!options.backing->Allows(options.protection)) return ErrorCode::kDenied;
+    // While somebody may find the mapping, its pages are counted.
+    options.backing->AddPages(count.value);
   }
-  if (!options.populates()) return Place(count, options);
-  return MapPopulated(count, options);
-}
-
-Result<PageRange> AddressSpace::MapLocked(Pages count, const MapOptions& options, os::MemoryLock lock) {
-  MapOptions locked = options;
-  locked.lock = lock;
-  return MapAny(count, locked);
-}
-
-Result<PageRange> AddressSpace::MapPopulated(Pages count, const MapOptions& options) {
   const Result<PageRange> mapped = Place(count, options);
-  if (!mapped.ok()) return mapped;
-  // As in Linux, an error here is not the map's: a later fault reports it.
-  const Result<VmaInfo> vma = Lookup(mapped->first);
-  if (vma.ok()) (void)PopulateVma(*mapped, vma->generation, {}, {0});
+  if (!mapped.ok()) {
+    if (options.backing != nullptr) options.backing->DropPages(count.value);
+    return mapped;
+  }
+  if (!notifiers_.empty()) notifiers_.Map(*mapped);
+  if (options.populates()) {
+    // As in Linux, an error here is not the map's: a later fault reports it.
+    const Result<VmaInfo> vma = Lookup(mapped->first);
+    if (vma.ok()) (void)PopulateVma(*mapped, vma->generation, {}, {0});
+  }
   return mapped;
 }
 
@@ -198,17 +202,6 @@ Result<PageRange> AddressSpace::Place(Pages count, const MapOptions& options) {
     if (mapped.ok() || mapped.error().code != ErrorCode::kNoRoom) return mapped;
   }
   return MapInZone(Zone::kPlain, count, options);
-}
-
-// In the region of this CPU, if that has room.
-Result<PageRange> AddressSpace::MapInZone(Zone zone, Pages count, const MapOptions& options) {
-  const absl::Span<Region* const> regions = RegionsOf(zone);
-  const std::size_t own = kernel_->CurrentCpu() & (regions.size() - 1);
-  Result<PageRange> mapped = regions[own]->MapAnywhere(static_cast<RegionPage>(count.value), options);
-  if (ABSL_PREDICT_FALSE(mapped.error().code == ErrorCode::kNoRoom)) {
-    mapped = MapElsewhere(zone, own, count, options);
-  }
-  return mapped;
 }
 
 // In the zone's other regions; for plain memory, in dense ones; at last with all free memory given back, so that
@@ -330,10 +323,14 @@ AddressSpaceStats AddressSpace::Stats() const {
   return stats;
 }
 
-sync::HoldHistogram AddressSpace::TreeLockHolds() const {
-  sync::HoldHistogram holds;
+sync::TimeHistogram AddressSpace::TreeLockHolds() const {
+  sync::TimeHistogram holds;
   for (const Region* region : regions()) holds += region->TreeLockHolds();
   return holds;
+}
+
+sync::LockTimes AddressSpace::RangeLockTimes(sync::Operation operation) const {
+  return lock_times_ != nullptr ? lock_times_->Read(operation) : sync::LockTimes();
 }
 
 void AddressSpace::CheckInvariants() const {

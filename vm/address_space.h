@@ -29,9 +29,10 @@
 #include "vm/page_range.h"
 #include "vm/result.h"
 #include "vm/sync/epoch.h"
-#include "vm/sync/hold_histogram.h"
+#include "vm/sync/lock_times.h"
 #include "vm/sync/range_lock.h"
 #include "vm/sync/spin_lock.h"
+#include "vm/sync/time_histogram.h"
 #include "vm/units.h"
 
 namespace freehold::vm {
@@ -71,6 +72,9 @@ struct AddressSpaceOptions {
   Nanoseconds decay = Milliseconds(1000);
   // Times every hold of a region's tree lock, for TreeLockHolds(); two clock readings each.
   bool record_tree_lock_holds = false;
+  // Times every wait for and hold of a range lock, for RangeLockTimes(); three clock readings each, and half a
+  // megabyte.
+  bool record_range_locks = false;
 };
 
 enum class Placement : std::uint8_t {
@@ -101,6 +105,9 @@ struct MapOptions {
   // Where the content comes from, its page `backing_page` first; null: anonymous memory.
   Backing* backing = nullptr;
   std::uint64_t backing_page = 0;
+  // Unless null, gets the VmaInfo::generation of the new mapping: by the time of a lookup, others may have put a
+  // mapping of theirs in its place.
+  std::uint64_t* generation = nullptr;
 
   bool populates() const { return populate || lock == os::MemoryLock::kLocked; }
 };
@@ -279,7 +286,10 @@ class AddressSpace {
   AddressSpaceStats Stats() const;
   // How long tree locks were held since Create, all regions together; empty unless
   // AddressSpaceOptions::record_tree_lock_holds is set.
-  sync::HoldHistogram TreeLockHolds() const;
+  sync::TimeHistogram TreeLockHolds() const;
+  // How long `operation` waited for and held range locks since Create; empty unless
+  // AddressSpaceOptions::record_range_locks is set. What takes no range lock (vm/README.md) does not count.
+  sync::LockTimes RangeLockTimes(sync::Operation operation) const;
 
   // Copies every mapped VMA in ascending order to `out`, as far as there is room. Waits for nobody but holders of a
   // tree lock, and nobody waits for it longer than that. Each page is reported at most once, and as it was at some
@@ -338,18 +348,13 @@ class AddressSpace {
   // As CheckRange, or kNotMapped: `range` lies in one region and is mapped throughout. `guard`: of the range, or
   // null.
   Error CheckDiscard(PageRange range, const sync::RangeLock::Guard* guard) const;
-  // Map with a lock that its caller did not ask for.
-  Result<PageRange> MapLocked(Pages count, const MapOptions& options, os::MemoryLock lock);
-  // Map with checked arguments.
-  Result<PageRange> MapAny(Pages count, const MapOptions& options);
-  // Map with a backing or notifiers.
-  Result<PageRange> MapSpecial(Pages count, const MapOptions& options);
-  // Map with a backing: counts its pages.
-  Result<PageRange> MapBacked(Pages count, const MapOptions& options);
-  Result<PageRange> MapPopulated(Pages count, const MapOptions& options);
+  // Map with whatever is not ordinary: a backing, notifiers, locks, populating, another protection or place.
+  Result<PageRange> MapSpecial(Pages count, MapOptions options);
   // Map without populating.
   Result<PageRange> Place(Pages count, const MapOptions& options);
   Result<PageRange> RemapVma(const VmaInfo& vma, PageRange range, Pages count, const RemapOptions& options);
+  // Unmaps what is left of the mapping `generation` in `range`, and nothing else, as far as that goes.
+  void UnmapOwn(PageRange range, std::uint64_t generation);
   Result<PageRange> MoveVma(const VmaInfo& vma, PageRange range, Pages count, const RemapOptions& options);
   Error MoveInto(const VmaInfo& vma, PageRange range, const VmaInfo& target_vma, PageRange target,
                  const RemapOptions& options);
@@ -378,6 +383,7 @@ class AddressSpace {
   MetadataArena* arena_ = nullptr;
   PurgeStage* purge_stage_ = nullptr;
   PaddedRangeLock* range_locks_ = nullptr;  // one a region, or one for all (kCoarse)
+  sync::LockTimesRecorder* lock_times_ = nullptr;  // theirs; null unless asked for
   Region** regions_ = nullptr;              // in address order, zone after zone
   std::size_t region_count_ = 0;
   std::size_t zone_begin_[kZoneCount + 1] = {};

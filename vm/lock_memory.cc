@@ -72,60 +72,33 @@ Error Region::SetMemoryLock(PageRange part, MemoryLock lock) {
   const Guard guard(range_lock_, part, Mode::kExclusive, sync::Operation::kMemoryLock);
   const RegionPage first = ToRegion(part.first);
   const RegionPage end = ToRegion(part.end);
-  const Result<LockChange> change = LockDiffers(first, end, lock);
-  if (!change.ok()) return change.error();
-  if (!change->attribute) return Error::Ok();
+  const bool locks = lock != MemoryLock::kNone;
+  bool differs = false;
+  bool differs_in_kernel = false;  // to which both kinds of lock are one
+  const Error refusal = LookAtMapped(first, end, [&](const Vma& vma) {
+    differs = differs || vma.attributes().lock != lock;
+    differs_in_kernel = differs_in_kernel || vma.locked() != locks;
+    return Error::Ok();
+  });
+  if (!refusal.ok() || !differs) return refusal;
   if (const Error error = MakeBusy(first, end); !error.ok()) return error;
-  if (change->in_kernel) {
+  if (differs_in_kernel) {
     if (const Error error = LockInKernel(part, lock); !error.ok()) {
       RestoreLocks(part, guard);
       EndBusy(first, end);
       return error;
     }
-    if (is_heap() && lock != MemoryLock::kNone) {
+    if (is_heap() && locks) {
       sync::SpinLockHolder holder(tree_lock_);
       heap_splits_.Add(1);
     }
   }
-  RecordLock(first, end, lock);
+  ChangeBusy(first, end, [&](Vma& vma) {
+    VmaWriter(vma).SetLock(lock);
+    // In the mapping zone the reset of an unmap is what unlocks.
+    vma.kernel_vma = vma.kernel_vma || !is_heap();
+  });
   return Error::Ok();
-}
-
-// The range is held: what is mapped stays so from one hold of the tree lock to the next.
-Result<Region::LockChange> Region::LockDiffers(RegionPage first, RegionPage end, MemoryLock lock) const {
-  LockChange change;
-  for (RegionPage page = first; page < end;) {
-    sync::SpinLockHolder holder(tree_lock_);
-    for (int visits = 0; page < end && visits < kExtentsPerHold; ++visits) {
-      const Vma* vma = tree_.Find(page).vma();
-      page = vma->end_page();
-      if (!vma->Is(VmaState::kMapped)) return ErrorCode::kNotMapped;
-      change.attribute = change.attribute || vma->lock.load(std::memory_order_relaxed) != lock;
-      change.in_kernel = change.in_kernel || vma->locked() != (lock != MemoryLock::kNone);
-    }
-  }
-  return change;
-}
-
-// Ends SetBusyLocked when it has come to the end.
-void Region::RecordLock(RegionPage first, RegionPage end, MemoryLock lock) {
-  for (RegionPage page = first; page < end;) {
-    sync::SpinLockHolder holder(tree_lock_);
-    const RegionPage from = page;
-    for (int visits = 0; page < end && visits < kExtentsPerHold; ++visits) {
-      Vma* vma = tree_.Find(page).vma();
-      page = vma->end_page();
-      VmaWriter(*vma).SetLock(lock);
-      changes_.Add(1);
-      // In the mapping zone the reset of an unmap is what unlocks.
-      vma->kernel_vma = vma->kernel_vma || !is_heap();
-    }
-    if (page >= end) {
-      SetBusyLocked(first, end, false);
-      MergeMappedLocked(first, first + 1);
-    }
-    MergeMappedLocked(from, std::min(page, end));
-  }
 }
 
 Error Region::LockInKernel(PageRange range, MemoryLock lock) {

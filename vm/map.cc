@@ -31,6 +31,11 @@ VmaAttributes AttributesOf(const MapOptions& options, RegionPage first, std::uin
   return attributes;
 }
 
+// Not under a tree lock: it may be the first touch of a page.
+void TellGeneration(const MapOptions& options, std::uint64_t generation) {
+  if (ABSL_PREDICT_FALSE(options.generation != nullptr)) *options.generation = generation;
+}
+
 constexpr bool Writable(os::Protection protection) {
   return (static_cast<unsigned>(protection) & static_cast<unsigned>(os::Protection::kWrite)) != 0;
 }
@@ -73,8 +78,10 @@ Result<PageRange> Region::MapOnce(RegionPage count, const MapOptions& options, c
     }
     switch (choice) {
       case Choice::kPublished:
+        TellGeneration(options, preparation.attributes.generation);
         return ToAbsolute(preparation.first, count);
       case Choice::kPrepare: {
+        TellGeneration(options, preparation.attributes.generation);
         preparation.range = ToAbsolute(preparation.first, count);
         if (held != nullptr) return Finish(preparation, *held);
         const Guard guard(range_lock_, preparation.range, Mode::kExclusive, sync::Operation::kMap);
@@ -259,6 +266,7 @@ Result<PageRange> Region::MapHeld(PageRange range, const MapOptions& options, st
     return error;
   }
   PublishFixed(*claim, options, generation);
+  TellGeneration(options, generation != 0 ? generation : claim->generation);
   if (notified) shared_.notifiers->Close(range);
   return range;
 }

@@ -4,8 +4,6 @@
 // In a heap zone this splits the zone's kernel VMA until the memory is unmapped or made read-write again:
 // correctness comes first, and AddressSpaceStats::heap_splits counts it. Memory that is meant to be protected
 // should be mapped so from the start, in the mapping zone.
-#include <algorithm>
-
 #include "vm/backing.h"
 #include "vm/os/check.h"
 #include "vm/region.h"
@@ -21,59 +19,38 @@ Error Region::Protect(PageRange part, os::Protection protection) {
   if (!*differs) return Error::Ok();
   if (!shared_.notifiers->empty()) Invalidate(part, Invalidation::kProtect, guard);
   if (const Error error = MakeBusy(first, end); !error.ok()) return error;
-  const Error error = shared_.kernel->Protect(part, protection);
-  if (error.ok()) {
-    RecordProtection(first, end, protection);
+  if (const Error error = shared_.kernel->Protect(part, protection); !error.ok()) {
+    RestoreProtection(part, guard);
+    EndBusy(first, end);
     return error;
   }
-  RestoreProtection(part, guard);
-  EndBusy(first, end);
-  return error;
-}
-
-// The range is held: what is mapped stays so from one hold of the tree lock to the next.
-Result<bool> Region::ProtectionDiffers(RegionPage first, RegionPage end, os::Protection protection) const {
-  bool differs = false;
-  for (RegionPage page = first; page < end;) {
-    sync::SpinLockHolder holder(tree_lock_);
-    for (int visits = 0; page < end && visits < kExtentsPerHold; ++visits) {
-      const Vma* vma = tree_.Find(page).vma();
-      page = vma->end_page();
-      if (!vma->Is(VmaState::kMapped)) return ErrorCode::kNotMapped;
-      const Backing* backing = vma->attributes().backing;
-      if (backing != nullptr && !backing->Allows(protection)) return ErrorCode::kDenied;
-      differs = differs || vma->protection.load(std::memory_order_relaxed) != protection;
-    }
-  }
-  return differs;
-}
-
-void Region::RecordProtection(RegionPage first, RegionPage end, os::Protection protection) {
   for (RegionPage page = first; page < end;) {
     sync::SpinLockHolder holder(tree_lock_);
     RecordProtectionLocked(first, end, protection, page);
   }
+  return Error::Ok();
 }
 
-// Up to kExtentsPerHold extents from `page` on. Ends SetBusyLocked when it has come to the end.
+Result<bool> Region::ProtectionDiffers(RegionPage first, RegionPage end, os::Protection protection) const {
+  bool differs = false;
+  const Error error = LookAtMapped(first, end, [&](const Vma& vma) {
+    const VmaAttributes now = vma.attributes();
+    if (now.backing != nullptr && !now.backing->Allows(protection)) return Error{ErrorCode::kDenied};
+    differs = differs || now.protection != protection;
+    return Error::Ok();
+  });
+  if (!error.ok()) return error;
+  return differs;
+}
+
 void Region::RecordProtectionLocked(RegionPage first, RegionPage end, os::Protection protection, RegionPage& page) {
-  const bool kernel_vma =
-      is_heap() ? protection != os::Protection::kReadWrite : protection != os::Protection::kNone;
-  const RegionPage from = page;
-  for (int visits = 0; page < end && visits < kExtentsPerHold; ++visits) {
-    Vma* vma = tree_.Find(page).vma();
-    page = vma->end_page();
-    VmaWriter(*vma).SetProtection(protection);
-    changes_.Add(1);
+  const bool splits = is_heap() && protection != os::Protection::kReadWrite;
+  ChangeBusyLocked(first, end, page, [&](Vma& vma) {
+    VmaWriter(vma).SetProtection(protection);
     // In the mapping zone, content stays behind a protection of kNone: it needs a reset like any other.
-    vma->kernel_vma = kernel_vma || !is_heap();
-  }
-  if (page >= end) {
-    SetBusyLocked(first, end, false);
-    if (is_heap() && kernel_vma) heap_splits_.Add(1);
-    MergeMappedLocked(first, first + 1);
-  }
-  MergeMappedLocked(from, std::min(page, end));
+    vma.kernel_vma = splits || !is_heap();
+  });
+  if (splits && page >= end) heap_splits_.Add(1);
 }
 
 }  // namespace freehold::vm

@@ -33,7 +33,7 @@ Error Region::Init() {
       shared_.arena->Allocate({(chunks + 63) / 64 * sizeof(std::uint64_t)}, alignof(std::uint64_t)));
   if (committed_ == nullptr) return {ErrorCode::kNoMetadata};
   if (shared_.options->record_tree_lock_holds) {
-    auto* recorder = shared_.arena->New<sync::HoldRecorder>();
+    auto* recorder = shared_.arena->New<sync::TimeRecorder>();
     if (recorder == nullptr) return {ErrorCode::kNoMetadata};
     tree_lock_.InstallRecorder(recorder);
   }
@@ -322,9 +322,9 @@ void Region::AddStats(AddressSpaceStats& stats) const {
   stats.free_resident = stats.free_resident + pages(free_.dirty_pages());
 }
 
-sync::HoldHistogram Region::TreeLockHolds() const {
-  const sync::HoldRecorder* recorder = tree_lock_.recorder();
-  return recorder != nullptr ? recorder->Read() : sync::HoldHistogram();
+sync::TimeHistogram Region::TreeLockHolds() const {
+  const sync::TimeRecorder* recorder = tree_lock_.recorder();
+  return recorder != nullptr ? recorder->Read() : sync::TimeHistogram();
 }
 
 void Region::CheckInvariants() const {

@@ -77,7 +77,8 @@ class alignas(kCacheLineSize) Region {
   Result<PageRange> MapAnywhere(RegionPage count, const MapOptions& options);
   Result<PageRange> MapFixed(PageRange range, const MapOptions& options);
   // unmap.cc
-  Error Unmap(PageRange part);
+  // `only`: unless null, error kReplaced where `part` does not belong to this VMA, as it is there.
+  Error Unmap(PageRange part, const VmaInfo* only = nullptr);
   // protect.cc
   Error Protect(PageRange part, os::Protection protection);
   // remap.cc
@@ -135,7 +136,7 @@ class alignas(kCacheLineSize) Region {
   std::uint64_t changes() const { return changes_.get_acquire(); }
   void AddStats(AddressSpaceStats& stats) const;
   // Nothing unless AddressSpaceOptions::record_tree_lock_holds asked for it.
-  sync::HoldHistogram TreeLockHolds() const;
+  sync::TimeHistogram TreeLockHolds() const;
   void CheckInvariants() const;
 
   // What a fixed map finds in its range.
@@ -267,6 +268,18 @@ class alignas(kCacheLineSize) Region {
   Error MakeBusy(RegionPage first, RegionPage end);
   // Its end when it was refused.
   void EndBusy(RegionPage first, RegionPage end);
+  // These two go through the extents of [first, end), which the caller holds exclusively, so that what is mapped stays
+  // so from one hold of the tree lock to the next; kExtentsPerHold of them a hold.
+  // Calls `look(vma)`, which returns an Error. Errors: kNotMapped where something is not mapped; the first of `look`.
+  template <typename Look>
+  Error LookAtMapped(RegionPage first, RegionPage end, const Look& look) const;
+  // Calls `change(vma)` for what MakeBusy has cut out, merges what has become equal, and ends busy.
+  template <typename Changer>
+  void ChangeBusy(RegionPage first, RegionPage end, const Changer& change);
+  // One hold of it, from `page` on, where it leaves where to go on.
+  template <typename Changer>
+  void ChangeBusyLocked(RegionPage first, RegionPage end, RegionPage& page, const Changer& change)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Merges mapped neighbours of one mapping that have equal attributes, around and within [first, end), unless
   // they are busy.
   void MergeMappedLocked(RegionPage first, RegionPage end) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
@@ -348,13 +361,6 @@ class alignas(kCacheLineSize) Region {
   bool IsStill(PageRange part, const VmaInfo& vma, const Guard& guard) const;
 
   // lock_memory.cc
-  // What of [first, end) SetMemoryLock would change; kNotMapped where something is not mapped.
-  struct LockChange {
-    bool attribute = false;
-    bool in_kernel = false;  // for the kernel both kinds of lock are one
-  };
-  Result<LockChange> LockDiffers(RegionPage first, RegionPage end, os::MemoryLock lock) const;
-  void RecordLock(RegionPage first, RegionPage end, os::MemoryLock lock);
   Error LockInKernel(PageRange range, os::MemoryLock lock);
   // Locks every extent of `range` in the kernel as the tree says, and no other.
   void RestoreLocks(PageRange range, const Guard& guard);
@@ -362,6 +368,8 @@ class alignas(kCacheLineSize) Region {
   // unmap.cc
   // Tells the notifiers about what is mapped in `range`.
   void Invalidate(PageRange range, Invalidation what, const Guard& guard);
+  // And that what was told to be closed is mapped again.
+  void TakeBackClose(PageRange range, const Guard& guard);
   // Unmaps `part` without its range lock, if nobody has that and RetireWholeLocked does it.
   bool UnmapWhole(PageRange part, bool& over_limit);
   // Heap zones: puts the zone's own kernel VMA in the place of another, without access.
@@ -393,9 +401,9 @@ class alignas(kCacheLineSize) Region {
   void SetBordersBusyLocked(PageRange range, bool busy) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
 
   // protect.cc
-  // Whether something in [first, end) has another protection; kNotMapped where something is not mapped.
+  // Whether something in [first, end) has another protection. Errors: kNotMapped, kDenied.
   Result<bool> ProtectionDiffers(RegionPage first, RegionPage end, os::Protection protection) const;
-  void RecordProtection(RegionPage first, RegionPage end, os::Protection protection);
+  // As ChangeBusyLocked.
   void RecordProtectionLocked(RegionPage first, RegionPage end, os::Protection protection, RegionPage& page)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
 
@@ -455,6 +463,44 @@ class alignas(kCacheLineSize) Region {
   RegionCounter coarse_retries_;
   std::atomic<std::uint64_t> committed_pages_{0};
 };
+
+template <typename Look>
+Error Region::LookAtMapped(RegionPage first, RegionPage end, const Look& look) const {
+  for (RegionPage page = first; page < end;) {
+    sync::SpinLockHolder holder(tree_lock_);
+    for (int visits = 0; page < end && visits < kExtentsPerHold; ++visits) {
+      const Vma& vma = *tree_.Find(page).vma();
+      page = vma.end_page();
+      if (!vma.Is(VmaState::kMapped)) return {ErrorCode::kNotMapped};
+      if (const Error error = look(vma); !error.ok()) return error;
+    }
+  }
+  return Error::Ok();
+}
+
+template <typename Changer>
+void Region::ChangeBusy(RegionPage first, RegionPage end, const Changer& change) {
+  for (RegionPage page = first; page < end;) {
+    sync::SpinLockHolder holder(tree_lock_);
+    ChangeBusyLocked(first, end, page, change);
+  }
+}
+
+template <typename Changer>
+void Region::ChangeBusyLocked(RegionPage first, RegionPage end, RegionPage& page, const Changer& change) {
+  const RegionPage from = page;
+  for (int visits = 0; page < end && visits < kExtentsPerHold; ++visits) {
+    Vma& vma = *tree_.Find(page).vma();
+    page = vma.end_page();
+    change(vma);
+    changes_.Add(1);
+  }
+  if (page >= end) {
+    SetBusyLocked(first, end, false);
+    MergeMappedLocked(first, first + 1);
+  }
+  MergeMappedLocked(from, page < end ? page : end);
+}
 
 }  // namespace freehold::vm
 

@@ -76,6 +76,11 @@ Result<PageRange> AddressSpace::MoveVma(const VmaInfo& vma, PageRange range, Pag
   map.lock = vma.lock;
   // Looked at again when both ranges are held, but as a rule before anything is mapped or replaced for nothing.
   if (RegionOf(range.first)->IsPinned(range)) return ErrorCode::kPinned;
+  // Whatever others do to the target before it is held, content goes nowhere else.
+  VmaInfo target_vma;
+  target_vma.protection = vma.protection;
+  target_vma.lock = vma.lock;
+  map.generation = &target_vma.generation;
   Result<PageRange> target = ErrorCode::kNoRoom;
   if (options.placement == Placement::kAnywhere) {
     target = MapInZone(vma.zone, count, map);
@@ -84,19 +89,27 @@ Result<PageRange> AddressSpace::MoveVma(const VmaInfo& vma, PageRange range, Pag
     target = MapAt(count, map);
   }
   if (!target.ok()) return target;
-  const Result<VmaInfo> target_vma = Lookup(target->first);
-  Error error = {ErrorCode::kReplaced};
-  // Others may have got at it already: content goes only where the kernel's side is as the source's.
-  const bool as_mapped = target_vma.ok() && target_vma->range.Contains(*target) &&
-                         target_vma->protection == vma.protection && target_vma->lock == vma.lock;
-  if (as_mapped) error = MoveInto(vma, range, *target_vma, *target, options);
+  const Error error = MoveInto(vma, range, target_vma, *target, options);
   if (error.ok()) {
     remap_moves_.fetch_add(1, std::memory_order_relaxed);
     if (!notifiers_.empty()) notifiers_.Map(*target);
     return target;
   }
-  (void)Unmap(*target);
+  UnmapOwn(*target, target_vma.generation);
   return error;
+}
+
+void AddressSpace::UnmapOwn(PageRange range, std::uint64_t generation) {
+  for (PageNumber page = range.first; page < range.end;) {
+    VmaState state;
+    const VmaInfo extent = RegionOf(page)->LookupExtent(page, state);
+    const PageRange part = {page, std::min(extent.range.end, range.end)};
+    if (state == VmaState::kMapped && extent.generation == generation) {
+      // Changed before it was held: look again.
+      if (RegionOf(page)->Unmap(part, &extent).code == ErrorCode::kReplaced) continue;
+    }
+    page = part.end;
+  }
 }
 
 Error AddressSpace::MoveInto(const VmaInfo& vma, PageRange range, const VmaInfo& target_vma, PageRange target,

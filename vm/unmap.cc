@@ -18,13 +18,14 @@ constexpr std::size_t kSamplePages = 512;
 
 }  // namespace
 
-Error Region::Unmap(PageRange part) {
+Error Region::Unmap(PageRange part, const VmaInfo* only) {
   bool over_limit = false;
   bool pinned = false;
   const bool sample = WantsSample(part);
   const bool notified = !shared_.notifiers->empty();
-  if (sample || notified || !UnmapWhole(part, over_limit)) {
+  if (sample || notified || only != nullptr || !UnmapWhole(part, over_limit)) {
     Guard guard(range_lock_, part, Mode::kExclusive, sync::Operation::kUnmap);
+    if (only != nullptr && !IsStill(part, *only, guard)) return {ErrorCode::kReplaced};
     if (notified) Invalidate(part, Invalidation::kUnmap, guard);
     const std::size_t sampled = sample ? SampleResidency(part) : kNoSample;
     Detachment detachment;
@@ -50,7 +51,7 @@ Error Region::Unmap(PageRange part) {
       guard.Downgrade();
       if (const Error error = ZapDetached(part, detachment, guard); !error.ok()) {
         RemapDetached(part);
-        if (notified) shared_.notifiers->Map(part);
+        if (notified) TakeBackClose(part, guard);
         return error;
       }
     }
@@ -167,6 +168,17 @@ bool Region::DetachLocked(Detachment& detachment) {
     last->busy = true;
   }
   return false;
+}
+
+// Holes are nobody's mapping.
+void Region::TakeBackClose(PageRange range, const Guard& guard) {
+  FREEHOLD_DCHECK(guard.Covers(range, Mode::kShared));
+  for (PageNumber page = range.first; page < range.end;) {
+    VmaState state;
+    const PageRange extent = LookupExtent(page, state).range;
+    if (state == VmaState::kMapped) shared_.notifiers->Map(extent.Intersect(range));
+    page = extent.end;
+  }
 }
 
 void Region::Invalidate(PageRange range, Invalidation what, const Guard& guard) {

@@ -39,6 +39,15 @@ inline void KernelProtect(void* memory, std::size_t bytes, int protection) {
   if (mprotect(memory, bytes, protection) != 0) DieOfErrno("mprotect");
 }
 
+// Puts the pages at `from` in the place of what is mapped at `to`. The source is unmapped then, or stays
+// mapped and is empty.
+enum class MoveSource : bool { kUnmapped, kKeptEmpty };
+inline void KernelMove(void* from, void* to, std::size_t bytes, MoveSource source) {
+  constexpr int kMremapDontunmap = 4;  // since Linux 5.7; absent from older headers
+  const int keep = source == MoveSource::kKeptEmpty ? kMremapDontunmap : 0;
+  if (mremap(from, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED | keep, to) == MAP_FAILED) DieOfErrno("mremap");
+}
+
 // Writes one byte in each of the first `pages` pages.
 inline void TouchPages(std::byte* memory, std::size_t pages) {
   auto* bytes = reinterpret_cast<volatile char*>(memory);

@@ -75,6 +75,14 @@ class AddressSpaceOf {
   void ProtectReadWrite(std::byte* memory, std::size_t bytes) {
     Require(space_->Protect(RangeOf(memory, bytes), vm::os::Protection::kReadWrite), "Protect");
   }
+  // To where nothing is mapped.
+  void Move(std::byte* from, std::byte* to, std::size_t bytes) {
+    Require(space_
+                ->Remap(RangeOf(from, bytes), vm::PagesFor({bytes}),
+                        {.placement = vm::Placement::kFixed, .address = to})
+                .error(),
+            "Remap");
+  }
   void PurgeUnmapped() { space_->Purge(vm::PurgeScope::kAll); }
 
   vm::AddressSpace& space() { return *space_; }

@@ -35,7 +35,10 @@ def map_names():
               for size in ("16KiB", "64KiB", "1MiB")]
     others = ["map_populate_unmap/{}/1MiB", "map_mixed/{}/live64", "populate/{}/2MiB",
               "populate/{}/64MiB", "protect/{}/4KiB", "lookup/{}/1000"]
-    return set().union(*(names(template, SPACES) for template in cycles + others))
+    moves = [f"remap_move/{where}" for size in ("64KiB", "256KiB", "1MiB", "64MiB")
+             for where in (f"freehold/{size}", f"kernel/{size}", f"kernel/{size}_dontunmap")]
+    return set().union(*(names(template, SPACES) for template in cycles + others),
+                       {f"{move}/threads:1" for move in moves})
 
 
 def range_lock_names():
@@ -44,6 +47,7 @@ def range_lock_names():
     return set().union(*(names(template, RANGE_LOCKS) for template in any_threads),
                        *(names(template, RANGE_LOCKS, (1,))
                          for template in ("pair_exclusive/{}", "pair_shared/{}")),
+                       {"pair_exclusive/freehold/recorded/threads:1"},
                        names("long_range/{}/beside", RANGE_LOCKS, (2,)))
 
 

@@ -3,6 +3,7 @@
 #include <cerrno>
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <string>
@@ -20,7 +21,30 @@ using namespace test;  // NOLINT: the fixture's words
 using os::FakeKernel;
 using os::Protection;
 
-constexpr int kErrnos[] = {ENOMEM, EINVAL, EAGAIN};
+// Verbs tell no errnos apart, so each call fails with one of them; it has to be passed on.
+int ErrnoOf(std::size_t call) {
+  constexpr int kErrnos[] = {ENOMEM, EINVAL, EAGAIN};
+  return kErrnos[call % 3];
+}
+
+// Content comes and goes by pages: the start of each tells. The sanitizers take long to look at all of it.
+constexpr std::size_t kHeadBytes = 64;
+
+std::string Heads(PageRange range) {
+  std::string heads;
+  for (PageNumber page = range.first; page < range.end; page = page + Pages{1}) {
+    heads.append(reinterpret_cast<const char*>(page.address()), kHeadBytes);
+  }
+  return heads;
+}
+
+bool HeadsAreZero(PageRange range) { return Heads(range).find_first_not_of('\0') == std::string::npos; }
+
+void FillHeads(PageRange range, int value) {
+  for (PageNumber page = range.first; page < range.end; page = page + Pages{1}) {
+    std::memset(page.address(), value, kHeadBytes);
+  }
+}
 
 bool Readable(Protection protection) { return protection != Protection::kNone && protection != Protection::kExec; }
 
@@ -37,11 +61,7 @@ struct Snapshot {
   static Snapshot Of(const AddressSpace& space) {
     Snapshot snapshot;
     for (const VmaInfo& vma : Vmas(space)) {
-      std::string content;
-      if (Readable(vma.protection)) {
-        content.assign(reinterpret_cast<const char*>(vma.range.address()), vma.range.bytes().value);
-      }
-      snapshot.mappings.push_back({vma, std::move(content)});
+      snapshot.mappings.push_back({vma, Readable(vma.protection) ? Heads(vma.range) : std::string()});
     }
     snapshot.mapped = space.Stats().mapped;
     snapshot.vmas = space.Stats().vmas;
@@ -87,14 +107,14 @@ class Scene {
     MustMapAt(*space_, P(20, 4));
     MustMapAt(*space_, P(24, 8));
     MustMapAt(*space_, P(32, 8));
-    MustMapAt(*space_, P(100, 200));
-    for (const PageRange range : {P(0, 12), P(16, 24), P(100, 200)}) Fill(range, 0xaa);
+    MustMapAt(*space_, P(100, 90));
+    for (const PageRange range : {P(0, 12), P(16, 24), P(100, 90)}) FillHeads(range, 0xaa);
     if (!space_->Protect(P(16, 4), Protection::kRead).ok()) throw std::runtime_error("Protect");
     if (!space_->Unmap(P(24, 8)).ok()) throw std::runtime_error("Unmap");
     MustMapAt(*space_, M(0, 4), Protection::kRead);
     MustMapAt(*space_, M(4, 4), Protection::kNone);
     MustMapAt(*space_, M(8, 8), Protection::kReadWriteExec);
-    Fill(M(8, 8), 0xaa);
+    FillHeads(M(8, 8), 0xaa);
     kernel.ClearCalls();
   }
   ~Scene() { AddressSpace::Destroy(space_); }
@@ -127,13 +147,13 @@ class Scene {
     ASSERT_TRUE(space_->Unmap(space_->reservation()).ok());
     (void)space_->Purge(PurgeScope::kAll);
     ASSERT_EQ(kernel.LockedPages(), Pages{0});
-    const PageRange dense = ZoneRange(*space_, Zone::kDense);
-    for (const PageRange used : {P(0, 40), P(40, 280), Part(dense, 0, 512), M(0, 40)}) {
+    // Nothing writes into the dense zone.
+    for (const PageRange used : {P(0, 40), P(40, 160), M(0, 40)}) {
       MustMapAt(*space_, used, used == M(0, 40) ? Protection::kReadWriteExec : Protection::kReadWrite);
-      ASSERT_TRUE(IsZero(used)) << testing::PrintToString(used);
+      ASSERT_TRUE(HeadsAreZero(used)) << testing::PrintToString(used);
     }
-    Fill(P(0, 40), 0xbb);
-    Fill(M(0, 40), 0xbb);
+    FillHeads(P(0, 40), 0xbb);
+    FillHeads(M(0, 40), 0xbb);
     space_->CheckInvariants();
   }
 
@@ -159,7 +179,7 @@ Error MapIn(Scene& scene, std::size_t pages, const MapOptions& options) {
   if (!range.ok()) return range.error();
   EXPECT_EQ(Draw(scene.space(), *range).find('.'), std::string::npos);
   const bool zeroed = options.content == Content::kZeroed && Readable(options.protection);
-  EXPECT_TRUE(!zeroed || IsZero(*range));
+  EXPECT_TRUE(!zeroed || HeadsAreZero(*range));
   return Error::Ok();
 }
 
@@ -210,7 +230,7 @@ std::vector<Verb> Verbs() {
       {"replace mappings, holes and cached", [](Scene& s) { return MapInAt(s, s.P(4, 32), Placement::kReplace); }},
       {"replace by read-only", [](Scene& s) { return MapInAt(s, s.P(4, 32), Placement::kReplace, Protection::kRead); }},
       {"replace by no access", [](Scene& s) { return MapInAt(s, s.P(4, 32), Placement::kReplace, Protection::kNone); }},
-      {"replace much", [](Scene& s) { return MapInAt(s, s.P(110, 150), Placement::kReplace); }},
+      {"replace much", [](Scene& s) { return MapInAt(s, s.P(110, 70), Placement::kReplace); }},
       {"replace in the mapping zone",
        [](Scene& s) { return MapInAt(s, s.M(2, 10), Placement::kReplace, Protection::kReadExec); }},
       {"replace by read-write in the mapping zone",
@@ -242,7 +262,7 @@ std::vector<Verb> Verbs() {
       {"protect in the mapping zone", [](Scene& s) { return s->Protect(s.M(2, 10), Protection::kRead); }},
       {"protect by no access in the mapping zone", [](Scene& s) { return s->Protect(s.M(2, 10), Protection::kNone); }},
       // ---- The rest ----
-      {"populate", [](Scene& s) { return s->Populate(s.P(100, 200)).error(); }},
+      {"populate", [](Scene& s) { return s->Populate(s.P(100, 90)).error(); }},
       {"discard one",
        [](Scene& s) {
          const PageRange range = s.P(2, 4);
@@ -296,7 +316,7 @@ std::vector<Verb> Verbs() {
       {"remap: shrink", [](Scene& s) { return s->Remap(s.P(0, 8), {3}).error(); }},
       {"remap: grow into a cached extent",
        [](Scene& s) { return s->Remap(s.P(20, 4), {10}).error(); }},
-      {"remap: grow into free pages", [](Scene& s) { return s->Remap(s.P(100, 200), {400}).error(); }},
+      {"remap: grow into free pages", [](Scene& s) { return s->Remap(s.P(100, 90), {180}).error(); }},
       {"remap: grow a read-only one",
        [](Scene& s) { return s->Remap(s.P(16, 4), {8}).error(); },
        [](Scene& s) { ASSERT_TRUE(s->Unmap(s.P(20, 4)).ok()); }},
@@ -309,7 +329,7 @@ std::vector<Verb> Verbs() {
       {"remap: move by copying", [](Scene& s) { return s->Remap(s.P(0, 8), {20}, {.may_move = true}).error(); }},
       {"remap: move a part", [](Scene& s) { return s->Remap(s.P(2, 3), {20}, {.may_move = true}).error(); }},
       {"remap: move by the kernel",
-       [](Scene& s) { return s->Remap(s.P(110, 150), {300}, {.may_move = true}).error(); }},
+       [](Scene& s) { return s->Remap(s.P(110, 70), {140}, {.may_move = true}).error(); }},
       {"remap: move a read-only one",
        [](Scene& s) { return s->Remap(s.P(16, 4), {20}, {.may_move = true}).error(); }},
       {"remap: move a locked one", [](Scene& s) { return s->Remap(s.P(2, 4), {20}, {.may_move = true}).error(); },
@@ -340,7 +360,7 @@ std::vector<Verb> Verbs() {
       {"advise: free", [](Scene& s) { return s->Advise(s.P(2, 8), Advice::kFree); }, nullptr, Compare::kNotContent},
       {"advise: cold", [](Scene& s) { return s->Advise(s.P(2, 8), Advice::kCold); }},
       {"advise: page out", [](Scene& s) { return s->Advise(s.P(2, 8), Advice::kPageOut); }},
-      {"advise: will need", [](Scene& s) { return s->Advise(s.P(100, 200), Advice::kWillNeed); }},
+      {"advise: will need", [](Scene& s) { return s->Advise(s.P(100, 90), Advice::kWillNeed); }},
       {"residency",
        [](Scene& s) {
          std::vector<std::uint8_t> resident(8);
@@ -376,34 +396,33 @@ class FailureTest : public testing::TestWithParam<Config> {
 TEST_P(FailureTest, OfTheNthCallLeavesTheSpaceAsItWas) {
   std::size_t failed = 0, harmless = 0;
   for (const Verb& verb : Verbs()) {
-    for (const int sys_errno : kErrnos) {
-      for (std::size_t n = 1;; ++n) {
-        SCOPED_TRACE(std::string(verb.name) + ", call " + std::to_string(n) + ", errno " + std::to_string(sys_errno));
-        Scene scene(Options());
-        if (verb.prepare) verb.prepare(scene);
-        const Snapshot before = Snapshot::Of(scene.space());
-        const std::size_t injected = scene.kernel.InjectedFailures();
-        scene.kernel.FailNthOfAny(n, sys_errno);
-        const Error error = verb.perform(scene);
-        scene.kernel.StopFailing();
-        if (scene.kernel.InjectedFailures() == injected) {
-          EXPECT_EQ(error, Error::Ok());
-          break;  // it makes fewer calls than that
-        }
-        if (error.ok()) {
-          ++harmless;
-          scene->CheckInvariants();
-          scene.CheckProtections();
-          scene.CheckFreeMemory();
-        } else {
-          ++failed;
-          EXPECT_EQ(error, Error::System(sys_errno));
-          ExpectSame(before, Snapshot::Of(scene.space()), verb.compare);
-          scene.CheckProtections();
-          ExpectRecovery(verb, scene);
-        }
-        if (HasFatalFailure()) return;
+    for (std::size_t n = 1;; ++n) {
+      const int sys_errno = ErrnoOf(n);
+      SCOPED_TRACE(std::string(verb.name) + ", call " + std::to_string(n) + ", errno " + std::to_string(sys_errno));
+      Scene scene(Options());
+      if (verb.prepare) verb.prepare(scene);
+      const Snapshot before = Snapshot::Of(scene.space());
+      const std::size_t injected = scene.kernel.InjectedFailures();
+      scene.kernel.FailNthOfAny(n, sys_errno);
+      const Error error = verb.perform(scene);
+      scene.kernel.StopFailing();
+      if (scene.kernel.InjectedFailures() == injected) {
+        EXPECT_EQ(error, Error::Ok());
+        break;  // it makes fewer calls than that
       }
+      if (error.ok()) {
+        ++harmless;
+        scene->CheckInvariants();
+        scene.CheckProtections();
+        scene.CheckFreeMemory();
+      } else {
+        ++failed;
+        EXPECT_EQ(error, Error::System(sys_errno));
+        ExpectSame(before, Snapshot::Of(scene.space()), verb.compare);
+        scene.CheckProtections();
+        ExpectRecovery(verb, scene);
+      }
+      if (HasFatalFailure()) return;
     }
   }
   std::printf("%zu failures reported, %zu harmless\n", failed, harmless);
@@ -413,11 +432,16 @@ TEST_P(FailureTest, OfTheNthCallLeavesTheSpaceAsItWas) {
 // Also while the verb tries to take its steps back. Protections may then be others than the VMA says.
 TEST_P(FailureTest, OfEveryCallOfAKindLeavesTheSpaceSound) {
   for (const Verb& verb : Verbs()) {
+    Scene undisturbed(Options());
+    if (verb.prepare) verb.prepare(undisturbed);
+    undisturbed.kernel.ClearCalls();
+    EXPECT_EQ(verb.perform(undisturbed), Error::Ok()) << verb.name;
     for (const Operation operation :
          {Operation::kProtect, Operation::kReset, Operation::kDiscard, Operation::kCountResident,
           Operation::kInstallGuard, Operation::kRemoveGuard, Operation::kAdviseReclaim,
           Operation::kQueryResident, Operation::kLockMemory, Operation::kUnlockMemory,
           Operation::kMove}) {
+      if (undisturbed.kernel.CallCount(operation) == 0) continue;
       SCOPED_TRACE(std::string(verb.name) + ", every " + ToString(operation));
       Scene scene(Options());
       if (verb.prepare) verb.prepare(scene);
@@ -447,27 +471,26 @@ TEST_P(FailureTest, OfEveryCallOfAKindLeavesTheSpaceSound) {
 // ---- Purges cannot fail, but they can achieve nothing ----
 
 TEST_P(FailureTest, OfAPurgeLosesNothing) {
-  for (const int sys_errno : kErrnos) {
-    for (std::size_t n = 1;; ++n) {
-      SCOPED_TRACE("call " + std::to_string(n) + ", errno " + std::to_string(sys_errno));
-      Scene scene(Options());
-      ASSERT_TRUE(scene->Unmap(scene.P(0, 300)).ok());
-      const Snapshot before = Snapshot::Of(scene.space());
-      const Bytes free_resident = scene->Stats().free_resident;
-      const std::size_t injected = scene.kernel.InjectedFailures();
-      scene.kernel.FailNthOfAny(n, sys_errno);
-      const Pages purged = scene->Purge(PurgeScope::kAll);
-      scene.kernel.StopFailing();
-      const bool last = scene.kernel.InjectedFailures() == injected;
-      EXPECT_EQ(scene->Stats().free_resident + purged.bytes(), free_resident);
-      ExpectSame(before, Snapshot::Of(scene.space()));
-      scene->CheckInvariants();
-      (void)scene->Purge(PurgeScope::kAll);
-      EXPECT_EQ(scene->Stats().free_resident, Bytes{0});
-      EXPECT_EQ(scene.kernel.ResidentPages(scene.P(0, 300)), Pages{0});
-      scene.CheckFreeMemory();
-      if (HasFatalFailure() || last) break;
-    }
+  for (std::size_t n = 1;; ++n) {
+    const int sys_errno = ErrnoOf(n);
+    SCOPED_TRACE("call " + std::to_string(n) + ", errno " + std::to_string(sys_errno));
+    Scene scene(Options());
+    ASSERT_TRUE(scene->Unmap(scene.P(0, 300)).ok());
+    const Snapshot before = Snapshot::Of(scene.space());
+    const Bytes free_resident = scene->Stats().free_resident;
+    const std::size_t injected = scene.kernel.InjectedFailures();
+    scene.kernel.FailNthOfAny(n, sys_errno);
+    const Pages purged = scene->Purge(PurgeScope::kAll);
+    scene.kernel.StopFailing();
+    const bool last = scene.kernel.InjectedFailures() == injected;
+    EXPECT_EQ(scene->Stats().free_resident + purged.bytes(), free_resident);
+    ExpectSame(before, Snapshot::Of(scene.space()));
+    scene->CheckInvariants();
+    (void)scene->Purge(PurgeScope::kAll);
+    EXPECT_EQ(scene->Stats().free_resident, Bytes{0});
+    EXPECT_EQ(scene.kernel.ResidentPages(scene.P(0, 300)), Pages{0});
+    scene.CheckFreeMemory();
+    if (HasFatalFailure() || last) break;
   }
 }
 
@@ -476,28 +499,28 @@ TEST_P(FailureTest, OfAPurgeLosesNothing) {
 TEST_P(FailureTest, OfCreateLeavesNothingReserved) {
   AddressSpaceOptions options = Options();
   options.regions_per_zone = 4;
+  options.record_tree_lock_holds = options.record_range_locks = true;
   std::size_t failed = 0;
-  for (const int sys_errno : kErrnos) {
-    for (std::size_t n = 1;; ++n) {
-      SCOPED_TRACE("call " + std::to_string(n) + ", errno " + std::to_string(sys_errno));
-      FakeKernel kernel;
-      // The last size that may be tried: nothing to fall back to.
-      options.min_reserve = options.reserve;
-      kernel.FailNthOfAny(n, sys_errno);
-      const Result<AddressSpace*> space = AddressSpace::Create(kernel, options);
-      kernel.StopFailing();
-      const bool last = kernel.InjectedFailures() == 0;
-      if (space.ok()) {
-        EXPECT_TRUE((*space)->Map({512}, {.populate = true}).ok());
-        (*space)->CheckInvariants();
-        AddressSpace::Destroy(*space);
-      } else {
-        ++failed;
-        EXPECT_EQ(space.error(), Error::System(sys_errno));
-      }
-      EXPECT_EQ(kernel.ReservedPages(), Pages{0});
-      if (last) break;
+  for (std::size_t n = 1;; ++n) {
+    const int sys_errno = ErrnoOf(n);
+    SCOPED_TRACE("call " + std::to_string(n) + ", errno " + std::to_string(sys_errno));
+    FakeKernel kernel;
+    // The last size that may be tried: nothing to fall back to.
+    options.min_reserve = options.reserve;
+    kernel.FailNthOfAny(n, sys_errno);
+    const Result<AddressSpace*> space = AddressSpace::Create(kernel, options);
+    kernel.StopFailing();
+    const bool last = kernel.InjectedFailures() == 0;
+    if (space.ok()) {
+      EXPECT_TRUE((*space)->Map({512}, {.populate = true}).ok());
+      (*space)->CheckInvariants();
+      AddressSpace::Destroy(*space);
+    } else {
+      ++failed;
+      EXPECT_EQ(space.error(), Error::System(sys_errno));
     }
+    EXPECT_EQ(kernel.ReservedPages(), Pages{0});
+    if (last) break;
   }
   EXPECT_GT(failed, 0u);
 }
@@ -516,93 +539,6 @@ TEST_P(FailureTest, OfCreateFallsBackToASmallerSpace) {
   }
 }
 
-// ---- Metadata ----
-
-class NoMetadataTest : public PolicyTest {
- protected:
-  PageRange P(std::size_t first, std::size_t count) const { return Part(space_->reservation(), first, count); }
-
-  // Calls `verb(i)` for i = 0, 1, ... while the kernel gives no more memory for metadata, until that is
-  // missed. The verb that misses it must leave all as it was, and succeed once there is some.
-  void ExpectNoMetadata(const std::function<Error(std::size_t i)>& verb) {
-    kernel_.FailProtectBeyond(kernel_.CommittedPages().bytes());
-    for (std::size_t i = 0;; ++i) {
-      const std::string line = Draw(*space_, P(2 * i, 8));
-      const AddressSpaceStats stats = space_->Stats();
-      const Error error = verb(i);
-      if (error.ok()) continue;
-      EXPECT_EQ(error.code, ErrorCode::kNoMetadata) << i;
-      EXPECT_GT(i, 10u);
-      EXPECT_EQ(Draw(*space_, P(2 * i, 8)), line);
-      EXPECT_EQ(space_->Stats().vmas, stats.vmas);
-      EXPECT_EQ(space_->Stats().mapped, stats.mapped);
-      space_->CheckInvariants();
-      EXPECT_EQ(verb(i).code, ErrorCode::kNoMetadata) << "again";
-      kernel_.StopFailing();
-      EXPECT_EQ(verb(i), Error::Ok());
-      return;
-    }
-  }
-
-  FakeKernel kernel_;
-  TestSpace space_{kernel_, Options()};
-};
-
-TEST_P(NoMetadataTest, ForAFixedMap) {
-  MustMap(*space_, kSmallRegionPages);  // all of it committed
-  ASSERT_TRUE(space_->Unmap(P(0, kSmallRegionPages)).ok());
-  (void)space_->Purge(PurgeScope::kAll);
-  ExpectNoMetadata([&](std::size_t i) { return space_->Map({1}, At(P(2 * i, 1).first)).error(); });
-}
-
-TEST_P(NoMetadataTest, ForAReplacement) {
-  MustMap(*space_, kSmallRegionPages);
-  ExpectNoMetadata(
-      [&](std::size_t i) { return space_->Map({1}, At(P(2 * i + 1, 1).first, Placement::kReplace)).error(); });
-}
-
-TEST_P(NoMetadataTest, ForAMapAnywhere) {
-  MustMap(*space_, kSmallRegionPages);
-  ASSERT_TRUE(space_->Unmap(P(0, kSmallRegionPages)).ok());
-  (void)space_->Purge(PurgeScope::kAll);
-  ExpectNoMetadata([&](std::size_t) { return space_->Map({1}).error(); });
-}
-
-TEST_P(NoMetadataTest, ForAPartialUnmap) {
-  MustMap(*space_, kSmallRegionPages);
-  ExpectNoMetadata([&](std::size_t i) { return space_->Unmap(P(2 * i + 1, 1)); });
-}
-
-TEST_P(NoMetadataTest, ForAPartialProtect) {
-  MustMap(*space_, kSmallRegionPages);
-  ExpectNoMetadata([&](std::size_t i) { return space_->Protect(P(2 * i + 1, 1), Protection::kRead); });
-}
-
-// There never is more. What is there goes on working, and room that is given back serves again.
-TEST_P(NoMetadataTest, ForGood) {
-  MustMap(*space_, kSmallRegionPages);
-  ASSERT_TRUE(space_->Unmap(P(0, kSmallRegionPages)).ok());
-  (void)space_->Purge(PurgeScope::kAll);
-  kernel_.FailProtectBeyond(kernel_.CommittedPages().bytes());
-  std::vector<PageRange> mapped;
-  Error error;
-  for (std::size_t page = 0; error.ok() && page < kSmallRegionPages; page += 2) {
-    const Result<PageRange> range = space_->Map({1}, At(P(page, 1).first));
-    if (range.ok()) mapped.push_back(*range);
-    error = range.error();
-  }
-  EXPECT_EQ(error.code, ErrorCode::kNoMetadata);
-  EXPECT_GT(mapped.size(), 1'000u);
-  space_->CheckInvariants();
-  const PageRange last = mapped.back();
-  ASSERT_TRUE(space_->Lookup(last.first).ok());
-  // Whole mappings can be unmapped without metadata.
-  for (const PageRange range : mapped) ASSERT_EQ(space_->Unmap(range), Error::Ok());
-  (void)space_->Purge(PurgeScope::kAll);
-  EXPECT_TRUE(Vmas(*space_).empty());
-  for (int i = 0; i < 100; ++i) EXPECT_TRUE(IsZero(MustMap(*space_, 3)));
-}
-
 // A kTree space fails as a kAdaptive one does: no failing call is the lock's.
 constexpr Config kConfigs[] = {{"adaptive", sync::LockPolicy::kAdaptive, false},
                                {"adaptiveStrict", sync::LockPolicy::kAdaptive, true},
@@ -610,7 +546,6 @@ constexpr Config kConfigs[] = {{"adaptive", sync::LockPolicy::kAdaptive, false},
                                {"coarseStrict", sync::LockPolicy::kCoarse, true}};
 INSTANTIATE_TEST_SUITE_P(Configs, FailureTest, testing::ValuesIn(kConfigs),
                          [](const testing::TestParamInfo<Config>& info) { return std::string(info.param.name); });
-FREEHOLD_INSTANTIATE_POLICIES(NoMetadataTest);
 
 }  // namespace
 }  // namespace freehold::vm

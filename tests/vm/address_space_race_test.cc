@@ -1,10 +1,12 @@
 // Interleavings of two and three verbs on the same pages, made to happen: one is held up in the kernel, where it
 // holds its range lock, until the others were seen to wait.
+#include <atomic>
 #include <cerrno>
 #include <cstddef>
 #include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "gtest/gtest.h"
@@ -24,6 +26,15 @@ class RaceTest : public testing::Test {
   // Pages of the first plain region, which is the first to be mapped from.
   PageRange P(std::size_t first, std::size_t count) const { return Part(space_->reservation(), first, count); }
   std::string Line(std::size_t count) const { return Draw(*space_, P(0, count)); }
+  // Of pages [4, 8), within a mapping of the first twelve.
+  void ProtectNeighboursAndBack() {
+    for (const Protection protection : {Protection::kRead, Protection::kNone}) {
+      for (const PageRange neighbour : {P(0, 4), P(8, 4)}) {
+        EXPECT_TRUE(space_->Protect(neighbour, protection).ok());
+        EXPECT_TRUE(space_->Protect(neighbour, Protection::kReadWrite).ok());
+      }
+    }
+  }
 
   FakeKernel fake_;
   HookedKernel kernel_{fake_};
@@ -38,42 +49,13 @@ class RaceTest : public testing::Test {
 //   Map fixed              |F F|                               waits
 //   Map        |MMMMMMMMMMMMMMMMMMMM|                          has made this pending, waits
 //
-// Whoever comes first, nobody gets a page of the other.
-TEST_F(RaceTest, FixedMapTakesTheMiddleOfAPendingExtent) {
-  kernel_.HoldNext(Operation::kCountResident, gate_);
-  WatchedThread unmapper([&] { EXPECT_TRUE(space_->Unmap(P(0, 100)).ok()); });
-  ASSERT_TRUE(gate_.AwaitArrival());
-  Result<PageRange> fixed = ErrorCode::kEmpty;
-  Result<PageRange> anywhere = ErrorCode::kEmpty;
-  WatchedThread fixed_mapper([&] { fixed = space_->Map({3}, At(P(12, 3).first)); });
-  ASSERT_TRUE(fixed_mapper.AwaitSleep());
-  WatchedThread mapper([&] { anywhere = space_->Map({20}); });
-  ASSERT_TRUE(mapper.AwaitSleep());
-  EXPECT_EQ(Line(24), "........................") << "pending is not visible";
-  gate_.Open();
-  unmapper.Join();
-  fixed_mapper.Join();
-  mapper.Join();
-
-  ASSERT_TRUE(fixed.ok());
-  EXPECT_EQ(*fixed, P(12, 3));
-  ASSERT_TRUE(anywhere.ok());
-  EXPECT_FALSE(anywhere->Overlaps(*fixed)) << testing::PrintToString(*anywhere);
-  EXPECT_EQ(Draw(*space_, *anywhere), std::string(20, 'A'));
-  EXPECT_EQ(Draw(*space_, *fixed), "AAA");
-  Fill(*fixed, 1);
-  Fill(*anywhere, 2);
-  EXPECT_TRUE(IsFilledWith(*fixed, 1));
-  space_->CheckInvariants();
-  EXPECT_EQ(space_->Stats().mapped, Pages{23}.bytes());
-}
-
-// The same at either end of the pending extent, and all of it.
-TEST_F(RaceTest, FixedMapTakesAnyPartOfAPendingExtent) {
+// Whoever comes first, nobody gets a page of the other; also where the fixed one takes an end of the pending extent,
+// all of it, or more.
+TEST(PendingRaceTest, FixedMapTakesAnyPartOfAPendingExtent) {
   struct Case {
     std::size_t first, count;
   };
-  for (const Case fixed_at : {Case{0, 5}, Case{15, 5}, Case{0, 20}, Case{10, 60}}) {
+  for (const Case fixed_at : {Case{12, 3}, Case{0, 5}, Case{15, 5}, Case{0, 20}, Case{10, 60}}) {
     SCOPED_TRACE("fixed at " + std::to_string(fixed_at.first) + ", " + std::to_string(fixed_at.count));
     FakeKernel fake;
     HookedKernel kernel(fake);
@@ -92,15 +74,21 @@ TEST_F(RaceTest, FixedMapTakesAnyPartOfAPendingExtent) {
     ASSERT_TRUE(fixed_mapper.AwaitSleep());
     WatchedThread mapper([&] { anywhere = space->Map({20}); });
     ASSERT_TRUE(mapper.AwaitSleep());
+    EXPECT_EQ(Draw(*space, part(0, 24)), std::string(24, '.')) << "pending is not visible";
     gate.Open();
     unmapper.Join();
     fixed_mapper.Join();
     mapper.Join();
     ASSERT_TRUE(fixed.ok());
+    EXPECT_EQ(*fixed, part(fixed_at.first, fixed_at.count));
     ASSERT_TRUE(anywhere.ok());
-    EXPECT_FALSE(anywhere->Overlaps(*fixed));
+    EXPECT_FALSE(anywhere->Overlaps(*fixed)) << testing::PrintToString(*anywhere);
     EXPECT_EQ(Draw(*space, *anywhere), std::string(20, 'A'));
     EXPECT_EQ(Draw(*space, *fixed), std::string(fixed_at.count, 'A'));
+    Fill(*fixed, 1);
+    Fill(*anywhere, 2);
+    EXPECT_TRUE(IsFilledWith(*fixed, 1));
+    EXPECT_EQ(space->Stats().mapped, Pages{20 + fixed_at.count}.bytes());
     space->CheckInvariants();
   }
 }
@@ -212,6 +200,38 @@ TEST_F(RaceTest, UnmappedIsGoneForLookupsWhileItIsZapped) {
   EXPECT_EQ(fake_.At(Part(range, 4, 1).first).protection, Protection::kNone);
 }
 
+//   page     0       8
+//   verb     |A A A A|               held up in the kernel
+//   Unmap    |-------|               of exactly this VMA takes no range lock, unless somebody has it
+TEST_F(RaceTest, UnmapOfAWholeVmaWaitsForWhoHoldsIt) {
+  const PageRange range = P(0, 8);
+  const std::pair<Operation, std::function<Error()>> verbs[] = {
+      {Operation::kCopy, [&] { return space_->Remap(range, {16}, {.may_move = true}).error(); }},
+      {Operation::kLockMemory, [&] { return space_->LockMemory(range, os::MemoryLock::kOnFault); }},
+      {Operation::kAdviseReclaim, [&] { return space_->Advise(range, Advice::kFree); }},
+      {Operation::kDiscard, [&] { return space_->Discard({&range, 1}); }},
+  };
+  MustMapAt(*space_, P(8, 1));
+  for (const auto& [operation, verb] : verbs) {
+    SCOPED_TRACE(ToString(operation));
+    Gate gate;
+    MustMapAt(*space_, range);
+    kernel_.HoldNext(operation, gate);
+    WatchedThread holder([&, &verb = verb] { EXPECT_EQ(verb(), Error::Ok()); });
+    const bool arrived = gate.AwaitArrival();
+    WatchedThread unmapper([&] { EXPECT_TRUE(space_->Unmap(range).ok()); });
+    EXPECT_TRUE(unmapper.AwaitSleep());
+    EXPECT_EQ(Line(9), "AAAAAAAAB");
+    gate.Open();
+    holder.Join();
+    unmapper.Join();
+    ASSERT_TRUE(arrived);
+    EXPECT_EQ(Line(9), "........A");
+    EXPECT_EQ(fake_.LockedPages(), Pages{0});
+    space_->CheckInvariants();
+  }
+}
+
 // ---- Replacement ----
 
 TEST_F(RaceTest, ReplacedStaysVisibleUntilTheNewOneIsReady) {
@@ -250,10 +270,7 @@ TEST_F(RaceTest, ReplaceBesideAProtectOfTheNeighbours) {
   kernel_.HoldNext(Operation::kProtect, gate_);
   WatchedThread mapper([&] { MustMap(*space_, 4, At(P(4, 4).first, Placement::kReplace)); });
   ASSERT_TRUE(gate_.AwaitArrival());
-  for (const PageRange neighbour : {P(0, 4), P(8, 4)}) {
-    EXPECT_TRUE(space_->Protect(neighbour, Protection::kRead).ok());
-    EXPECT_TRUE(space_->Protect(neighbour, Protection::kReadWrite).ok());
-  }
+  ProtectNeighboursAndBack();
   gate_.Open();
   mapper.Join();
   EXPECT_EQ(Line(14), "AAAABBBBAAAA..");
@@ -270,10 +287,7 @@ TEST_F(RaceTest, ProtectBesideAProtectOfTheNeighbours) {
   kernel_.HoldNext(Operation::kProtect, gate_);
   WatchedThread protector([&] { EXPECT_TRUE(space_->Protect(P(4, 4), Protection::kRead).ok()); });
   ASSERT_TRUE(gate_.AwaitArrival());
-  for (const PageRange neighbour : {P(0, 4), P(8, 4)}) {
-    EXPECT_TRUE(space_->Protect(neighbour, Protection::kNone).ok());
-    EXPECT_TRUE(space_->Protect(neighbour, Protection::kReadWrite).ok());
-  }
+  ProtectNeighboursAndBack();
   gate_.Open();
   protector.Join();
   EXPECT_EQ(Line(14), "AAAAaaaaAAAA..");
@@ -281,6 +295,20 @@ TEST_F(RaceTest, ProtectBesideAProtectOfTheNeighbours) {
     EXPECT_EQ(fake_.At(P(page, 1).first).protection, space_->Lookup(P(page, 1).first)->protection) << page;
   }
   EXPECT_TRUE(space_->Protect(P(4, 4), Protection::kReadWrite).ok());
+  EXPECT_EQ(space_->Stats().vmas, 1u) << "one again";
+}
+
+TEST_F(RaceTest, LockBesideAProtectOfTheNeighbours) {
+  MustMapAt(*space_, P(0, 12));
+  kernel_.HoldNext(Operation::kLockMemory, gate_);
+  WatchedThread locker([&] { EXPECT_TRUE(space_->LockMemory(P(4, 4), os::MemoryLock::kOnFault).ok()); });
+  ASSERT_TRUE(gate_.AwaitArrival());
+  ProtectNeighboursAndBack();
+  gate_.Open();
+  locker.Join();
+  EXPECT_EQ(Line(14), "AAAA|AAAA|AAAA..");
+  EXPECT_EQ(fake_.LockedPages(), Pages{4});
+  EXPECT_TRUE(space_->UnlockMemory(P(0, 12)).ok());
   EXPECT_EQ(space_->Stats().vmas, 1u) << "one again";
 }
 
@@ -297,10 +325,7 @@ TEST_F(RaceTest, FailuresBesideAProtectOfTheNeighbours) {
     Error error;
     WatchedThread thread([&] { error = verb(); });
     ASSERT_TRUE(gate.AwaitArrival());
-    for (const PageRange neighbour : {P(0, 4), P(8, 4)}) {
-      EXPECT_TRUE(space_->Protect(neighbour, Protection::kNone).ok());
-      EXPECT_TRUE(space_->Protect(neighbour, Protection::kReadWrite).ok());
-    }
+    ProtectNeighboursAndBack();
     fake_.FailNth(Operation::kProtect, 1, ENOMEM);
     gate.Open();
     thread.Join();
@@ -396,6 +421,22 @@ TEST_F(RaceTest, TwoThreadsDiscardTheSamePages) {
   EXPECT_TRUE(IsFilledWith(Part(range, 12, 4), 7));
 }
 
+// It waits for the first of its ranges only, and for the others never while it holds one.
+TEST_F(RaceTest, DiscardsBesideUnmapsOfAllTheirRanges) {
+  for (int round = 0; round < 300; ++round) {
+    const PageRange ranges[] = {P(0, 2), P(4, 2), P(8, 2), P(12, 2)};
+    MustMapAt(*space_, P(0, 16));
+    WatchedThread discarder([&] { (void)space_->Discard(ranges); });
+    WatchedThread protector([&] { (void)space_->Protect(P(0, 16), Protection::kRead); });
+    WatchedThread unmapper([&] { EXPECT_TRUE(space_->Unmap(P(0, 16)).ok()); });
+    discarder.Join();
+    protector.Join();
+    unmapper.Join();
+    space_->CheckInvariants();
+    ASSERT_TRUE(space_->Unmap(P(0, 16)).ok());
+  }
+}
+
 // ---- Advise ----
 
 TEST_F(RaceTest, UnmapWaitsForAnAdvice) {
@@ -478,26 +519,6 @@ TEST_F(RaceTest, LockedMemoryIsPopulatedOutsideOfTheLock) {
   EXPECT_EQ(fake_.LockedPages(), Pages{3 * kPagesPerHugePage});
 }
 
-//   page     0       4       8       12
-//   Lock             in the kernel
-//   Protect  read-only and back               done meanwhile: its part merges with nothing
-TEST_F(RaceTest, LockBesideAProtectOfTheNeighbours) {
-  MustMapAt(*space_, P(0, 12));
-  kernel_.HoldNext(Operation::kLockMemory, gate_);
-  WatchedThread locker([&] { EXPECT_TRUE(space_->LockMemory(P(4, 4), os::MemoryLock::kOnFault).ok()); });
-  ASSERT_TRUE(gate_.AwaitArrival());
-  for (const PageRange neighbour : {P(0, 4), P(8, 4)}) {
-    EXPECT_TRUE(space_->Protect(neighbour, Protection::kRead).ok());
-    EXPECT_TRUE(space_->Protect(neighbour, Protection::kReadWrite).ok());
-  }
-  gate_.Open();
-  locker.Join();
-  EXPECT_EQ(Line(14), "AAAA|AAAA|AAAA..");
-  EXPECT_EQ(fake_.LockedPages(), Pages{4});
-  EXPECT_TRUE(space_->UnlockMemory(P(0, 12)).ok());
-  EXPECT_EQ(space_->Stats().vmas, 1u) << "one again";
-}
-
 // ---- Remap ----
 
 //   page     0       8          16
@@ -523,41 +544,6 @@ TEST_F(RaceTest, UnmapWaitsForAMove) {
   EXPECT_EQ(Line(9), "........A");
 }
 
-//   page     0       8
-//   Remap    |A A A A|               held up while it copies
-//   Unmap    |-------|               of exactly this VMA takes no range lock, unless somebody has it
-TEST_F(RaceTest, UnmapOfAWholeVmaWaitsForAMove) {
-  MustMapAt(*space_, P(0, 8));
-  MustMapAt(*space_, P(8, 1));
-  kernel_.HoldNext(Operation::kCopy, gate_);
-  WatchedThread mover([&] { EXPECT_TRUE(space_->Remap(P(0, 8), {16}, {.may_move = true}).ok()); });
-  ASSERT_TRUE(gate_.AwaitArrival());
-  WatchedThread unmapper([&] { EXPECT_TRUE(space_->Unmap(P(0, 8)).ok()); });
-  ASSERT_TRUE(unmapper.AwaitSleep());
-  EXPECT_EQ(Line(9), "AAAAAAAAB");
-  gate_.Open();
-  mover.Join();
-  unmapper.Join();
-  EXPECT_EQ(Line(9), "........A");
-  space_->CheckInvariants();
-}
-
-// The same for a discard of several ranges.
-TEST_F(RaceTest, DiscardsBesideUnmapsOfAllTheirRanges) {
-  for (int round = 0; round < 300; ++round) {
-    const PageRange ranges[] = {P(0, 2), P(4, 2), P(8, 2), P(12, 2)};
-    MustMapAt(*space_, P(0, 16));
-    WatchedThread discarder([&] { (void)space_->Discard(ranges); });
-    WatchedThread protector([&] { (void)space_->Protect(P(0, 16), Protection::kRead); });
-    WatchedThread unmapper([&] { EXPECT_TRUE(space_->Unmap(P(0, 16)).ok()); });
-    discarder.Join();
-    protector.Join();
-    unmapper.Join();
-    space_->CheckInvariants();
-    ASSERT_TRUE(space_->Unmap(P(0, 16)).ok());
-  }
-}
-
 // Moves lock two ranges of a region, unmaps want both and what is between: in whatever order they come, none waits
 // for another that waits for it.
 TEST_F(RaceTest, MovesBesideUnmapsOfSourceAndTarget) {
@@ -576,20 +562,6 @@ TEST_F(RaceTest, MovesBesideUnmapsOfSourceAndTarget) {
     space_->CheckInvariants();
     ASSERT_TRUE(space_->Unmap(P(0, 24)).ok());
   }
-}
-
-TEST_F(RaceTest, UnmapOfAWholeVmaWaitsForALock) {
-  MustMapAt(*space_, P(0, 8));
-  kernel_.HoldNext(Operation::kLockMemory, gate_);
-  WatchedThread locker([&] { EXPECT_TRUE(space_->LockMemory(P(0, 8), os::MemoryLock::kOnFault).ok()); });
-  ASSERT_TRUE(gate_.AwaitArrival());
-  WatchedThread unmapper([&] { EXPECT_TRUE(space_->Unmap(P(0, 8)).ok()); });
-  ASSERT_TRUE(unmapper.AwaitSleep());
-  gate_.Open();
-  locker.Join();
-  unmapper.Join();
-  EXPECT_EQ(Line(8), "........");
-  EXPECT_EQ(fake_.LockedPages(), Pages{0});
 }
 
 //   page     0       4       8
@@ -615,6 +587,74 @@ TEST_F(RaceTest, ARemapThatWaitedFindsItsSourceChanged) {
     EXPECT_EQ(Line(60), "AAAA" + std::string(56, '.'));
     EXPECT_EQ(*space_->Remap(P(0, 4), {8}), P(0, 8));
   }
+}
+
+//   page     0       8      16      24
+//   Advise   |-------|                   held up in the kernel: keeps the source
+//   Remap    |A A A A|      |A A A A|    has mapped its target, waits for the source
+//   others                  |B B B B|    unmap that, and map their own there
+//
+// Neither content nor an unmap meant for the target goes where others are by then.
+TEST_F(RaceTest, AMoveSparesWhatOthersMappedInThePlaceOfItsTarget) {
+  for (const bool all : {true, false}) {
+    SCOPED_TRACE(all ? "all of it" : "a part of it");
+    Gate gate;
+    MustMapAt(*space_, P(0, 8));
+    Fill(P(0, 8), 7);
+    kernel_.HoldNext(Operation::kAdviseReclaim, gate);
+    WatchedThread adviser([&] { EXPECT_TRUE(space_->Advise(P(0, 8), Advice::kCold).ok()); });
+    const bool arrived = gate.AwaitArrival();
+    Result<PageRange> moved = ErrorCode::kEmpty;
+    WatchedThread mover([&] {
+      moved = space_->Remap(P(0, 8), {8}, {.placement = Placement::kFixed, .address = P(16, 1).address()});
+    });
+    EXPECT_TRUE(mover.AwaitSleep());
+    EXPECT_EQ(Line(26), "AAAAAAAA........BBBBBBBB..");
+    const PageRange own = all ? P(16, 8) : P(18, 3);
+    EXPECT_TRUE(space_->Unmap(own).ok());
+    MustMapAt(*space_, own);
+    Fill(own, 9);
+    const std::uint64_t generation = space_->Lookup(own.first)->generation;
+    gate.Open();
+    adviser.Join();
+    mover.Join();
+    ASSERT_TRUE(arrived);
+    EXPECT_EQ(moved.error().code, ErrorCode::kOverlap) << "seen when it tried again";
+    EXPECT_EQ(space_->Lookup(own.first)->generation, generation);
+    EXPECT_TRUE(IsFilledWith(own, 9));
+    EXPECT_EQ(Line(26), all ? "AAAAAAAA........BBBBBBBB.." : "AAAAAAAA..........BBB.....");
+    EXPECT_TRUE(IsFilledWith(P(0, 8), 7));
+    space_->CheckInvariants();
+    ASSERT_TRUE(space_->Unmap(P(0, 24)).ok());
+  }
+}
+
+// The same, at any moment.
+TEST_F(RaceTest, MovesBesideOthersWhoTakeTheTarget) {
+  std::atomic<bool> done{false};
+  std::atomic<int> stolen{0};
+  WatchedThread thief([&] {
+    while (!done.load()) {
+      if (!space_->Unmap(P(16, 8)).ok() || !space_->Map({8}, At(P(16, 1).first)).ok()) continue;
+      Fill(P(16, 8), 9);
+      std::this_thread::yield();
+      // Only moves that succeeded before it was mapped, and none since, had content for these pages.
+      ASSERT_TRUE(IsFilledWith(P(16, 8), 9));
+      stolen.fetch_add(1);
+      ASSERT_TRUE(space_->Unmap(P(16, 8)).ok());
+    }
+  });
+  MustMapAt(*space_, P(0, 8));
+  for (int round = 0; round < 300 || (stolen.load() < 3 && !thief.done()); ++round) {
+    Fill(P(0, 8), 7);
+    const Result<PageRange> moved =
+        space_->Remap(P(0, 8), {8}, {.placement = Placement::kFixed, .address = P(16, 1).address()});
+    if (moved.ok()) MustMapAt(*space_, P(0, 8));
+    ASSERT_TRUE(IsFilledWith(P(0, 8), moved.ok() ? 0 : 7));
+  }
+  done.store(true);
+  thief.Join();
+  space_->CheckInvariants();
 }
 
 // Two moves cross: each locks its two ranges in ascending order.

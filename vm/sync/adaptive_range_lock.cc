@@ -41,18 +41,8 @@ bool AdaptiveRangeLock::AcquireSlow(RangeRequest& request, const Nanoseconds* de
     CloseBucketsLocked(request);
     if (tree_.Enter(request)) return true;
   }
-  if (request.parker.Park(deadline)) return true;
-  bool granted;
-  RangeRequest* woken = nullptr;
-  {
-    SpinLockHolder holder(lock_);
-    granted = request.signalled;
-    if (!granted) woken = LeaveLocked(request);
-  }
-  UnparkAll(woken);
-  // Granted at the last moment: the signaller still needs the request until the signal is here.
-  if (granted) request.parker.Park();
-  return granted;
+  return AwaitGrant(request, deadline, lock_,
+                    [&]() ABSL_NO_THREAD_SAFETY_ANALYSIS { return LeaveLocked(request); });
 }
 
 bool AdaptiveRangeLock::TryAcquireSlow(RangeRequest& request) {

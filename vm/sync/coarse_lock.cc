@@ -4,15 +4,14 @@
 #include <memory>
 
 #include "vm/os/check.h"
-#include "vm/os/thread_id.h"
 #include "vm/sync/clock.h"
+#include "vm/sync/spin_wait.h"
 
 namespace freehold::vm::sync {
 namespace {
 
-// About 1 us of pauses: by then a running holder of a short section is done.
-constexpr int kSpinsPerHolder = 40;
-constexpr int kMaxSpins = 320;
+// Writers that a spinner watches go by.
+constexpr int kMaxWriters = 8;
 
 }  // namespace
 
@@ -38,32 +37,27 @@ bool CoarseLock::AcquireSlow(RangeRequest& request, const Nanoseconds* deadline)
 // section under the same holder, which after that is likely to sleep or to have lost its CPU.
 bool CoarseLock::SpinThenSteal(LockMode mode) {
   std::uint32_t writer = last_writer_.load(std::memory_order_relaxed);
-  int spins_under_writer = 0;
-  for (int spin = 0; spin < kMaxSpins; ++spin) {
+  int writers = 1;
+  SpinWait spin(kShortSpin);
+  do {
     ReachSyncPoint(SyncPoint::kAcquire, this);
     std::uint64_t state = state_.load(std::memory_order_relaxed);
     if (StealsUsedUp(state)) return false;
     // Readers do not join readers ahead of a writer in the queue: only a lock that nobody holds is
     // stolen.
     const bool queued = (state & kQueued) != 0;
-    if (IsFree(state, queued ? LockMode::kExclusive : mode)) {
-      const std::uint64_t steal = queued ? kOneSteal : 0;
-      if (state_.compare_exchange_weak(state, state + Unit(mode) + steal, std::memory_order_acquire,
-                                       std::memory_order_relaxed)) {
-        return true;
-      }
-      continue;
+    const std::uint64_t steal = queued ? kOneSteal : 0;
+    if (IsFree(state, queued ? LockMode::kExclusive : mode) &&
+        state_.compare_exchange_weak(state, state + Unit(mode) + steal, std::memory_order_acquire,
+                                     std::memory_order_relaxed)) {
+      return true;
     }
     const std::uint32_t now_writer = last_writer_.load(std::memory_order_relaxed);
-    if (now_writer != writer) {
-      writer = now_writer;
-      spins_under_writer = 0;
-    } else if (++spins_under_writer >= kSpinsPerHolder) {
-      return false;
-    }
-    if (!MaySpin()) return false;
-    os::CpuRelax();
-  }
+    if (now_writer == writer) continue;
+    if (++writers > kMaxWriters) return false;
+    writer = now_writer;
+    spin = SpinWait(kShortSpin);
+  } while (spin.Once());
   return false;
 }
 

@@ -1,7 +1,8 @@
 // One thread's place to wait for one signal.
 //
 // Thread safety: Park by the owner only; Unpark by any thread, once per Park.
-// Waiting:       Park spins for about a microsecond, then sleeps on a futex.
+// Waiting:       Park spins for a microsecond, one time in eight for as long as a wake-up takes, then sleeps on a
+//                futex.
 // Allocation:    none.
 // Lifetime:      a Parker may end as soon as its owner has seen the signal. The signaller's last
 //                access to it is therefore the exchange that publishes the signal; the wake that

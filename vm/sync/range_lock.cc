@@ -2,6 +2,7 @@
 
 #include "absl/base/optimization.h"
 #include "vm/os/check.h"
+#include "vm/sync/clock.h"
 
 namespace freehold::vm::sync {
 namespace {
@@ -14,6 +15,22 @@ constexpr PageRange kWholeSpace{{0}, {~std::size_t{0} >> kPageShift}};
 constinit thread_local RangeLock::Guard* RangeLock::held_guards_ = nullptr;
 
 bool RangeLock::Guard::AcquireSlow(Waits waits, Nanoseconds deadline) {
+  if (ABSL_PREDICT_FALSE(lock_.recorder_ != nullptr)) return AcquireRecorded(waits, deadline);
+  return AcquireByPolicy(waits, deadline);
+}
+
+bool RangeLock::Guard::AcquireRecorded(Waits waits, Nanoseconds deadline) {
+  const Nanoseconds asked_at = MonotonicNow();
+  if (!(lock_.policy_ == LockPolicy::kAdaptive && lock_.adaptive_.TryAcquireFast(request_)) &&
+      !AcquireByPolicy(waits, deadline)) {
+    return false;
+  }
+  granted_at_ = MonotonicNow();
+  lock_.recorder_->RecordWait(request_, granted_at_ - asked_at);
+  return true;
+}
+
+bool RangeLock::Guard::AcquireByPolicy(Waits waits, Nanoseconds deadline) {
   const Nanoseconds* const until = waits == Waits::kUntil ? &deadline : nullptr;
   request_.bucket = nullptr;
   switch (lock_.policy_) {
@@ -40,6 +57,17 @@ RangeLock::Guard RangeLock::Guard::WholeSpace(RangeLock& lock, Mode mode, Operat
 }
 
 void RangeLock::Guard::ReleaseSlow() {
+  if (ABSL_PREDICT_FALSE(lock_.recorder_ != nullptr)) return ReleaseRecorded();
+  ReleaseByPolicy();
+}
+
+void RangeLock::Guard::ReleaseRecorded() {
+  const Nanoseconds held = MonotonicNow() - granted_at_;
+  if (request_.bucket == nullptr || !lock_.adaptive_.TryReleaseFast(request_)) ReleaseByPolicy();
+  lock_.recorder_->RecordHold(request_, held);
+}
+
+void RangeLock::Guard::ReleaseByPolicy() {
   switch (lock_.policy_) {
     case LockPolicy::kCoarse: return ReleaseCoarse();
     case LockPolicy::kTree: return lock_.tree_.Release(request_);

@@ -20,7 +20,7 @@ constexpr bool Conflict(LockMode a, LockMode b) {
   return a == LockMode::kExclusive || b == LockMode::kExclusive;
 }
 
-// What a range is locked for; for diagnostics.
+// What a range is locked for; for diagnostics. kTest is the last one.
 enum class Operation : std::uint8_t {
   kMap,
   kUnmap,
@@ -39,6 +39,7 @@ enum class Operation : std::uint8_t {
   kFork,
   kTest,
 };
+inline constexpr std::size_t kOperations = static_cast<std::size_t>(Operation::kTest) + 1;
 
 constexpr const char* ToString(Operation operation) {
   switch (operation) {

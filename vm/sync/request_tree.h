@@ -6,7 +6,7 @@
 // or gave up, is taken off the count of every younger one that counted it, and those that reach
 // zero are granted. A downgrade does the same for the younger shared requests.
 //
-// Thread safety: thread-compatible: its owner's internal lock guards it.
+// Thread safety: thread-compatible: its owner's internal lock guards it. AwaitGrant is for the requesting thread.
 // Allocation:    none; the tree's nodes are the requests.
 // Invariants:    T1. request.tree.blockers is the number of older, overlapping, conflicting
 //                    requests in the tree; the held ones are those with none.
@@ -24,6 +24,7 @@
 
 #include "vm/page_range.h"
 #include "vm/sync/range_request.h"
+#include "vm/sync/spin_lock.h"
 #include "vm/units.h"
 
 namespace freehold::vm::sync {
@@ -86,6 +87,25 @@ class RequestTree {
   std::atomic<bool> in_use_{false};  // whether there is a root
   std::uint64_t last_ticket_ = 0;
 };
+
+// Waits for the grant of a request that Enter left pending in a tree that `lock` guards, forever or until `*deadline`
+// (null: forever). Returns whether it was granted; if not, `leave()` has taken it out under the lock, and has
+// returned the requests to signal. REQUIRES: `lock` is not held.
+template <typename Leave>
+bool AwaitGrant(RangeRequest& request, const Nanoseconds* deadline, SpinLock& lock, const Leave& leave) {
+  if (request.parker.Park(deadline)) return true;
+  bool granted;
+  RangeRequest* woken = nullptr;
+  {
+    SpinLockHolder holder(lock);
+    granted = request.signalled;
+    if (!granted) woken = leave();
+  }
+  UnparkAll(woken);
+  // Granted at the last moment: the signaller still needs the request until the signal is here.
+  if (granted) request.parker.Park();
+  return granted;
+}
 
 }  // namespace freehold::vm::sync
 

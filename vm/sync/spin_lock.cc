@@ -2,25 +2,23 @@
 
 #include <limits>
 
-#include "vm/os/thread_id.h"
+#include "vm/sync/spin_wait.h"
 
 namespace freehold::vm::sync {
 namespace {
 
-constexpr int kSpins = 40;  // about 1 us of pauses
 constexpr int kEveryone = std::numeric_limits<int>::max();
 
 }  // namespace
 
 void SpinLock::LockSlow() {
-  for (int spin = 0; MaySpin() && spin < kSpins; ++spin) {
+  for (SpinWait spin(kShortSpin); spin.Once();) {
     std::uint32_t word = word_.load(std::memory_order_relaxed);
     if ((word & (kLocked | kReserved)) == 0 &&
         word_.compare_exchange_strong(word, word | kLocked, std::memory_order_acquire,
                                       std::memory_order_relaxed)) {
       return;
     }
-    os::CpuRelax();
   }
   for (int losses = 0;; ++losses) {
     const std::uint32_t reserve = losses >= kMaxSteals ? kReserved : 0;

@@ -23,9 +23,9 @@
 #include "absl/base/optimization.h"
 #include "absl/base/thread_annotations.h"
 #include "vm/sync/clock.h"
-#include "vm/sync/hold_histogram.h"
 #include "vm/sync/lock_rank.h"
 #include "vm/sync/sync_point.h"
+#include "vm/sync/time_histogram.h"
 
 namespace freehold::vm::sync {
 
@@ -115,13 +115,13 @@ class ABSL_LOCKABLE RecordedSpinLock : public SpinLock {
       : SpinLock(rank, same_rank) {}
 
   // REQUIRES: no other thread uses the lock yet; `recorder` records no other lock and outlives this one.
-  void InstallRecorder(HoldRecorder* recorder) { recorder_ = recorder; }
+  void InstallRecorder(TimeRecorder* recorder) { recorder_ = recorder; }
   // Null until one is installed.
-  const HoldRecorder* recorder() const { return recorder_; }
+  const TimeRecorder* recorder() const { return recorder_; }
 
  private:
   friend class SpinLockHolder;
-  HoldRecorder* recorder_ = nullptr;  // constant once threads use the lock
+  TimeRecorder* recorder_ = nullptr;  // constant once threads use the lock
 };
 
 // Holds a SpinLock while in scope.
@@ -141,13 +141,13 @@ class [[nodiscard]] ABSL_SCOPED_LOCKABLE SpinLockHolder {
   SpinLockHolder(const SpinLockHolder&) = delete;
   SpinLockHolder& operator=(const SpinLockHolder&) = delete;
   ~SpinLockHolder() ABSL_UNLOCK_FUNCTION() {
-    if (ABSL_PREDICT_FALSE(recorder_ != nullptr)) recorder_->Record(MonotonicNow() - since_);
+    if (ABSL_PREDICT_FALSE(recorder_ != nullptr)) recorder_->RecordAlone(MonotonicNow() - since_);
     lock_.Unlock();
   }
 
  private:
   SpinLock& lock_;
-  HoldRecorder* const recorder_;  // null, known to the compiler, for a plain SpinLock
+  TimeRecorder* const recorder_;  // null, known to the compiler, for a plain SpinLock
   Nanoseconds since_;
 };
 

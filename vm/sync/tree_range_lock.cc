@@ -14,18 +14,8 @@ bool TreeRangeLock::Acquire(RangeRequest& request, const Nanoseconds* deadline) 
     SpinLockHolder holder(lock_);
     if (tree_.Enter(request)) return true;
   }
-  if (request.parker.Park(deadline)) return true;
-  bool granted;
-  RangeRequest* woken = nullptr;
-  {
-    SpinLockHolder holder(lock_);
-    granted = request.signalled;
-    if (!granted) woken = tree_.Leave(request);
-  }
-  UnparkAll(woken);
-  // Granted at the last moment: the signaller still needs the request until the signal is here.
-  if (granted) request.parker.Park();
-  return granted;
+  return AwaitGrant(request, deadline, lock_,
+                    [&]() ABSL_NO_THREAD_SAFETY_ANALYSIS { return tree_.Leave(request); });
 }
 
 void TreeRangeLock::Release(RangeRequest& request) {

@@ -250,6 +250,17 @@ TEST_P(RangeLockSchedTest, TwoThreadsTwice) {
          kThorough ? 4 : 2);
 }
 
+// Six steps a thread: lock, downgrade, unlock, twice.
+TEST_P(RangeLockSchedTest, TwoThreadsSixSteps) {
+  constexpr int kBound = kThorough ? 4 : 2;
+  RunAll({{{kX, Range(0, 8), kWait, true}, {kX, Range(4, 12), kWait, true}},
+          {{kX, Range(4, 12), kWait, true}, {kX, Range(0, 16), kUntil, true}}},
+         kBound);
+  RunAll({{{kX, Range(0, 8), kWait, true}, {kX, Range(4, 10'000), kWait, true}},
+          {{kX, Range(4, 10'000), kWait, true}, {kX, Range(0, 8), kTry, true}}},
+         kBound);
+}
+
 TEST_P(RangeLockSchedTest, TwoThreadsPreemptedInsideInternalLocks) {
   constexpr int kInside = kThorough ? 6 : 4;
   RunAll({{{kX, Range(0, 8)}}, {{kX, Range(4, 12)}}}, kInside, true);
@@ -268,6 +279,19 @@ TEST_P(RangeLockSchedTest, ThreeThreads) {
   RunAll({{{kS, Range(0, 8)}}, {{kX, Range(4, 12)}}, {{kS, Range(0, 12)}}}, kThorough ? 3 : 2);
   // The first and the last do not overlap; the one in the middle overlaps both.
   RunAll({{{kX, Range(0, 4)}}, {{kX, Range(0, 8)}}, {{kX, Range(4, 8)}}}, kThorough ? 3 : 2);
+}
+
+// Four steps a thread: lock and unlock, twice.
+TEST_P(RangeLockSchedTest, ThreeThreadsFourSteps) {
+  constexpr int kBound = kThorough ? 2 : 1;
+  RunAll({{{kX, Range(0, 8)}, {kS, Range(4, 12)}},
+          {{kS, Range(4, 12)}, {kX, Range(0, 8)}},
+          {{kX, Range(0, 12)}, {kS, Range(0, 8)}}},
+         kBound);
+  RunAll({{{kX, Range(0, 8)}, {kX, Range(4, 10'000)}},
+          {{kS, Range(0, 8)}, {kX, Range(4, 12), kUntil}},
+          {{kX, Range(4, 10'000)}, {kS, Range(0, 8), kTry}}},
+         kBound);
 }
 
 TEST_P(RangeLockSchedTest, ThreeThreadsWithDeadlines) {
