@@ -201,6 +201,7 @@ class SpaceModel {
   std::size_t armed_call_ = 0;
   int armed_errno_ = 0;
   bool had_failures_ = false;
+  bool kernel_may_differ_ = false;
   std::string failure_;
 };
 
