@@ -5,6 +5,7 @@
 #include <new>
 
 #include "vm/backing.h"
+#include "vm/file_mapping.h"
 #include "vm/metadata_arena.h"
 #include "vm/os/check.h"
 #include "vm/purge_stage.h"
@@ -71,8 +72,10 @@ Error AddressSpace::Init(PageRange reservation, MetadataArena* arena) {
   clock_.store(static_cast<std::uint32_t>(kernel_->Now().value >> kClockShift),
                std::memory_order_relaxed);
   void* stage = arena->Allocate({sizeof(PurgeStage)}, alignof(PurgeStage));
-  if (stage == nullptr) return {ErrorCode::kNoMetadata};
+  void* files = arena->Allocate({sizeof(FileBackingPool)}, alignof(FileBackingPool));
+  if (stage == nullptr || files == nullptr) return {ErrorCode::kNoMetadata};
   purge_stage_ = new (stage) PurgeStage(*kernel_);
+  file_backings_ = new (files) FileBackingPool(*arena, epochs_);
 
   const std::size_t pages = reservation.count().value;
   const std::size_t wanted = options_.regions_per_zone != 0 ? options_.regions_per_zone
@@ -169,7 +172,7 @@ Result<PageRange> AddressSpace::Map(Pages count, const MapOptions& options) {
 }
 
 Result<PageRange> AddressSpace::MapSpecial(Pages count, MapOptions options) {
-  if (options.lock == os::MemoryLock::kNone) options.lock = future_lock_.load(std::memory_order_relaxed);
+  options.lock = LockOf(options.lock);
   if (options.backing != nullptr) {
     if (!options.backing->Allows(options.protection)) return ErrorCode::kDenied;
     // While somebody may find the mapping, its pages are counted.
@@ -181,12 +184,14 @@ Result<PageRange> AddressSpace::MapSpecial(Pages count, MapOptions options) {
     return mapped;
   }
   if (!notifiers_.empty()) notifiers_.Map(*mapped);
-  if (options.populates()) {
-    // As in Linux, an error here is not the map's: a later fault reports it.
-    const Result<VmaInfo> vma = Lookup(mapped->first);
-    if (vma.ok()) (void)PopulateVma(*mapped, vma->generation, {}, {0});
-  }
+  if (options.populates()) PopulateMapped(*mapped);
   return mapped;
+}
+
+// As in Linux, an error here is not the map's: a later fault reports it.
+void AddressSpace::PopulateMapped(PageRange mapped) {
+  const Result<VmaInfo> vma = Lookup(mapped.first);
+  if (vma.ok()) (void)PopulateVma(mapped, vma->generation, {}, {0});
 }
 
 Result<PageRange> AddressSpace::Place(Pages count, const MapOptions& options) {
@@ -214,7 +219,10 @@ Result<PageRange> AddressSpace::MapElsewhere(Zone zone, std::size_t own, Pages c
       if (count > regions[0]->range().count()) continue;
       for (std::size_t i = 0; i < regions.size(); ++i) {
         Region* region = regions[(own + i) & (regions.size() - 1)];
-        if (purge) (void)region->PurgeFree(UINT32_MAX, {0});
+        if (purge) {
+          (void)region->PurgeWindows(UINT32_MAX, {0});
+          (void)region->PurgeFree(UINT32_MAX, {0});
+        }
         const Result<PageRange> mapped = region->MapAnywhere(static_cast<RegionPage>(count.value), options);
         if (mapped.error().code != ErrorCode::kNoRoom) return mapped;
       }
@@ -300,7 +308,10 @@ Pages AddressSpace::Purge(PurgeScope scope) {
     until = std::min(static_cast<std::uint32_t>(then >> kClockShift), last_tick - std::min(last_tick, 1u));
   }
   Pages purged;
-  for (Region* region : regions()) purged += region->PurgeFree(until, {0});
+  for (Region* region : regions()) {
+    purged += region->PurgeWindows(until, {0});
+    purged += region->PurgeFree(until, {0});
+  }
   return purged;
 }
 

@@ -38,6 +38,8 @@
 namespace freehold::vm {
 
 class Backing;
+class FileBackingPool;
+struct FileKey;
 class Pin;
 class Transaction;
 class MetadataArena;
@@ -68,7 +70,9 @@ struct AddressSpaceOptions {
   bool strict_unmap = false;
   // Free memory that stays resident at most, per region, before it is purged at once.
   Bytes free_resident_limit = MiB(256);
-  // How long free memory stays resident before Tick() purges it.
+  // Windows of files that stay mapped for re-use at most, per region; see MapFile. 0: none.
+  Bytes window_limit = MiB(256);
+  // How long free memory stays resident, and windows mapped, before Tick() purges them.
   Nanoseconds decay = Milliseconds(1000);
   // Times every hold of a region's tree lock, for TreeLockHolds(); two clock readings each.
   bool record_tree_lock_holds = false;
@@ -110,6 +114,18 @@ struct MapOptions {
   std::uint64_t* generation = nullptr;
 
   bool populates() const { return populate || lock == os::MemoryLock::kLocked; }
+};
+
+struct FileMapOptions {
+  int descriptor = -1;  // open for reading; may be closed when MapFile has returned
+  Bytes offset;         // of the first page in the file, a multiple of the page size
+  os::Sharing sharing = os::Sharing::kPrivate;
+  os::Protection protection = os::Protection::kRead;
+  Placement placement = Placement::kAnywhere;
+  void* address = nullptr;
+  // Make the pages present that the file has. Stops quietly on error. Copies pages that may be written privately.
+  bool populate = false;
+  os::MemoryLock lock = os::MemoryLock::kNone;  // as in MapOptions
 };
 
 // A copy of a VMA's attributes, valid at the moment of the lookup.
@@ -188,6 +204,9 @@ struct AddressSpaceStats {
   std::uint64_t coarse_retries = 0; // maps that fell back to locking their whole region
   std::uint64_t remap_moves = 0;    // Remap calls that moved content: by copying, or else
   std::uint64_t kernel_moves = 0;   // by the kernel, which splits a kernel VMA until the memory is unmapped
+  std::uint64_t windows = 0;        // of files, unmapped and kept for re-use
+  Bytes window_bytes;               // in all of them
+  std::uint64_t window_hits = 0;    // file mappings served from them
   std::uint64_t ignored_advice = 0; // VMAs that were advised about huge pages against their zone
 };
 
@@ -207,6 +226,27 @@ class AddressSpace {
   // backing allows), kSystem (EPERM or ENOMEM too when it is to be locked and may not; what the backing says).
   Result<PageRange> Map(Pages count, const MapOptions& options = {});
 
+  // Maps `count` pages of a file, as mmap(2): beyond the file's end, access is a SIGBUS; what grows comes into view;
+  // a deleted file lives as long as its mappings.
+  //
+  // A mapping of a regular file on ext4, XFS, Btrfs, F2FS or tmpfs that is unmapped whole may stay in the kernel and
+  // serve the next MapFile of the same part of the same file in the same way. That holds for shared mappings and
+  // private ones that were never writable, not executable, not locked, protected otherwise or moved, and not for
+  // those that may write to a file that can be sealed. Until the window is used, wanted for something else, or
+  // purged, at most AddressSpaceOptions::decay later if somebody calls Tick, the open file lives on: the space of a
+  // deleted file, locks of flock(2) and leases, its mount (EBUSY), and, if it was open for writing, that it cannot be
+  // executed (ETXTBSY). Purge(kAll) ends that; AddressSpaceOptions::window_limit of 0 rules it out.
+  //
+  // Errors: kEmpty, kUnaligned (offset or address), kOutsideReservation, kOverlap, kNoRoom, kNoMetadata, kDenied (a
+  // descriptor for writing only, or a shared mapping to write to by one for reading only), kUnsupported (hugetlbfs),
+  // kSystem as mmap(2) and mlock(2) say: EBADF, EACCES, ENODEV, EOVERFLOW, EPERM, ENOMEM.
+  Result<PageRange> MapFile(Pages count, const FileMapOptions& options);
+  // Stores what was written to the shared file mappings in `range`, as msync(2); what is mapped otherwise needs it
+  // not. Holds no lock: a mapping that takes the place of another meanwhile may be stored too. Errors: kEmpty,
+  // kOverflow, kOutsideReservation, kNotMapped (part of it; the rest is stored), kSystem (EBUSY: locked memory
+  // invalidated; EIO; what comes after is not stored).
+  Error Sync(PageRange range, os::SyncOptions options = {});
+
   // Unmaps whatever is mapped in `range`: parts of VMAs, several VMAs, holes. What is pinned is no longer found, but
   // stays untouched until the last pin goes (vm/pin.h). Errors: kEmpty, kOverflow,
   // kOutsideReservation, kNoMetadata (a split needs metadata), kSystem. Fails as a whole per region; lookups may
@@ -220,7 +260,8 @@ class AddressSpace {
 
   // Makes `range`, which lies in one VMA, `count` pages long, as mremap(2): the tail is unmapped, or grows into
   // free memory behind, or everything moves. Content, protection, lock and generation are kept; new pages are
-  // zero; a kLocked mapping is populated before it returns. A target becomes visible to lookups before the source
+  // zero, or show the next of the file; a kLocked mapping is populated before it returns. File mappings grow in place
+  // unless they are locked or were ever private and writable, and the kernel moves them. A target becomes visible to lookups before the source
   // goes, and what others do to the source's content meanwhile may be lost. Errors: kEmpty, kOverflow, kUnaligned
   // (target), kOutsideReservation (source; target not inside one region), kNotMapped (also of several VMAs),
   // kOverlap (also of source and target), kPinned, kNoRoom, kUnsupported (kHint; keep_source, and the size changes or
@@ -232,11 +273,12 @@ class AddressSpace {
   Result<VmaInfo> Lookup(PageNumber page) const;
 
   // Makes the pages of `range` present, in chunks of at most 2 MiB, each under a shared range lock of that
-  // chunk only. Returns the pages done. Errors: kNotMapped, kReplaced (unmapped or replaced meanwhile),
-  // kDeadline, kCancelled; then the pages done so far stay.
+  // chunk only. Returns the pages done. Errors: kNotMapped, kUnsupported (not writable; of files, whatever may be read
+  // will do), kReplaced (unmapped or replaced meanwhile), kSystem (EFAULT: the file ends there; EIO), kDeadline,
+  // kCancelled; then the pages done so far stay.
   Result<Pages> Populate(PageRange range, const PopulateOptions& options = {});
 
-  // Drops the content of mapped read-write memory: it reads as zero afterwards and is not resident
+  // Drops the content of mapped read-write memory: it reads as zero, or as the file, afterwards and is not resident
   // (MADV_DONTNEED through the purge stage). Each range lies in one region. Errors: kNotMapped, kSystem,
   // kOutsideReservation, kEmpty.
   // Ranges that ascend within a region go into one call.
@@ -350,6 +392,14 @@ class AddressSpace {
   Error CheckDiscard(PageRange range, const sync::RangeLock::Guard* guard) const;
   // Map with whatever is not ordinary: a backing, notifiers, locks, populating, another protection or place.
   Result<PageRange> MapSpecial(Pages count, MapOptions options);
+  void PopulateMapped(PageRange mapped);
+  // What a mapping is locked as that was asked to be locked as `lock`.
+  os::MemoryLock LockOf(os::MemoryLock lock) const {
+    return lock != os::MemoryLock::kNone ? lock : future_lock_.load(std::memory_order_relaxed);
+  }
+  // file_mapping.cc
+  Result<PageRange> TakeWindow(const FileKey& key);
+  Result<PageRange> MapFileAnew(const os::FileInfo& info, const FileKey& key, const FileMapOptions& options);
   // Map without populating.
   Result<PageRange> Place(Pages count, const MapOptions& options);
   Result<PageRange> RemapVma(const VmaInfo& vma, PageRange range, Pages count, const RemapOptions& options);
@@ -361,6 +411,9 @@ class AddressSpace {
   Error MoveHeld(const VmaInfo& vma, PageRange range, const VmaInfo& target_vma, PageRange target,
                  const RemapOptions& options, const sync::RangeLock::Guard& source_guard,
                  const sync::RangeLock::Guard& target_guard);
+  // MoveHeld of a file mapping, into an anonymous one without access.
+  Error MoveFileHeld(const VmaInfo& vma, PageRange range, PageRange target, const RemapOptions& options,
+                     const sync::RangeLock::Guard& source_guard, const sync::RangeLock::Guard& target_guard);
   // Error: kSystem. The guards of MoveHeld cover both ranges; `renewed`: `to` has no access yet. May leave `from`
   // readable.
   Error CopyContent(const VmaInfo& vma, PageRange from, PageRange to, bool renewed);
@@ -373,6 +426,7 @@ class AddressSpace {
   Result<PageRange> MapElsewhere(Zone zone, std::size_t own, Pages count, const MapOptions& options);
   Result<PageRange> MapNear(Pages count, const MapOptions& options);
   Result<PageRange> MapAt(Pages count, const MapOptions& options);
+  Error PopulatePiece(PageRange piece, const VmaInfo& vma);
   Result<Pages> PopulateVma(PageRange part, std::uint64_t generation, const PopulateOptions& options,
                             Pages before);
 
@@ -382,6 +436,7 @@ class AddressSpace {
   PageRange reservation_;
   MetadataArena* arena_ = nullptr;
   PurgeStage* purge_stage_ = nullptr;
+  FileBackingPool* file_backings_ = nullptr;
   PaddedRangeLock* range_locks_ = nullptr;  // one a region, or one for all (kCoarse)
   sync::LockTimesRecorder* lock_times_ = nullptr;  // theirs; null unless asked for
   Region** regions_ = nullptr;              // in address order, zone after zone

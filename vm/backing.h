@@ -21,6 +21,8 @@
 
 namespace freehold::vm {
 
+class FileBacking;
+
 // For humans: what /proc/PID/maps says about a mapping.
 struct BackingDescription {
   bool shared = false;
@@ -44,6 +46,19 @@ class Backing {
   // is saved here. The mapping may live on, if the verb fails afterwards. The range is held, at least shared.
   virtual void Flush(os::Kernel& kernel, PageRange range, std::uint64_t page) = 0;
 
+  // Makes the pages of `range`, at most 2 MiB, present, as far as that goes; a mapping of `protection` that
+  // refuses answers with an error. The range is held, at least shared.
+  virtual Error Populate(os::Kernel& kernel, PageRange range, os::Protection protection) {
+    if ((static_cast<unsigned>(protection) & static_cast<unsigned>(os::Protection::kWrite)) == 0) {
+      return {ErrorCode::kUnsupported};
+    }
+    kernel.TouchForWrite(range);
+    return Error::Ok();
+  }
+  // Stores what was written to `range`, as msync(2). No range is held: what is mapped there may be another mapping.
+  virtual Error Sync(os::Kernel&, PageRange, os::SyncOptions) { return Error::Ok(); }
+  // Null if it is none.
+  virtual FileBacking* AsFile() { return nullptr; }
   virtual BackingDescription Describe() const { return {}; }
 
   // No mapping gets more than this, by Map or Protect: kDenied.

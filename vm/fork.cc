@@ -1,11 +1,12 @@
 // fork(2): the child's copy of the space must be consistent, whatever other threads were doing.
 //
 // PrepareFork takes the fork lock (one thread forks at a time), keeps deferred callbacks from running, then takes every range exclusively, so that no verb is
-// between its tree change and its kernel work, then the turn of the purge stage, then every tree lock. What is
+// between its tree change and its kernel work, then the turn of the purge stage, then every tree lock and the pool of file backings. What is
 // left half-done belongs to threads that hold no range yet: kPending extents whose Map still waits, and kPurging
 // extents on their way to or from the stage. The parent's threads go on; the child takes those extents back.
 #include "absl/base/thread_annotations.h"
 #include "vm/address_space.h"
+#include "vm/file_mapping.h"
 #include "vm/os/thread_id.h"
 #include "vm/region.h"
 
@@ -43,11 +44,13 @@ void AddressSpace::PrepareFork() ABSL_NO_THREAD_SAFETY_ANALYSIS {
   }
   purge_stage_->PrepareFork();
   for (Region* region : regions()) region->PrepareFork();
+  file_backings_->PrepareFork();
   notifiers_.PrepareFork();
 }
 
 void AddressSpace::ParentAfterFork() ABSL_NO_THREAD_SAFETY_ANALYSIS {
   notifiers_.EndFork();
+  file_backings_->AfterFork();
   for (Region* region : regions()) region->ParentAfterFork();
   purge_stage_->ParentAfterFork();
   fork_guards_->Clear();
@@ -59,6 +62,7 @@ void AddressSpace::ChildAfterFork() ABSL_NO_THREAD_SAFETY_ANALYSIS {
   os::ForgetThreadIdAfterFork();
   future_lock_.store(os::MemoryLock::kNone, std::memory_order_relaxed);
   notifiers_.EndFork();
+  file_backings_->AfterFork();
   for (Region* region : regions()) region->ChildAfterFork();
   purge_stage_->ChildAfterFork();
   if (options_.lock_policy == sync::LockPolicy::kCoarse) {

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "vm/address_space.h"
+#include "vm/file_mapping.h"
 #include "vm/os/check.h"
 #include "vm/region.h"
 
@@ -76,6 +77,7 @@ Error Region::SetMemoryLock(PageRange part, MemoryLock lock) {
   bool differs = false;
   bool differs_in_kernel = false;  // to which both kinds of lock are one
   const Error refusal = LookAtMapped(first, end, [&](const Vma& vma) {
+    if (locks) NoteChange(vma.attributes().backing, FileChange::kLocked);
     differs = differs || vma.attributes().lock != lock;
     differs_in_kernel = differs_in_kernel || vma.locked() != locks;
     return Error::Ok();

@@ -344,7 +344,11 @@ bool Region::StartClaimLocked(Claim& claim, ClaimResult& refusal) {
   }
   for (const RegionPage border : {claim.first, claim.end - 1}) {
     Vma* vma = tree_.Find(border).vma();
-    if (vma->Is(VmaState::kPending)) GiveBackLocked(vma);
+    if (vma->Is(VmaState::kPending)) {
+      GiveBackLocked(vma);
+    } else if (vma->Is(VmaState::kWindow)) {
+      AbandonWindowLocked(vma);
+    }
   }
   IsolateLocked(claim.first, claim.end);
   claim.generation = NextGenerationLocked();
@@ -362,6 +366,7 @@ Vma* Region::ClaimExtentLocked(RegionPage page, Claim& claim) {
     GiveBackLocked(vma);
     vma = tree_.Find(page).vma();
   }
+  if (vma->Is(VmaState::kWindow)) AbandonWindowLocked(vma);
   const bool mapped = vma->Is(VmaState::kMapped);
   claim.clean = claim.clean && !mapped && vma->knowledge == Knowledge::kClean && vma->is_zones_own();
   claim.locked = claim.locked || vma->locked();

@@ -1,9 +1,11 @@
 // Populate: chunk by chunk, each under a shared range lock of that chunk only (DESIGN §7). A writer that wants
 // the same pages waits for one chunk at most; everyone else for nothing. Never MAP_POPULATE or
-// MADV_POPULATE_*: the kernel holds mmap_lock all along.
+// MADV_POPULATE_* of anonymous memory: the kernel holds mmap_lock all along. Backings know better: a file may end
+// anywhere, and a touch beyond its end is a signal.
 #include <algorithm>
 
 #include "vm/address_space.h"
+#include "vm/backing.h"
 #include "vm/region.h"
 
 namespace freehold::vm {
@@ -30,7 +32,7 @@ Result<Pages> AddressSpace::Populate(PageRange range, const PopulateOptions& opt
   for (PageNumber page = range.first; page < range.end;) {
     const Result<VmaInfo> vma = Lookup(page);
     if (!vma.ok()) return vma.error();
-    if (!Writable(vma->protection)) return ErrorCode::kUnsupported;
+    if (vma->backing == nullptr && !Writable(vma->protection)) return ErrorCode::kUnsupported;
     page = vma->range.end;
   }
   Pages done;
@@ -44,6 +46,14 @@ Result<Pages> AddressSpace::Populate(PageRange range, const PopulateOptions& opt
     done += *populated;
   }
   return done;
+}
+
+// One VMA's part of a chunk, with its range held.
+Error AddressSpace::PopulatePiece(PageRange piece, const VmaInfo& vma) {
+  if (vma.backing != nullptr) return vma.backing->Populate(*kernel_, piece, vma.protection);
+  if (!Writable(vma.protection)) return {ErrorCode::kReplaced};
+  kernel_->TouchForWrite(piece);
+  return Error::Ok();
 }
 
 // Populates `part` as long as it belongs to the mapping `generation`. `before`: pages done earlier.
@@ -63,12 +73,11 @@ Result<Pages> AddressSpace::PopulateVma(PageRange part, std::uint64_t generation
       // split keep its generation.
       for (PageNumber page = chunk.first; page < chunk.end;) {
         const Result<VmaInfo> vma = LookupHeld(page, guard);
-        if (!vma.ok() || vma->generation != generation || !Writable(vma->protection)) {
-          return ErrorCode::kReplaced;
-        }
-        page = vma->range.end;
+        if (!vma.ok() || vma->generation != generation) return ErrorCode::kReplaced;
+        const PageRange piece = {page, std::min(chunk.end, vma->range.end)};
+        if (const Error error = PopulatePiece(piece, *vma); !error.ok()) return error;
+        page = piece.end;
       }
-      kernel_->TouchForWrite(chunk);
     }
     done += chunk.count();
     if (options.progress != nullptr) options.progress(options.progress_context, before + done);

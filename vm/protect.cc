@@ -5,6 +5,7 @@
 // correctness comes first, and AddressSpaceStats::heap_splits counts it. Memory that is meant to be protected
 // should be mapped so from the start, in the mapping zone.
 #include "vm/backing.h"
+#include "vm/file_mapping.h"
 #include "vm/os/check.h"
 #include "vm/region.h"
 
@@ -32,11 +33,14 @@ Error Region::Protect(PageRange part, os::Protection protection) {
 }
 
 Result<bool> Region::ProtectionDiffers(RegionPage first, RegionPage end, os::Protection protection) const {
+  const bool writable = (static_cast<unsigned>(protection) & static_cast<unsigned>(os::Protection::kWrite)) != 0;
   bool differs = false;
   const Error error = LookAtMapped(first, end, [&](const Vma& vma) {
     const VmaAttributes now = vma.attributes();
     if (now.backing != nullptr && !now.backing->Allows(protection)) return Error{ErrorCode::kDenied};
-    differs = differs || now.protection != protection;
+    if (now.protection == protection) return Error::Ok();
+    NoteChange(now.backing, writable ? FileChange::kWritable : FileChange::kAttributes);
+    differs = true;
     return Error::Ok();
   });
   if (!error.ok()) return error;

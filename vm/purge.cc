@@ -16,7 +16,13 @@ constexpr std::size_t kWorthCleaning = 64;
 }  // namespace
 
 bool Region::OverFreeLimit() const {
-  return free_.dirty_pages() > PagesFor(shared_.options->free_resident_limit).value;
+  return free_.dirty_pages() > PagesFor(shared_.options->free_resident_limit).value || OverWindowLimit();
+}
+
+void Region::TrimFree() {
+  const AddressSpaceOptions& options = *shared_.options;
+  (void)PurgeFree(UINT32_MAX, {PagesFor(options.free_resident_limit).value / 2});
+  (void)PurgeWindows(UINT32_MAX, {PagesFor(options.window_limit).value / 4 * 3});
 }
 
 Pages Region::PurgeFree(std::uint32_t until, Pages keep) {
@@ -82,6 +88,10 @@ void Region::RestoreProtections(PurgeList& list) {
 
 void Region::StartPurgingLocked(Vma* vma, PurgeList& list) {
   free_.Remove(vma);
+  AddToPurgeLocked(vma, list);
+}
+
+void Region::AddToPurgeLocked(Vma* vma, PurgeList& list) {
   VmaWriter(*vma).SetState(VmaState::kPurging);
   purges_in_flight_.store(purges_in_flight_.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
   list.vmas[list.size] = vma;

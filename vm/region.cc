@@ -32,6 +32,10 @@ Error Region::Init() {
   committed_ = static_cast<std::uint64_t*>(
       shared_.arena->Allocate({(chunks + 63) / 64 * sizeof(std::uint64_t)}, alignof(std::uint64_t)));
   if (committed_ == nullptr) return {ErrorCode::kNoMetadata};
+  if (!is_heap()) {
+    windows_ = shared_.arena->New<WindowCache>();
+    if (windows_ == nullptr) return {ErrorCode::kNoMetadata};
+  }
   if (shared_.options->record_tree_lock_holds) {
     auto* recorder = shared_.arena->New<sync::TimeRecorder>();
     if (recorder == nullptr) return {ErrorCode::kNoMetadata};
@@ -318,8 +322,12 @@ void Region::AddStats(AddressSpaceStats& stats) const {
   stats.zeroed_pages += zeroed_pages_.get();
   stats.heap_splits += heap_splits_.get();
   stats.coarse_retries += coarse_retries_.get();
+  stats.window_hits += window_hits_.get();
   sync::SpinLockHolder holder(tree_lock_);
   stats.free_resident = stats.free_resident + pages(free_.dirty_pages());
+  if (windows_ == nullptr) return;
+  stats.windows += windows_->size();
+  stats.window_bytes = stats.window_bytes + pages(windows_->pages());
 }
 
 sync::TimeHistogram Region::TreeLockHolds() const {
@@ -332,6 +340,7 @@ void Region::CheckInvariants() const {
   tree_.CheckInvariants(static_cast<RegionPage>(range_.count().value));
   free_.CheckInvariants();
   std::size_t cached = 0;
+  std::size_t windows = 0;
   std::uint64_t mapped = 0;
   std::uint64_t vmas = 0;
   std::uint64_t deferred = 0;
@@ -344,16 +353,20 @@ void Region::CheckInvariants() const {
     FREEHOLD_CHECK(!free || vma->knowledge == Knowledge::kClean);
     FREEHOLD_CHECK(!free || vma->is_zones_own());
     const bool waits = vma->Is(VmaState::kDeferred);
-    FREEHOLD_CHECK(free || waits || vma->Is(VmaState::kCached) || vma->Is(VmaState::kMapped));
+    FREEHOLD_CHECK(free || waits || vma->Is(VmaState::kCached) || vma->Is(VmaState::kMapped) ||
+                   vma->Is(VmaState::kWindow));
     if (waits) ++deferred;
     previous_free = free;
     if (vma->Is(VmaState::kCached)) ++cached;
+    if (vma->Is(VmaState::kWindow)) ++windows;
     if (vma->Is(VmaState::kMapped)) {
       ++vmas;
       mapped += vma->page_count();
     }
   } while (tree_.Next(path));
   FREEHOLD_CHECK(cached == free_.extents());
+  if (windows_ != nullptr) windows_->CheckInvariants();
+  FREEHOLD_CHECK(windows == (windows_ != nullptr ? windows_->size() : 0));
   FREEHOLD_CHECK(mapped == mapped_pages_.get());
   FREEHOLD_CHECK(vmas == vmas_.get());
   FREEHOLD_CHECK(deferred == deferred_extents_.get());

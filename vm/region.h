@@ -24,6 +24,7 @@
 #include "absl/base/thread_annotations.h"
 #include "vm/address_space.h"
 #include "vm/backing.h"
+#include "vm/file_mapping.h"
 #include "vm/free_ranges.h"
 #include "vm/metadata_arena.h"
 #include "vm/notifier.h"
@@ -123,6 +124,15 @@ class alignas(kCacheLineSize) Region {
   // Gives cached extents freed at or before `until` back, the oldest first, until at most `keep` pages of
   // possibly resident memory are left in the bins. Returns the pages given back.
   Pages PurgeFree(std::uint32_t until, Pages keep);
+  // file_mapping.cc
+  bool has_windows() const { return windows_ != nullptr && windows_->size() != 0; }
+  // Maps the window `key` if it is there, and nobody holds its range; else kNoRoom.
+  Result<PageRange> TakeWindow(const FileKey& key);
+  // Resets windows that were unmapped at or before `until`, the oldest first, until at most `keep` pages of them are
+  // left, and fewer than may be. Returns the pages that are free address space now.
+  Pages PurgeWindows(std::uint32_t until, Pages keep);
+  // `part`, a whole extent, now shows what `vma` shows from `backing_page` on.
+  void ShowBacking(PageRange part, const VmaInfo& vma, std::uint64_t backing_page, const Guard& guard);
   // fork.cc; the range locks are held exclusively throughout.
   void PrepareFork();
   void ParentAfterFork();
@@ -395,6 +405,19 @@ class alignas(kCacheLineSize) Region {
   static constexpr std::size_t kNoSample = SIZE_MAX;
   std::size_t SampleResidency(PageRange part);
 
+  // file_mapping.cc
+  Result<PageRange> TakeWindowLocked(Vma* window) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // Unmaps a mapping that may stay as a window; else false.
+  bool RetireWindowLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  bool OverWindowLimit() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // To kCached and foreign.
+  void AbandonWindowLocked(Vma* window) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // Takes it out of windows_, and its backing away.
+  void ReleaseWindowLocked(Vma* window) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  bool CollectWindowsLocked(std::uint32_t until, Pages keep, PurgeList& list)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  void ResetWindows(PurgeList& list);
+
   // transaction.cc
   // Error kUnsupported: more than one hold of the tree lock visits.
   Error CheckExtentCount(PageRange range) const;
@@ -416,10 +439,14 @@ class alignas(kCacheLineSize) Region {
 
   // purge.cc
   bool OverFreeLimit() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // Back to well below the limits.
+  void TrimFree();
   // Visits up to kExtentsPerHold extents; false when there are no more.
   bool CollectLocked(std::uint32_t until, std::size_t keep_pages, PurgeList& list)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   void StartPurgingLocked(Vma* vma, PurgeList& list) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // To kPurging. REQUIRES: `vma` is in no bin.
+  void AddToPurgeLocked(Vma* vma, PurgeList& list) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   void RestoreProtections(PurgeList& list);
   static void SortRanges(PurgeList& list);
   // Ends kPurging; returns the pages that are clean now. `keep`: in their bin, for the next Map.
@@ -440,9 +467,10 @@ class alignas(kCacheLineSize) Region {
   // Held over mprotect. Only under a range guard, so that fork finds it free.
   sync::SpinLock commit_lock_{sync::LockRank::kPurge};
   // Several at once by a fork or a Transaction only, in address order.
-  mutable sync::RecordedSpinLock tree_lock_{sync::LockRank::kRegion, sync::SameRank::kAscendingAddress};
+  mutable sync::RecordedSpinLock tree_lock_{sync::LockRank::kRegion};
   VmaTree tree_;  // changed under tree_lock_; Lookup is lock-free
   FreeRanges free_ ABSL_GUARDED_BY(tree_lock_);
+  WindowCache* windows_ = nullptr;  // null in heap zones; changed under tree_lock_
   Vma* spare_vmas_ ABSL_GUARDED_BY(tree_lock_) = nullptr;
   std::size_t spare_vma_count_ ABSL_GUARDED_BY(tree_lock_) = 0;
   std::uint64_t last_generation_ ABSL_GUARDED_BY(tree_lock_);
@@ -461,6 +489,7 @@ class alignas(kCacheLineSize) Region {
   RegionCounter zeroed_pages_;
   RegionCounter heap_splits_;
   RegionCounter coarse_retries_;
+  RegionCounter window_hits_;
   std::atomic<std::uint64_t> committed_pages_{0};
 };
 

@@ -12,6 +12,7 @@
 
 #include "vm/address_space.h"
 #include "vm/backing.h"
+#include "vm/file_mapping.h"
 #include "vm/os/check.h"
 #include "vm/purge_stage.h"
 #include "vm/region.h"
@@ -39,6 +40,7 @@ Result<PageRange> AddressSpace::Remap(PageRange range, Pages count, const RemapO
   if (options.placement == Placement::kHint) return ErrorCode::kUnsupported;
   if (options.keep_source && (!moves || count != range.count())) return ErrorCode::kUnsupported;
   for (int attempt = 0; attempt < kMaxAttempts; ++attempt) {
+    const sync::EpochDomain::ReadGuard reader(epochs_);
     const Result<VmaInfo> vma = Lookup(range.first);
     if (!vma.ok()) return vma.error();
     if (!vma->range.Contains(range)) return ErrorCode::kNotMapped;
@@ -68,7 +70,6 @@ Result<PageRange> AddressSpace::RemapVma(const VmaInfo& vma, PageRange range, Pa
 
 Result<PageRange> AddressSpace::MoveVma(const VmaInfo& vma, PageRange range, Pages count,
                                         const RemapOptions& options) {
-  if (vma.backing != nullptr) return ErrorCode::kUnsupported;
   MapOptions map;
   map.placement = options.placement;
   map.address = options.address;
@@ -76,14 +77,19 @@ Result<PageRange> AddressSpace::MoveVma(const VmaInfo& vma, PageRange range, Pag
   map.lock = vma.lock;
   // Looked at again when both ranges are held, but as a rule before anything is mapped or replaced for nothing.
   if (RegionOf(range.first)->IsPinned(range)) return ErrorCode::kPinned;
+  if (vma.backing != nullptr) {
+    if (vma.backing->AsFile() == nullptr) return ErrorCode::kUnsupported;
+    map.protection = os::Protection::kNone;
+    map.lock = os::MemoryLock::kNone;
+  }
   // Whatever others do to the target before it is held, content goes nowhere else.
   VmaInfo target_vma;
-  target_vma.protection = vma.protection;
-  target_vma.lock = vma.lock;
+  target_vma.protection = map.protection;
+  target_vma.lock = map.lock;
   map.generation = &target_vma.generation;
   Result<PageRange> target = ErrorCode::kNoRoom;
   if (options.placement == Placement::kAnywhere) {
-    target = MapInZone(vma.zone, count, map);
+    target = MapInZone(vma.backing != nullptr ? Zone::kMapping : vma.zone, count, map);
   } else {
     if (PageRange::Of(PageNumber::Of(options.address), count).Overlaps(range)) return ErrorCode::kOverlap;
     target = MapAt(count, map);
@@ -146,6 +152,7 @@ Error AddressSpace::MoveHeld(const VmaInfo& vma, PageRange range, const VmaInfo&
   if (const Error error = to->PrepareTarget(target, target_vma, target_guard); !error.ok()) return error;
   // Cut before anything moves: then the unmap cannot want for metadata.
   if (const Error error = from->Isolate(range, vma, source_guard); !error.ok()) return error;
+  if (vma.backing != nullptr) return MoveFileHeld(vma, range, target, options, source_guard, target_guard);
   const Pages kept = {std::min(range.count().value, target.count().value)};
   const PageRange head = PageRange::Of(range.first, kept);
   const PageRange new_head = PageRange::Of(target.first, kept);
@@ -213,6 +220,7 @@ Result<PageRange> Region::Grow(PageRange part, Pages count, const VmaInfo& vma) 
   options.lock = vma.lock;
   const PageRange more = {part.end, wanted.end};
   if (vma.backing != nullptr) {
+    NoteChange(vma.backing, vma.lock == os::MemoryLock::kNone ? FileChange::kAttributes : FileChange::kLocked);
     options.backing = vma.backing;
     options.backing_page = vma.backing_page + (part.end - vma.range.first).value;
     vma.backing->AddPages(more.count().value);

@@ -58,9 +58,7 @@ Error Region::Unmap(PageRange part, const VmaInfo* only) {
   }
   // What lies beside the pinned extents waits for nobody.
   if (pinned) RetryDeferred();
-  if (over_limit) {
-    (void)PurgeFree(UINT32_MAX, {PagesFor(shared_.options->free_resident_limit).value / 2});
-  }
+  if (over_limit) TrimFree();
   return Error::Ok();
 }
 
@@ -87,10 +85,9 @@ std::size_t Region::SampleResidency(PageRange part) {
 
 bool Region::RetireWholeLocked(PageRange part, std::size_t sampled) {
   Vma* vma = tree_.Find(ToRegion(part.first)).vma();
-  if (!vma->Is(VmaState::kMapped) || RangeOf(*vma) != part || !is_heap() || !vma->is_zones_own() ||
-      shared_.options->strict_unmap) {
-    return false;
-  }
+  if (!vma->Is(VmaState::kMapped) || RangeOf(*vma) != part || shared_.options->strict_unmap) return false;
+  if (!is_heap()) return RetireWindowLocked(vma);
+  if (!vma->is_zones_own()) return false;
   // What Map itself filled with zeroes is resident anyway: only other extents tell what users do.
   if (vma->knowledge == Knowledge::kResident) {
     free_.SkipSample(vma->page_count());
@@ -138,6 +135,8 @@ bool Region::DetachLocked(Detachment& detachment) {
   for (int visits = 0; page < detachment.end && visits < kExtentsPerHold; ++visits) {
     Vma* vma = tree_.Find(page).vma();
     page = vma->end_page();
+    // The reset takes it away from the kernel, or a part of it.
+    if (vma->Is(VmaState::kWindow)) AbandonWindowLocked(vma);
     if (!vma->Is(VmaState::kMapped) || vma->generation.load(std::memory_order_relaxed) > detachment.newest) {
       continue;
     }

@@ -23,6 +23,7 @@ enum class VmaState : std::uint8_t {
   kDetached,  // unmapped, its pages are being zapped; held under a range lock
   kDeferred,  // unmapped while pinned: nobody touches it before the last pin goes
   kPurging,   // free, its pages are being given back; Region::purges_in_flight counts it
+  kWindow,    // of a file: unmapped, but still in the kernel, for the next MapFile of the same; see WindowCache
 };
 
 // What is known about the pages of an extent that is not mapped.

@@ -70,6 +70,11 @@ def hold_names():
     return set().union(*(names(f"tree_lock_hold/{{}}/{verb}", ("freehold",), (1,)) for verb in verbs))
 
 
+def file_mapping_names():
+    cases = [f"file_window/{{}}/{size}" for size in ("4KiB", "64KiB", "1MiB")] + ["file_scan/{}/64KiB"]
+    return set().union(*(names(template, SPACES) for template in cases))
+
+
 def malloc_names():
     any_threads = ["small_lifo/{}/64B", "small_lifo/{}/mixed", "small_fifo/{}", "mixed_random/{}",
                    "burst/{}/lifo", "burst/{}/fifo", "burst/{}/random", "thread_churn/{}",
@@ -170,6 +175,10 @@ class BenchmarksSmokeTest(unittest.TestCase):
         for run in document["benchmarks"]:
             if run["name"].startswith("vma_lookup/"):
                 self.assertLessEqual({"bytes_per_vma", "lookup_ns"}, set(run), run["name"])
+
+    def test_file_mapping_benchmark(self):
+        document = self.run_benchmark("file_mapping_benchmark", file_mapping_names())
+        self.assertEqual(self.measured_targets(document), ({"P9"}, {"P9"}))
 
     def test_hold_benchmark(self):
         document = self.run_benchmark("hold_benchmark", hold_names())

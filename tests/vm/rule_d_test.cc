@@ -2,12 +2,14 @@
 // allocation of metadata. Every entry that could break it refuses to be called under a short lock, and all verbs
 // run without ever being refused.
 #include <atomic>
+#include <cerrno>
 #include <cstdio>
 #include <functional>
 #include <string>
 #include <vector>
 
 #include "gtest/gtest.h"
+#include "tests/vm/file_fixture.h"
 #include "tests/vm/space_fixture.h"
 #include "vm/address_space.h"
 #include "vm/metadata_arena.h"
@@ -86,6 +88,17 @@ void ExpectKernelRefuses(os::Kernel& kernel,
   expect("AdviseReclaim", [&] { (void)kernel.AdviseReclaim(part, os::ReclaimHint::kCold); });
   expect("TouchForWrite", [&] { kernel.TouchForWrite(part); });
   expect("Zero", [&] { kernel.Zero(part); });
+  const NumberedFile file(4);
+  const os::FileView view = {.descriptor = file.fd()};
+  const PageRange mapped = Part(range, 16, 2);
+  expect("IdentifyFile", [&] { (void)kernel.IdentifyFile(file.fd()); });
+  expect("InspectFile", [&] { (void)kernel.InspectFile(file.fd()); });
+  expect("MapFile", [&] { (void)kernel.MapFile(mapped, view); });
+  expect("ReplaceByFile", [&] { (void)kernel.ReplaceByFile(mapped, view); });
+  expect("ExtendFile", [&] { (void)kernel.ExtendFile(Part(range, 18, 1)); });
+  expect("MoveFile", [&] { (void)kernel.MoveFile(mapped, Part(range, 20, 2)); });
+  expect("Sync", [&] { (void)kernel.Sync(mapped, {}); });
+  expect("FaultIn", [&] { (void)kernel.FaultIn(mapped, os::Access::kRead); });
   expect("Reset", [&] { (void)kernel.Reset(part); });
   std::size_t released = 32;
   expect("Release", [&] { (void)kernel.Release(Part(range, released++, 1)); });
@@ -163,6 +176,7 @@ TEST_F(RuleDDeathTest, EveryVerbRefuses) {
   EXPECT_DEATH((void)space->LockMemory(range), "lock order");
   EXPECT_DEATH((void)space->UnlockMemory(range), "lock order");
   EXPECT_DEATH((void)space->Advise(range, Advice::kDontNeed), "lock order");
+  EXPECT_DEATH((void)space->MapFile({8}, {}), "lock order");
   EXPECT_DEATH(space->PrepareFork(), "lock order");
 }
 
@@ -236,6 +250,45 @@ TEST_P(CleanTest, AllVerbs) {
     space->Tick();
     (void)space->Purge(PurgeScope::kAll);
     space->CheckInvariants();
+  }
+}
+
+TEST_P(CleanTest, AllVerbsOnFiles) {
+  const NumberedFile file(8);
+  // From no failure on to one at every call.
+  for (std::size_t n = 0; n <= 6; ++n) {
+    FakeKernel kernel;
+    AddressSpaceOptions options = SmallOptions(GetParam().policy);
+    options.strict_unmap = GetParam().strict_unmap;
+    options.window_limit = Pages{8}.bytes();
+    TestSpace space(kernel, options);
+    const PageRange kept = MustMapFile(*space, 4, Of(file, 0, os::Sharing::kShared, Protection::kReadWrite));
+    const std::function<void()> verbs[] = {
+        [&] {
+          const Result<PageRange> range = space->MapFile({3}, Of(file));
+          if (range.ok()) (void)space->Unmap(*range);
+        },
+        [&] { (void)space->MapFile({2}, OfAt(file, Part(kept, 1, 1).first, Placement::kReplace)); },
+        [&] { (void)space->Map({1}, At(Part(kept, 2, 1).first, Placement::kReplace)); },
+        [&] { (void)space->Populate(Part(kept, 0, 1)); },
+        [&] { (void)space->Sync(kept); },
+        [&] { (void)space->Protect(kept, Protection::kRead); },
+        [&] { (void)space->Remap(Part(kept, 3, 1), {3}); },
+        [&] { (void)space->Remap(Part(kept, 0, 1), {2}, {.may_move = true}); },
+        [&] { (void)space->Unmap(kept); },
+        [&] { (void)space->Purge(PurgeScope::kAll); },
+    };
+    // Twice: the second time, windows are there.
+    for (int round = 0; round < 2; ++round) {
+      for (const auto& verb : verbs) {
+        if (n != 0) kernel.FailNthOfAny(n, ENOMEM);
+        verb();
+        kernel.StopFailing();
+      }
+      space->PrepareFork();
+      space->ParentAfterFork();
+      space->Tick();
+    }
   }
 }
 

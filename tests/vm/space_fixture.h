@@ -345,6 +345,33 @@ class HookedKernel final : public os::Kernel {
     if (hook_) hook_(Operation::kCopy, ranges);
     next_.Copy(from, to);
   }
+  Result<os::FileInfo> IdentifyFile(int descriptor) override { return next_.IdentifyFile(descriptor); }
+  Result<os::FileTraits> InspectFile(int descriptor) override { return next_.InspectFile(descriptor); }
+  Error MapFile(PageRange range, const os::FileView& view) override {
+    Reach(Operation::kMapFile, range);
+    return next_.MapFile(range, view);
+  }
+  Error ReplaceByFile(PageRange range, const os::FileView& view) override {
+    Reach(Operation::kReplaceByFile, range);
+    return next_.ReplaceByFile(range, view);
+  }
+  Error ExtendFile(PageRange range) override {
+    Reach(Operation::kExtendFile, range);
+    return next_.ExtendFile(range);
+  }
+  Error MoveFile(PageRange from, PageRange to) override {
+    const PageRange ranges[] = {from, to};
+    if (hook_) hook_(Operation::kMoveFile, ranges);
+    return next_.MoveFile(from, to);
+  }
+  Error Sync(PageRange range, os::SyncOptions options) override {
+    Reach(Operation::kSync, range);
+    return next_.Sync(range, options);
+  }
+  Error FaultIn(PageRange range, os::Access access) override {
+    Reach(Operation::kFaultIn, range);
+    return next_.FaultIn(range, access);
+  }
   Nanoseconds Now() override { return next_.Now(); }
   unsigned CurrentCpu() override { return next_.CurrentCpu(); }
   unsigned CpuCount() override { return next_.CpuCount(); }

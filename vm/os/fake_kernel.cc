@@ -128,12 +128,13 @@ Error FakeKernel::Reset(PageRange range) {
   return Run({.operation = Operation::kReset, .ranges = {range}, .result = {}}, [&]() -> Error {
     mutex_.AssertHeld();
     const Error error = real_.Reset(range);
-    if (error.ok()) {
-      model_.Update(range,
-                    [](PageState& page) { page = PageState{.reservation = page.reservation}; });
-    }
+    if (error.ok()) ResetModelLocked(range);
     return error;
   });
+}
+
+void FakeKernel::ResetModelLocked(PageRange range) {
+  model_.Update(range, [](PageState& page) { page = PageState{.reservation = page.reservation}; });
 }
 
 Error FakeKernel::Move(PageRange from, PageRange to) {
@@ -152,7 +153,7 @@ Error FakeKernel::Move(PageRange from, PageRange to) {
 }
 
 void FakeKernel::MoveModelLocked(PageRange from, PageRange to, bool moved) {
-  model_.Update(to, [](PageState& page) { page = PageState{.reservation = page.reservation}; });
+  ResetModelLocked(to);
   if (!moved) return;
   const std::uint32_t move = ++moves_;
   for (std::size_t i = 0; i < from.count().value; ++i) {
@@ -320,6 +321,119 @@ void FakeKernel::Copy(PageRange from, PageRange to) {
   real_.Copy(from, to);
 }
 
+Result<FileInfo> FakeKernel::IdentifyFile(int descriptor) {
+  Result<FileInfo> result = FileInfo{};
+  const Error error = Run({.operation = Operation::kIdentifyFile, .ranges = {}, .result = {}}, [&] {
+    result = real_.IdentifyFile(descriptor);
+    return result.error();
+  });
+  if (!error.ok()) return error;
+  return result;
+}
+
+Result<FileTraits> FakeKernel::InspectFile(int descriptor) {
+  Result<FileTraits> result = FileTraits{};
+  const Error error = Run({.operation = Operation::kInspectFile, .ranges = {}, .result = {}}, [&] {
+    result = real_.InspectFile(descriptor);
+    return result.error();
+  });
+  if (!error.ok()) return error;
+  return result;
+}
+
+Error FakeKernel::MapFile(PageRange range, const FileView& view) {
+  sync::CheckNoShortLockHeld("MapFile");
+  const Lock lock(mutex_);
+  RequireReservedLocked(Operation::kMapFile, range);
+  const Error injected = InjectedErrorLocked(Operation::kMapFile);
+  Error result = injected.ok() ? real_.MapFile(range, view) : real_.Reset(range);
+  if (!injected.ok()) result = injected;
+  if (result.ok()) {
+    ShowFileLocked(range, view.protection, ++files_);
+  } else {
+    ResetModelLocked(range);
+  }
+  LogLocked({.operation = Operation::kMapFile, .ranges = {range}, .result = result, .view = view});
+  return result;
+}
+
+Error FakeKernel::ReplaceByFile(PageRange range, const FileView& view) {
+  return Run({.operation = Operation::kReplaceByFile, .ranges = {range}, .result = {}, .view = view},
+             [&]() -> Error {
+               mutex_.AssertHeld();
+               const Error error = real_.ReplaceByFile(range, view);
+               if (error.ok()) ShowFileLocked(range, view.protection, ++files_);
+               return error;
+             });
+}
+
+Error FakeKernel::ExtendFile(PageRange range) {
+  sync::CheckNoShortLockHeld("ExtendFile");
+  const Lock lock(mutex_);
+  RequireReservedLocked(Operation::kExtendFile, range);
+  const PageRange last = PageRange::Of(range.first - Pages{1}, Pages{1});
+  RequireFileLocked(Operation::kExtendFile, last);
+  if (model_.At(last.first).locked) Misuse(Operation::kExtendFile, "locked pages", last);
+  const Error injected = InjectedErrorLocked(Operation::kExtendFile);
+  Error result = injected.ok() ? real_.ExtendFile(range) : real_.Reset(range);
+  if (!injected.ok()) result = injected;
+  if (result.ok()) {
+    ShowFileLocked(range, model_.At(last.first).protection, model_.At(last.first).file);
+  } else {
+    ResetModelLocked(range);
+  }
+  LogLocked({.operation = Operation::kExtendFile, .ranges = {range}, .result = result});
+  return result;
+}
+
+Error FakeKernel::MoveFile(PageRange from, PageRange to) {
+  sync::CheckNoShortLockHeld("MoveFile");
+  const Lock lock(mutex_);
+  RequireReservedLocked(Operation::kMoveFile, from);
+  RequireReservedLocked(Operation::kMoveFile, to);
+  RequireFileLocked(Operation::kMoveFile, from);
+  const auto locked = [](const PageState& page) { return page.locked; };
+  if (model_.CountIf(from, locked) != Pages{0}) Misuse(Operation::kMoveFile, "locked pages", from);
+  const Error injected = InjectedErrorLocked(Operation::kMoveFile);
+  Error result = injected.ok() ? real_.MoveFile(from, to) : real_.Reset(to);
+  if (!injected.ok()) result = injected;
+  if (result.ok()) {
+    ShowFileLocked(to, model_.At(from.first).protection, ++files_);
+    model_.Update(from, [](PageState& page) { page.resident = false; });
+  } else {
+    ResetModelLocked(to);
+  }
+  LogLocked({.operation = Operation::kMoveFile, .ranges = {from, to}, .result = result});
+  return result;
+}
+
+void FakeKernel::ShowFileLocked(PageRange range, Protection protection, std::uint32_t file) {
+  model_.Update(range, [&](PageState& page) {
+    page = PageState{.reservation = page.reservation, .protection = protection, .file = file};
+  });
+}
+
+Error FakeKernel::Sync(PageRange range, SyncOptions options) {
+  return Run({.operation = Operation::kSync, .ranges = {range}, .result = {}},
+             [&] { return real_.Sync(range, options); });
+}
+
+// The faults are outside of the lock, as in RecordTouch.
+Error FakeKernel::FaultIn(PageRange range, Access access) {
+  sync::CheckNoShortLockHeld("FaultIn");
+  Error result;
+  {
+    const Lock lock(mutex_);
+    RequireReservedLocked(Operation::kFaultIn, range);
+    result = InjectedErrorLocked(Operation::kFaultIn);
+  }
+  if (result.ok()) result = real_.FaultIn(range, access);
+  const Lock lock(mutex_);
+  if (result.ok()) model_.Update(range, [](PageState& page) { page.resident = true; });
+  LogLocked({.operation = Operation::kFaultIn, .ranges = {range}, .result = result, .access = access});
+  return result;
+}
+
 // The access itself follows outside of the lock: it may be a fault that another thread serves,
 // which calls this Kernel to do so.
 void FakeKernel::RecordTouch(Operation operation, PageRange range) {
@@ -349,13 +463,20 @@ void FakeKernel::RequireReservedLocked(Operation operation, PageRange range) con
 
 void FakeKernel::RequireWritableLocked(Operation operation, PageRange range) const {
   const auto guarded = [](const PageState& page) { return page.guard; };
+  const auto file = [](const PageState& page) { return page.file != 0; };
   const auto writable = [](const PageState& page) {
     return Allows(page.protection, Protection::kWrite);
   };
   if (model_.CountIf(range, guarded) != Pages{0}) Misuse(operation, "guarded pages", range);
+  if (model_.CountIf(range, file) != Pages{0}) Misuse(operation, "pages of a file", range);
   if (model_.CountIf(range, writable) != range.count()) {
     Misuse(operation, "pages not writable", range);
   }
+}
+
+void FakeKernel::RequireFileLocked(Operation operation, PageRange range) const {
+  const auto file = [](const PageState& page) { return page.file != 0; };
+  if (model_.CountIf(range, file) != range.count()) Misuse(operation, "pages of no file", range);
 }
 
 Error FakeKernel::InjectedErrorLocked(Operation operation) {
@@ -486,6 +607,11 @@ Pages FakeKernel::LockedPages() const {
   return model_.CountIf([](const PageState& page) { return page.locked; });
 }
 
+Pages FakeKernel::FilePages(PageRange range) const {
+  const Lock lock(mutex_);
+  return model_.CountIf(range, [](const PageState& page) { return page.file != 0; });
+}
+
 std::size_t FakeKernel::KernelVmaCount() const {
   const Lock lock(mutex_);
   return model_.KernelVmaCount(/*accounted=*/commit_limit_.has_value());
@@ -521,6 +647,22 @@ const char* ToString(FakeKernel::Operation operation) {
       return "CountResident";
     case FakeKernel::Operation::kQueryResident:
       return "QueryResident";
+    case FakeKernel::Operation::kIdentifyFile:
+      return "IdentifyFile";
+    case FakeKernel::Operation::kInspectFile:
+      return "InspectFile";
+    case FakeKernel::Operation::kMapFile:
+      return "MapFile";
+    case FakeKernel::Operation::kReplaceByFile:
+      return "ReplaceByFile";
+    case FakeKernel::Operation::kExtendFile:
+      return "ExtendFile";
+    case FakeKernel::Operation::kMoveFile:
+      return "MoveFile";
+    case FakeKernel::Operation::kSync:
+      return "Sync";
+    case FakeKernel::Operation::kFaultIn:
+      return "FaultIn";
     case FakeKernel::Operation::kTouchForWrite:
       return "TouchForWrite";
     case FakeKernel::Operation::kZero:

@@ -23,8 +23,9 @@ namespace freehold::vm::os {
 // beside it.
 //
 // Stops the program (CheckFailed, with operation and range) on: an empty range; a range that is not
-// inside one reservation, or was released before; touching or
-// zeroing a page that is guarded or not writable; touching more than a huge page's worth in one
+// inside one reservation, or was released before; touching,
+// zeroing or copying to a page that is guarded, not writable, or a file's (whose end may be a signal away);
+// extending or moving what is no file mapping; touching more than a huge page's worth in one
 // call; a Reserve of nothing or with an alignment that is no power of two.
 //
 // Thread safety: thread-safe. A call and its entry in model and log are one step, but for the
@@ -48,6 +49,14 @@ class FakeKernel final : public Kernel {
     kRemoveGuard,
     kCountResident,
     kQueryResident,
+    kIdentifyFile,
+    kInspectFile,
+    kMapFile,
+    kReplaceByFile,
+    kExtendFile,
+    kMoveFile,
+    kSync,
+    kFaultIn,
     kTouchForWrite,  // this, kZero and kCopy cannot fail
     kZero,
     kCopy,
@@ -56,11 +65,15 @@ class FakeKernel final : public Kernel {
 
   struct Call {
     Operation operation;
-    std::vector<PageRange> ranges;  // one, but for kDiscard; source and target of kMove and kCopy; none for a kReserve that failed
+    // One, but for kDiscard; source and target of kMove, kMoveFile and kCopy; none for questions about descriptors
+    // and for a kReserve that failed.
+    std::vector<PageRange> ranges;
     Error result;
     Protection protection = Protection::kNone;  // kProtect
     HugePages huge_pages = HugePages::kAvoid;   // kAdviseHugePages
     ReclaimHint reclaim = ReclaimHint::kFree;   // kAdviseReclaim
+    FileView view = {};                         // kMapFile, kReplaceByFile
+    Access access = Access::kRead;              // kFaultIn
   };
 
   struct Options {
@@ -95,6 +108,14 @@ class FakeKernel final : public Kernel {
   void TouchForWrite(PageRange range) override;
   void Zero(PageRange range) override;
   void Copy(PageRange from, PageRange to) override;
+  Result<FileInfo> IdentifyFile(int descriptor) override;
+  Result<FileTraits> InspectFile(int descriptor) override;
+  Error MapFile(PageRange range, const FileView& view) override;
+  Error ReplaceByFile(PageRange range, const FileView& view) override;
+  Error ExtendFile(PageRange range) override;
+  Error MoveFile(PageRange from, PageRange to) override;
+  Error Sync(PageRange range, SyncOptions options) override;
+  Error FaultIn(PageRange range, Access access) override;
   // Stands still, at the real time of construction, until AdvanceTime: deadlines made from it mean
   // something to FutexWait, which knows the real clock only.
   Nanoseconds Now() override;
@@ -103,8 +124,8 @@ class FakeKernel final : public Kernel {
 
   // ---- Failures ----
   // A failing call changes nothing and returns kSystem with `sys_errno`. A failing Discard has
-  // dropped the first half of its ranges, and a failing Move has reset its target, as their contracts
-  // allow.
+  // dropped the first half of its ranges, a failing MapFile or ExtendFile has reset its range, and a failing Move or
+  // MoveFile its target, as their contracts allow.
   //
   // Fails the nth call of `operation` from now on; 1 is the next one. REQUIRES: n > 0; it can fail.
   void FailNth(Operation operation, std::size_t n, int sys_errno);
@@ -143,6 +164,7 @@ class FakeKernel final : public Kernel {
   Pages ResidentPages(PageRange range) const;
   Pages GuardPages(PageRange range) const;
   Pages LockedPages() const;
+  Pages FilePages(PageRange range) const;
   // See PageModel::KernelVmaCount.
   std::size_t KernelVmaCount() const;
 
@@ -184,6 +206,11 @@ class FakeKernel final : public Kernel {
   Error ProtectLocked(PageRange range, Protection protection) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void MoveModelLocked(PageRange from, PageRange to, bool moved) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   Error SetMemoryLockLocked(PageRange range, bool locked) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void ResetModelLocked(PageRange range) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void RequireFileLocked(Operation operation, PageRange range) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // `range` now shows file number `file`.
+  void ShowFileLocked(PageRange range, Protection protection, std::uint32_t file)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   Error DiscardLocked(absl::Span<const PageRange> ranges) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   Error SetGuardLocked(Operation operation, PageRange range) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // What every operation on one range shares: the check, the injected failure, the log.
@@ -206,6 +233,7 @@ class FakeKernel final : public Kernel {
   std::optional<Pages> lock_limit_ ABSL_GUARDED_BY(mutex_);
   std::size_t injected_ ABSL_GUARDED_BY(mutex_) = 0;
   std::uint32_t moves_ ABSL_GUARDED_BY(mutex_) = 0;
+  std::uint32_t files_ ABSL_GUARDED_BY(mutex_) = 0;
   std::vector<Call> calls_ ABSL_GUARDED_BY(mutex_);
   std::array<std::size_t, kOperations> counts_ ABSL_GUARDED_BY(mutex_) = {};
 };

@@ -49,6 +49,46 @@ enum class MemoryLock : std::uint8_t {
   kOnFault,  // each page stays once it was touched
 };
 
+// Whether writes reach the file and its other mappings, or stay in this one.
+enum class Sharing : bool { kPrivate, kShared };
+
+// What a descriptor stands for.
+struct FileInfo {
+  std::uint64_t device = 0;
+  std::uint64_t inode = 0;
+  bool regular = false;   // no device, directory, pipe
+  // What it was opened for; neither: it only names the file (O_PATH).
+  bool readable = false;
+  bool writable = false;
+};
+
+// What matters about a file to whoever wants to map it again later.
+struct FileTraits {
+  // As long as a mapping of it exists, device and inode name this file and no other. False where that is not
+  // known: some file systems give several files one number, or one number to a file and later its copy.
+  bool lasting_identity = false;
+  // Its mappings come in huge pages (hugetlbfs).
+  bool huge_pages = false;
+  // Whether it can be sealed, which mappings that may write to it are in the way of (memfd_create).
+  bool sealable = false;
+};
+
+// A part of an open file, and how it is to be mapped.
+struct FileView {
+  int descriptor = -1;
+  std::uint64_t page = 0;  // the first, of the file
+  Protection protection = Protection::kRead;
+  Sharing sharing = Sharing::kPrivate;
+};
+
+// As the flags of msync(2).
+struct SyncOptions {
+  bool wait = true;         // until it is stored; else Linux does nothing, since it writes back by itself
+  bool invalidate = false;  // other mappings see the file's content; EBUSY for locked memory
+};
+
+enum class Access : bool { kRead, kWrite };
+
 // What this kernel can do, found out once by trying; every flag has a fallback.
 struct Features {
   bool guard_regions = false;     // MADV_GUARD_INSTALL; else mprotect
@@ -124,6 +164,34 @@ class Kernel {
   // the same size and does not overlap it. Pages of zeroes are left out, so that `to` takes no more
   // memory than needed. No system call, but page faults.
   virtual void Copy(PageRange from, PageRange to) = 0;
+
+  // ---- Files ----
+
+  // EBADF.
+  virtual Result<FileInfo> IdentifyFile(int descriptor) = 0;
+  virtual Result<FileTraits> InspectFile(int descriptor) = 0;
+  // Maps the file in `range`; what was there is gone. The file may be shorter: access beyond its end is a SIGBUS.
+  // The mapping keeps the open file, not the descriptor. Errors as mmap(2): EACCES, EBADF, ENODEV, EOVERFLOW, EPERM,
+  // and others. On error `range` is as it was or as after Reset.
+  virtual Error MapFile(PageRange range, const FileView& view) = 0;
+  // The same for a `range` whose loss matters: the mapping is made elsewhere and put in its place. On error `range`
+  // is as it was; only where Linux has no memory for its own records, as after Reset.
+  virtual Error ReplaceByFile(PageRange range, const FileView& view) = 0;
+  // Lets the file mapping that ends before `range` go on in it; what was there is gone. REQUIRES: the page before
+  // is of a file, is not locked, and has no content of its own: it is shared or was never written. On error `range`
+  // is as it was or as after Reset.
+  virtual Error ExtendFile(PageRange range) = 0;
+  // Moves a file mapping as Move does, to as many pages or more; then `to` shows more of the file. `from` shows the
+  // file, without what was written to it privately. On error it is as it was, if Linux lets it, and `to` is as after
+  // Reset.
+  virtual Error MoveFile(PageRange from, PageRange to) = 0;
+  // As msync(2). The range must be mapped throughout for the kernel, which is where it stops.
+  virtual Error Sync(PageRange range, SyncOptions options) = 0;
+  // Makes the pages of `range` present, as an access would. EFAULT where an access would be a signal: file mappings
+  // end without warning, so they cannot be touched. Takes mmap_lock for reading: at most kPagesPerHugePage a call.
+  virtual Error FaultIn(PageRange range, Access access) = 0;
+
+  // ---- Time and place ----
 
   // CLOCK_MONOTONIC. Neither this nor the next two are system calls in the usual case; any lock may
   // be held.

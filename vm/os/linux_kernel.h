@@ -59,6 +59,16 @@ class LinuxKernel final : public Kernel {
   void Zero(PageRange range) override;
   void Copy(PageRange from, PageRange to) override;
 
+  // linux_files.cc
+  Result<FileInfo> IdentifyFile(int descriptor) override;
+  Result<FileTraits> InspectFile(int descriptor) override;
+  Error MapFile(PageRange range, const FileView& view) override;
+  Error ReplaceByFile(PageRange range, const FileView& view) override;
+  Error ExtendFile(PageRange range) override;
+  Error MoveFile(PageRange from, PageRange to) override;
+  Error Sync(PageRange range, SyncOptions options) override;
+  Error FaultIn(PageRange range, Access access) override;
+
   Nanoseconds Now() override;
   unsigned CurrentCpu() override;
   unsigned CpuCount() override;

@@ -109,6 +109,7 @@ std::size_t PageModel::KernelVmaCount(bool accounted) const {
                         before->second.state.advice == state.advice &&
                         before->second.state.locked == state.locked &&
                         before->second.state.moved == state.moved &&
+                        before->second.state.file == state.file &&
                         (!accounted || before->second.state.committed == state.committed);
     if (!merges) ++count;
     before = &segment;

@@ -23,6 +23,7 @@ struct PageState {
   Advice advice = Advice::kNone;
   bool locked = false;
   std::uint32_t moved = 0;  // 1, 2, ...: the Move that brought it, and keeps its VMA apart; 0: none
+  std::uint32_t file = 0;   // 1, 2, ...: the MapFile that brought it; 0: anonymous
   bool committed = false;  // was writable once since it was reserved or reset
   bool resident = false;   // was touched through the Kernel; plain stores are not seen
   bool guard = false;

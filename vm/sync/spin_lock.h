@@ -66,8 +66,9 @@ class ABSL_LOCKABLE SpinLock {
   // Losses after which a waiter reserves the lock.
   static constexpr int kMaxSteals = 8;
 
-  void Lock(AcquisitionSite site) ABSL_EXCLUSIVE_LOCK_FUNCTION() {
-    CheckRank(rank(), this, check(), site);
+  void Lock(AcquisitionSite site) ABSL_EXCLUSIVE_LOCK_FUNCTION() { Lock(site, check()); }
+  void Lock(AcquisitionSite site, RankCheck check) ABSL_EXCLUSIVE_LOCK_FUNCTION() {
+    CheckRank(rank(), this, check, site);
     if (!TryLockWord()) LockSlow();
     RecordRank(rank(), this, site);
     ReachSyncPoint(SyncPoint::kAcquired, this);
@@ -111,8 +112,7 @@ class ABSL_LOCKABLE SpinLock {
 // cache line. Holds that span a fork are not recorded.
 class ABSL_LOCKABLE RecordedSpinLock : public SpinLock {
  public:
-  explicit constexpr RecordedSpinLock(LockRank rank, SameRank same_rank = SameRank::kRefused)
-      : SpinLock(rank, same_rank) {}
+  explicit constexpr RecordedSpinLock(LockRank rank) : SpinLock(rank) {}
 
   // REQUIRES: no other thread uses the lock yet; `recorder` records no other lock and outlives this one.
   void InstallRecorder(TimeRecorder* recorder) { recorder_ = recorder; }
@@ -136,6 +136,13 @@ class [[nodiscard]] ABSL_SCOPED_LOCKABLE SpinLockHolder {
       ABSL_EXCLUSIVE_LOCK_FUNCTION(lock)
       : lock_(lock), recorder_(lock.recorder_) {
     lock_.Lock(site);
+    if (ABSL_PREDICT_FALSE(recorder_ != nullptr)) since_ = MonotonicNow();
+  }
+  // One of several locks of this rank that the thread holds at once, at ascending addresses.
+  SpinLockHolder(RecordedSpinLock& lock, SameRank, AcquisitionSite site = AcquisitionSite::Here())
+      ABSL_EXCLUSIVE_LOCK_FUNCTION(lock)
+      : lock_(lock), recorder_(lock.recorder_) {
+    lock_.Lock(site, RankCheck::kAscending);
     if (ABSL_PREDICT_FALSE(recorder_ != nullptr)) since_ = MonotonicNow();
   }
   SpinLockHolder(const SpinLockHolder&) = delete;

@@ -854,6 +854,16 @@ std::vector<std::pair<const char*, std::function<void()>>> AllOperations(LinuxKe
       {"AdviseReclaim",
        [&kernel, range] { (void)kernel.AdviseReclaim(range, ReclaimHint::kCold); }},
       {"Reset", [&kernel, range] { (void)kernel.Reset(range); }},
+      // Files: refused, with the range left as it is or reset.
+      {"IdentifyFile", [&kernel] { (void)kernel.IdentifyFile(-1); }},
+      {"InspectFile", [&kernel] { (void)kernel.InspectFile(-1); }},
+      {"MapFile", [&kernel, range] { (void)kernel.MapFile(range, {}); }},
+      {"ReplaceByFile", [&kernel, range] { (void)kernel.ReplaceByFile(range, {}); }},
+      {"ExtendFile", [&kernel, range] { (void)kernel.ExtendFile({range.end - Pages{1}, range.end}); }},
+      {"MoveFile",
+       [&kernel, range] { (void)kernel.MoveFile(Part(range, 0, 1), Part(range, 2, 2)); }},
+      {"Sync", [&kernel, range] { (void)kernel.Sync(range, {}); }},
+      {"FaultIn", [&kernel, range] { (void)kernel.FaultIn(range, Access::kRead); }},
   };
 }
 
