@@ -6,6 +6,8 @@
 //   tree_lock_hold/freehold/VERB_COUNTvmas       the same verbs, and `replace`, a fixed map over what is there, on
 //                                                a range of COUNT mappings of one page, untouched
 //
+// It ends with two tables: the histograms of a small and of a large range side by side.
+//
 // What is measured. The holds of tree locks during the verb, and nothing else, by AddressSpace::TreeLockHolds():
 // the counters `p50_ns`, `p99_ns`, `p999_ns` and `worst_ns` are percentiles of a hold, at most 25 % too high, and
 // `holds` is how many there were for one verb. Time is that of the verb. The baseline is the smallest SIZE, or
@@ -24,9 +26,12 @@
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <map>
 #include <string>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "bench/support/cpu.h"
 #include "bench/support/kernel_memory.h"
 #include "bench/support/runner.h"
@@ -91,6 +96,51 @@ class Space {
   AddressSpace* space_;
 };
 
+// ---- The histograms side by side. ----------------------------------------------------------------
+
+// All repetitions of a case together, by verb and size.
+std::map<std::string, std::map<std::string, vm::sync::HoldHistogram>> histograms;
+
+// A column for each verb and size, a row for each bucket that anything fell into: shares of the holds in percent.
+void PrintTable(std::FILE* out, const char* what, const std::vector<std::string>& verbs,
+                const std::vector<std::string>& sizes) {
+  std::vector<const vm::sync::HoldHistogram*> columns;
+  std::string heading = absl::StrFormat("%-10s", "");
+  std::string names = absl::StrFormat("%-10s", "ns, up to");
+  for (const std::string& verb : verbs) {
+    absl::StrAppendFormat(&heading, "  %*s", static_cast<int>(11 * sizes.size()), verb);
+    for (const std::string& size : sizes) {
+      columns.push_back(&histograms[verb][size]);
+      absl::StrAppendFormat(&names, " %11s", size);
+    }
+    names += " ";
+  }
+  absl::FPrintF(out, "\nHolds of tree locks, %s: how many of a hundred.\n%s\n%s\n", what, heading, names);
+  for (std::size_t bucket = 0; bucket < vm::sync::HoldHistogram::kBuckets; ++bucket) {
+    std::string row = absl::StrFormat("%-10d", vm::sync::HoldHistogram::LastOf(bucket).value);
+    bool any = false;
+    for (std::size_t i = 0; i < columns.size(); ++i) {
+      const std::uint64_t holds = columns[i]->count(bucket);
+      any = any || holds != 0;
+      if (holds == 0) {
+        absl::StrAppendFormat(&row, " %11s", "-");
+      } else {
+        absl::StrAppendFormat(&row, " %11.2f",
+                              100.0 * static_cast<double>(holds) / static_cast<double>(columns[i]->count()));
+      }
+      if ((i + 1) % sizes.size() == 0) row += " ";
+    }
+    if (any) absl::FPrintF(out, "%s\n", row);
+  }
+}
+
+// For people; to standard error when standard output is for machines.
+void PrintTables() {
+  std::FILE* out = StandardOutputIsForMachines() ? stderr : stdout;
+  PrintTable(out, "by how much memory a verb is about", {"populate", "protect", "unmap"}, {"4KiB", "4GiB"});
+  PrintTable(out, "by how many mappings", {"protect", "unmap", "replace"}, {"1vmas", "100000vmas"});
+}
+
 // Times `verb` and collects its holds.
 class Meter {
  public:
@@ -106,7 +156,8 @@ class Meter {
     after -= holds;
     holds_ += after;
   }
-  void Report() const {
+  void Report(const char* verb, const std::string& size) const {
+    histograms[verb][size] += holds_;
     const auto percentile = [&](double fraction) {
       return static_cast<double>(holds_.Percentile(fraction).value);
     };
@@ -152,7 +203,7 @@ void WarmUp(Space& space, Pages size) {
   space.Unmap(range);
 }
 
-void OnOneMapping(benchmark::State& state, Verb verb, Pages size) {
+void OnOneMapping(benchmark::State& state, Verb verb, const std::string& name, Pages size) {
   const ScopedPin pin(state.thread_index());
   Space space;
   Meter meter(state, space);
@@ -175,12 +226,12 @@ void OnOneMapping(benchmark::State& state, Verb verb, Pages size) {
     }
     space.Purge();
   }
-  meter.Report();
+  meter.Report(NameOf(verb), name);
 }
 
 // ---- Verbs on many mappings. --------------------------------------------------------------------
 
-void OnManyMappings(benchmark::State& state, Verb verb, std::size_t count) {
+void OnManyMappings(benchmark::State& state, Verb verb, const std::string& name, std::size_t count) {
   const ScopedPin pin(state.thread_index());
   Space space;
   Meter meter(state, space);
@@ -195,7 +246,7 @@ void OnManyMappings(benchmark::State& state, Verb verb, std::size_t count) {
     space.Unmap(row);
     space.Purge();
   }
-  meter.Report();
+  meter.Report(NameOf(verb), name);
 }
 
 // ---- Registration. ------------------------------------------------------------------------------
@@ -226,15 +277,16 @@ bool RegisterCases() {
       if (size.bytes >= kGiB && !has_memory) continue;
       const Pages pages = vm::PagesFor({Scaled(size.bytes, std::min(size.bytes, std::size_t{8} << 20))});
       RegisterOne(verb, size.name, kVerbs,
-                  [verb, pages](benchmark::State& state) { OnOneMapping(state, verb, pages); });
+                  [verb, size, pages](benchmark::State& state) { OnOneMapping(state, verb, size.name, pages); });
     }
   }
   constexpr int kVerbsOnMany = 4;
   for (const Verb verb : {Verb::kProtect, Verb::kUnmap, Verb::kReplace}) {
     for (const std::size_t count : {std::size_t{1}, std::size_t{100'000}}) {
       const std::size_t scaled = Scaled(count, std::min<std::size_t>(count, 100));
-      RegisterOne(verb, absl::StrCat(count, "vmas"), kVerbsOnMany,
-                  [verb, scaled](benchmark::State& state) { OnManyMappings(state, verb, scaled); });
+      const std::string name = absl::StrCat(count, "vmas");
+      RegisterOne(verb, name, kVerbsOnMany,
+                  [verb, name, scaled](benchmark::State& state) { OnManyMappings(state, verb, name, scaled); });
     }
   }
   return true;
@@ -244,5 +296,7 @@ bool RegisterCases() {
 }  // namespace freehold::bench
 
 int main(int argc, char** argv) {
-  return freehold::bench::RunBenchmarks(argc, argv, freehold::bench::RegisterCases);
+  const int status = freehold::bench::RunBenchmarks(argc, argv, freehold::bench::RegisterCases);
+  freehold::bench::PrintTables();
+  return status;
 }

@@ -1,5 +1,6 @@
 // Mapping and unmapping anonymous memory: the kernel's system calls (`kernel`) against an
-// AddressSpace (`freehold`) and an AddressSpace under one lock for the whole space (`coarse`).
+// AddressSpace (`freehold`), an AddressSpace under one lock for the whole space (`coarse`), and one whose range lock is
+// an interval tree (`tree`).
 //
 //   map_unmap/IMPL/SIZE            map, unmap: no page is touched
 //   map_touch4_unmap/IMPL/SIZE     map, write to the first 4 pages, unmap
@@ -319,6 +320,7 @@ template <typename RegisterOne>
 void ForEachSpace(RegisterOne register_one) {
   register_one.template operator()<FreeholdSpace>();
   register_one.template operator()<CoarseSpace>();
+  register_one.template operator()<TreeSpace>();
   register_one.template operator()<KernelSpace>();
 }
 
@@ -396,6 +398,7 @@ void RegisterLookup() {
 void RegisterLookups() {
   RegisterLookup<FreeholdSpace, SpaceLookup<FreeholdSpace>>();
   RegisterLookup<CoarseSpace, SpaceLookup<CoarseSpace>>();
+  RegisterLookup<TreeSpace, SpaceLookup<TreeSpace>>();
   const int on_stack = 0;
   if (ProcMapQuery().VmaStart(&on_stack) != 0) {
     RegisterLookup<KernelSpace, KernelLookup>();

@@ -391,7 +391,6 @@ void Region::Unclaim(const Claim& claim) {
       Vma* vma = tree_.Find(page).vma();
       page = vma->end_page();
       if (vma->Is(VmaState::kPending) && vma->generation.load(std::memory_order_relaxed) == claim.generation) {
-        vma->foreign = vma->foreign || claim.spoiled;
         GiveBackLocked(vma);
       }
     }
@@ -488,26 +487,50 @@ Error Region::PrepareAccess(PageRange range, const MapOptions& options, Claim& c
   return error;
 }
 
-void Region::UndoAccess(PageRange range, const MapOptions& options, Claim& claim, const Guard& guard) {
-  // Free pages must be clean again; what the kernel has now of mapped ones is left to it.
-  const bool replaced = claim.backed || options.backing != nullptr;
-  if (replaced && !claim.occupied) claim.spoiled = !ReplaceForeign(range).ok();
+void Region::UndoAccess(PageRange range, const MapOptions& options, const Claim& claim, const Guard& guard) {
+  if (claim.backed || options.backing != nullptr) RestoreContent(range, claim.lost);
   if (claim.locked || options.lock != os::MemoryLock::kNone) RestoreLocks(range, guard);
   RestoreProtection(range, guard);
 }
 
 // A backing, or anonymous memory, takes the place of another kernel VMA.
-Error Region::ReplaceInKernel(PageRange range, const MapOptions& options, const Claim& claim) {
+Error Region::ReplaceInKernel(PageRange range, const MapOptions& options, Claim& claim) {
   Error error;
   if (options.backing != nullptr) {
     error = options.backing->Install(*shared_.kernel, range, options.backing_page, options.protection, claim.occupied);
   } else {
     error = ReplaceForeign(range);
-    if (error.ok() && options.protection != os::Protection::kNone) {
-      error = shared_.kernel->Protect(range, options.protection);
-    }
+  }
+  claim.lost = error.ok();
+  if (error.ok() && options.backing == nullptr && options.protection != os::Protection::kNone) {
+    error = shared_.kernel->Protect(range, options.protection);
   }
   return error.ok() && options.lock != os::MemoryLock::kNone ? LockInKernel(range, options.lock) : error;
+}
+
+// The way back from a replacement. Free pages must be clean again. `lost`: what was mapped there is gone from the kernel;
+// backings show theirs again, and anonymous memory has lost its content.
+void Region::RestoreContent(PageRange range, bool lost) {
+  for (PageNumber page = range.first; page < range.end;) {
+    VmaState state;
+    const VmaInfo extent = LookupExtent(page, state);
+    const PageRange part = extent.range.Intersect(range);
+    page = part.end;
+    const bool mapped = state == VmaState::kMapped;
+    if (mapped && !lost) continue;
+    if (mapped && extent.backing != nullptr) {
+      const std::uint64_t first = extent.backing_page + (part.first - extent.range.first).value;
+      (void)extent.backing->Install(*shared_.kernel, part, first, extent.protection, /*occupied=*/false);
+      continue;
+    }
+    const bool own = ReplaceForeign(part).ok() &&
+                     (!is_heap() || shared_.kernel->Protect(part, os::Protection::kReadWrite).ok());
+    // The borders of the range are borders of extents.
+    sync::SpinLockHolder holder(tree_lock_);
+    Vma* vma = tree_.Find(ToRegion(part.first)).vma();
+    vma->foreign = !own;
+    vma->kernel_vma = vma->kernel_vma || !own;
+  }
 }
 
 // Before the content of what is mapped in `range` goes.

@@ -6,7 +6,8 @@
 // of the two comes first, and the other sees it.
 //
 // What an Unmap finds pinned becomes kDeferred: out of every lookup and of every bin. Whoever removes the last pin
-// does what Unmap left undone. What the kernel refuses then stays deferred, and Tick tries again.
+// does what Unmap left undone. So does the Unmap itself, at its end, for the extents beside those that are pinned. What
+// the kernel refuses then stays deferred, and Tick tries again.
 #include "vm/pin.h"
 
 #include <algorithm>
@@ -66,6 +67,11 @@ void Region::Leave(Pin& pin) {
   }
 }
 
+bool Region::IsPinned(PageRange range) const {
+  sync::SpinLockHolder holder(tree_lock_);
+  return IsPinnedLocked(range);
+}
+
 bool Region::IsPinnedLocked(PageRange range) const {
   return pins_.in_use() && pins_.HasConflict(range, sync::LockMode::kExclusive);
 }
@@ -75,7 +81,7 @@ void Region::DeferLocked(Vma* vma) {
   deferred_extents_.Add(1);
 }
 
-// Nobody's pin will finish it: a Tick has to.
+// Nobody's pin will finish it: RetryDeferred has to.
 void Region::RetryLaterLocked(Vma* vma) {
   DeferLocked(vma);
   vma->older = unfinished_;

@@ -119,6 +119,7 @@ class alignas(kCacheLineSize) Region {
   void Leave(Pin& pin);
   // Unmaps what could not be unmapped when its last pin went.
   void RetryDeferred();
+  bool IsPinned(PageRange range) const;
   // purge.cc
   // Gives cached extents freed at or before `until` back, the oldest first, until at most `keep` pages of
   // possibly resident memory are left in the bins. Returns the pages given back.
@@ -161,15 +162,14 @@ class alignas(kCacheLineSize) Region {
     bool foreign = false;  // some of it came by Remap
     bool backed = false;   // some of it has a backing, or the remains of one
     bool occupied = false; // some of it is mapped
-    // The kernel may have something of a backing that it refused in what is claimed.
-    bool spoiled = false;
+    bool lost = false;     // the kernel has something else in place of what is mapped
   };
   // What is left of an Unmap to take away from lookups, and what that has found.
   struct Detachment {
     RegionPage next = 0;
     RegionPage end = 0;
     std::uint64_t newest = 0;  // generation: later mappings came into holes of the range and stay
-    bool pinned = false;   // all of it waits for pins: see pin.cc
+    bool pinned = false;   // some of it: all of it is deferred, see pin.cc
     bool notified = false; // it must not be used again before OnClose
     bool zap = false;      // some of it needs kernel work
     bool backed = false;   // some of it has a backing
@@ -359,8 +359,9 @@ class alignas(kCacheLineSize) Region {
   Error PrepareFixed(PageRange range, const MapOptions& options, Claim& claim, const Guard& guard);
   Error PrepareAccess(PageRange range, const MapOptions& options, Claim& claim, const Guard& guard);
   Error PrepareContent(PageRange range, const MapOptions& options, const Claim& claim);
-  void UndoAccess(PageRange range, const MapOptions& options, Claim& claim, const Guard& guard);
-  Error ReplaceInKernel(PageRange range, const MapOptions& options, const Claim& claim);
+  void UndoAccess(PageRange range, const MapOptions& options, const Claim& claim, const Guard& guard);
+  Error ReplaceInKernel(PageRange range, const MapOptions& options, Claim& claim);
+  void RestoreContent(PageRange range, bool lost);
   void FlushBackings(PageRange range, const Guard& guard);
   // Fills with zeroes: by memset where that is cheaper than faults, else by a discard.
   Error MakeZero(PageRange range, bool writable);
@@ -377,6 +378,8 @@ class alignas(kCacheLineSize) Region {
   // unmap.cc
   // Tells the notifiers about what is mapped in `range`.
   void Invalidate(PageRange range, Invalidation what, const Guard& guard);
+  // And that what was told to be closed is mapped again.
+  void TakeBackClose(PageRange range, const Guard& guard);
   // Unmaps `part` without its range lock, if nobody has that and RetireWholeLocked does it.
   bool UnmapWhole(PageRange part, bool& over_limit);
   // Heap zones: puts the zone's own kernel VMA in the place of another, without access.

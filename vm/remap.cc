@@ -75,6 +75,8 @@ Result<PageRange> AddressSpace::MoveVma(const VmaInfo& vma, PageRange range, Pag
   map.address = options.address;
   map.protection = vma.protection;
   map.lock = vma.lock;
+  // Looked at again when both ranges are held, but as a rule before anything is mapped or replaced for nothing.
+  if (RegionOf(range.first)->IsPinned(range)) return ErrorCode::kPinned;
   if (vma.backing != nullptr) {
     if (vma.backing->AsFile() == nullptr) return ErrorCode::kUnsupported;
     map.protection = os::Protection::kNone;
@@ -226,7 +228,8 @@ Result<PageRange> Region::Grow(PageRange part, Pages count, const VmaInfo& vma) 
   const Result<PageRange> added = MapHeld(more, options, vma.generation, guard);
   if (added.ok()) return wanted;
   if (vma.backing != nullptr) vma.backing->DropPages(more.count().value);
-  return added.error().code == ErrorCode::kOverlap ? Error{ErrorCode::kNoRoom} : added.error();
+  const bool taken = added.error().code == ErrorCode::kOverlap || added.error().code == ErrorCode::kPinned;
+  return taken ? Error{ErrorCode::kNoRoom} : added.error();
 }
 
 Error Region::Isolate(PageRange part, const VmaInfo& vma, const Guard& guard) {

@@ -151,6 +151,8 @@ Error Transaction::Run::Commit() {
   }
   for (std::optional<Guard>& guard : guards_) guard.reset();
   for (std::size_t i = 0; i < size_; ++i) {
+    // What lies beside pinned extents waits for nobody.
+    if (changes_[i].detachment.pinned) RegionOf(i).RetryDeferred();
     const Step& step = steps_[i];
     if (step.verb != Verb::kMap) continue;
     if (!error.ok()) {

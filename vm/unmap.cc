@@ -20,6 +20,7 @@ constexpr std::size_t kSamplePages = 512;
 
 Error Region::Unmap(PageRange part, const VmaInfo* only) {
   bool over_limit = false;
+  bool pinned = false;
   const bool sample = WantsSample(part);
   const bool notified = !shared_.notifiers->empty();
   if (sample || notified || only != nullptr || !UnmapWhole(part, over_limit)) {
@@ -28,7 +29,6 @@ Error Region::Unmap(PageRange part, const VmaInfo* only) {
     if (notified) Invalidate(part, Invalidation::kUnmap, guard);
     const std::size_t sampled = sample ? SampleResidency(part) : kNoSample;
     Detachment detachment;
-    bool pinned = false;
     for (bool started = false, done = false; !done;) {
       {
         sync::SpinLockHolder holder(tree_lock_);
@@ -51,11 +51,13 @@ Error Region::Unmap(PageRange part, const VmaInfo* only) {
       guard.Downgrade();
       if (const Error error = ZapDetached(part, detachment, guard); !error.ok()) {
         RemapDetached(part);
-        if (notified) shared_.notifiers->Map(part);
+        if (notified) TakeBackClose(part, guard);
         return error;
       }
     }
   }
+  // What lies beside the pinned extents waits for nobody.
+  if (pinned) RetryDeferred();
   if (over_limit) TrimFree();
   return Error::Ok();
 }
@@ -147,7 +149,11 @@ bool Region::DetachLocked(Detachment& detachment) {
     mapped_pages_.Subtract(vma->page_count());
     vmas_.Subtract(1);
     if (detachment.pinned) {
-      DeferLocked(vma);
+      if (IsPinnedLocked(RangeOf(*vma))) {
+        DeferLocked(vma);
+      } else {
+        RetryLaterLocked(vma);
+      }
       continue;
     }
     SetStateLocked(vma, VmaState::kDetached);
@@ -161,6 +167,17 @@ bool Region::DetachLocked(Detachment& detachment) {
     last->busy = true;
   }
   return false;
+}
+
+// Holes are nobody's mapping.
+void Region::TakeBackClose(PageRange range, const Guard& guard) {
+  FREEHOLD_DCHECK(guard.Covers(range, Mode::kShared));
+  for (PageNumber page = range.first; page < range.end;) {
+    VmaState state;
+    const PageRange extent = LookupExtent(page, state).range;
+    if (state == VmaState::kMapped) shared_.notifiers->Map(extent.Intersect(range));
+    page = extent.end;
+  }
 }
 
 void Region::Invalidate(PageRange range, Invalidation what, const Guard& guard) {

@@ -35,5 +35,6 @@ void AddressSpaceOf<policy>::Die(vm::Error error, const char* verb) {
 
 template class AddressSpaceOf<vm::sync::LockPolicy::kAdaptive>;
 template class AddressSpaceOf<vm::sync::LockPolicy::kCoarse>;
+template class AddressSpaceOf<vm::sync::LockPolicy::kTree>;
 
 }  // namespace freehold::bench

@@ -44,7 +44,9 @@ template <vm::sync::LockPolicy policy>
 class AddressSpaceOf {
  public:
   static constexpr const char* kName =
-      policy == vm::sync::LockPolicy::kCoarse ? "coarse" : "freehold";
+      policy == vm::sync::LockPolicy::kCoarse ? "coarse"
+      : policy == vm::sync::LockPolicy::kTree ? "tree"
+                                              : "freehold";
   static constexpr bool kKeepsUnmapped = true;
 
   AddressSpaceOf() : space_(CreateSpace(policy)) {}
@@ -108,9 +110,11 @@ class AddressSpaceOf {
   vm::AddressSpace* space_;
 };
 
-// The product, and the product under one lock for the whole space: the model of mmap_lock.
+// The product; the product under one lock for the whole space, the model of mmap_lock; and with an interval tree of
+// held ranges, the model of what was once proposed for Linux.
 using FreeholdSpace = AddressSpaceOf<vm::sync::LockPolicy::kAdaptive>;
 using CoarseSpace = AddressSpaceOf<vm::sync::LockPolicy::kCoarse>;
+using TreeSpace = AddressSpaceOf<vm::sync::LockPolicy::kTree>;
 
 // One fresh `Space` per run of a case, shared by its threads: SetUp and TearDown go into
 // CaseOptions.

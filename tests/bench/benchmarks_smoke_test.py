@@ -11,7 +11,7 @@ BENCH = "bench"  # tests run in the root of the source tree
 QUICK = ("--smoke", "--threads=1,2", "--benchmark_min_time=0.001")
 STALL = ("--ranges=2", "--range_mib=8", "--min_seconds=0")
 
-SPACES = ("freehold", "coarse", "kernel")
+SPACES = ("freehold", "coarse", "tree", "kernel")
 RANGE_LOCKS = ("freehold", "tree", "coarse", "shared_mutex")
 ALLOCATORS = ("freehold", "glibc", "mimalloc")
 
@@ -186,6 +186,13 @@ class BenchmarksSmokeTest(unittest.TestCase):
             self.assertGreater(run["holds"], 0, run["name"])
             self.assertLessEqual(run["p50_ns"], run["p99_ns"], run["name"])
             self.assertLessEqual(run["p999_ns"], run["worst_ns"], run["name"])
+        result = subprocess.run([os.path.join(BENCH, "hold_benchmark"), *QUICK, "--benchmark_filter=4KiB|vmas"],
+                                capture_output=True, text=True, check=True)
+        headings = [line for line in result.stdout.splitlines() if line.startswith("ns, up to ")]
+        self.assertEqual([heading.split()[3:] for heading in headings],
+                         [["4KiB", "4GiB"] * 3, ["1vmas", "100000vmas"] * 3])
+        shares = [float(cell) for line in result.stdout.splitlines()[-1:] for cell in line.split()[1:] if cell != "-"]
+        self.assertTrue(shares and all(0 <= share <= 100 for share in shares), result.stdout[-500:])
         if any("4GiB" in run["name"] for run in document["benchmarks"]):
             self.assertEqual(self.measured_targets(document), ({"P6"}, {"P6"}))
 

@@ -110,6 +110,24 @@ class CompareTest(unittest.TestCase):
                               run_of("vma_lookup/btree_shared_mutex/100000/threads:2", items_per_second=1e6)], "P4")
         self.assertEqual([(row["value"], row["holds"]) for row in rows], [(10, True), (101.0, False)])
 
+    def test_what_others_do_stands_beside(self):
+        runs = p2_runs() + [run_of(f"map_unmap/{name}/64KiB/threads:1", items_per_second=rate)
+                            for name, rate in (("coarse", 4e6), ("tree", 512.0))]
+        (row,) = self.measured(runs, "P2")
+        self.assertEqual(row["beside"], {"freehold": 100e6, "coarse": 4e6, "tree": 512.0, "kernel": 2e6})
+        lines = self.compare(self.write(runs)).stdout.splitlines()
+        (line,) = [line for line in lines if "/*/" in line]
+        self.assertRegex(line, r"map_unmap/\*/64KiB/threads:1 +freehold 100 M/s  coarse 4.00 M/s  tree 512 /s  "
+                               r"kernel 2.00 M/s$")
+
+    def test_only_what_was_measured_stands_beside(self):
+        runs = [run_of("disjoint/freehold/own_granule/threads:2", items_per_second=3e9),
+                run_of("disjoint/coarse/own_granule/threads:2", items_per_second=9e3),
+                run_of("pair_shared/freehold/threads:1", real_time=5.0)]
+        lines = self.compare(self.write(runs)).stdout.splitlines()
+        beside = [line.split("threads:")[1].split(maxsplit=1)[1] for line in lines if "/*/" in line]
+        self.assertEqual(beside, ["freehold 200 M/s", "freehold 3.00 G/s  coarse 9.00 k/s"])
+
     def test_star_covers_every_variant(self):
         variants = ("populate", "populate_huge")
         rows = self.measured([run_of(f"populate_stall/freehold/{variant}/threads:2", worst_us=1.0)

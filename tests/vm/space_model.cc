@@ -1,466 +1,472 @@
 #include "tests/vm/space_model.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
-#include <map>
+#include <cerrno>
+#include <cstdio>
+#include <cstdlib>
+#include <utility>
 
-#include "vm/os/linux_kernel.h"
-
-namespace freehold::vm {
+namespace freehold::vm::test {
 namespace {
 
 using os::MemoryLock;
 using os::Protection;
-using Kind = SpaceOperation::Kind;
 
-bool Readable(Protection p) { return p != Protection::kNone; }
-bool Writable(Protection p) { return (static_cast<unsigned>(p) & 2) != 0; }
+constexpr std::size_t kWordsPerPage = kPageSize / sizeof(std::uint64_t);
+// Of these words of a page, all are written and checked.
+constexpr std::size_t kWordStep = 73;
 
-Protection ProtectionOf(std::uint8_t choice) {
-  static constexpr Protection kChoices[] = {Protection::kReadWrite, Protection::kReadWrite,
-                                            Protection::kRead, Protection::kNone};
-  return kChoices[choice & 3];
+volatile std::uint64_t* WordsOf(PageNumber page) { return reinterpret_cast<volatile std::uint64_t*>(page.address()); }
+
+int AccessOf(Protection protection) {
+  const auto bits = static_cast<unsigned>(protection);
+  return ((bits & 1) != 0 ? PROT_READ : 0) | ((bits & 2) != 0 ? PROT_WRITE : 0) | ((bits & 4) != 0 ? PROT_EXEC : 0);
 }
 
-const char* NameOf(Kind kind) {
-  static constexpr const char* kNames[] = {"MapAnywhere", "MapFixed", "MapReplace", "Unmap",
-                                           "Protect",     "Populate", "Discard",    "Write",
-                                           "Lookup",      "Purge",    "Tick",    "Advise",
-                                           "Residency",   "LockMemory", "UnlockMemory", "LockAll",
-                                           "UnlockAll",   "Remap"};
-  return kNames[static_cast<int>(kind)];
+[[noreturn]] void Die(const char* what) {
+  std::perror(what);
+  std::abort();
 }
 
-std::string Hex(PageNumber page) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%#zx", page.value);
+std::string Text(Error error) {
+  return std::string(ToString(error.code)) +
+         (error.sys_errno != 0 ? " (errno " + std::to_string(error.sys_errno) + ")" : "");
+}
+
+}  // namespace
+
+std::string Hex(PageRange range) {
+  char text[64];
+  std::snprintf(text, sizeof text, "[%#zx, %#zx)", range.first.value, range.end.value);
   return text;
 }
 
-}  // namespace
+// ---- Files ----
 
-std::string SpaceOperation::ToString() const {
-  return std::string("{Kind::k") + NameOf(kind) + ", " + std::to_string(page) + ", " +
-         std::to_string(count) + ", " + std::to_string(choice) + "}";
-}
-
-SpaceModel::SpaceModel(AddressSpace& space) : space_(space) {
-  // The zones in address order: two quarters plain, one dense, one mapping (DESIGN §3).
-  const PageRange all = space.reservation();
-  const std::size_t quarter = all.count().value / 4;
-  for (const std::size_t zone : {std::size_t{0}, std::size_t{2}, std::size_t{3}}) {
-    windows_.push_back(PageRange::Of(all.first + Pages{zone * quarter}, {kWindowPages}));
-    pages_.emplace_back(kWindowPages);
+FilePages::FilePages(Protection max_protection) : Backing(max_protection), stamps(kPages) {
+  file_ = memfd_create("model", MFD_CLOEXEC);
+  if (file_ < 0 || ftruncate(file_, kPages * kPageSize) != 0) Die("memfd");
+  // Every fourth page has content from the start.
+  std::array<std::uint64_t, kWordsPerPage> content;
+  for (std::uint64_t page = 0; page < kPages; page += 4) {
+    stamps[page] = kFileStamp | page;
+    content.fill(stamps[page]);
+    if (pwrite(file_, content.data(), kPageSize, static_cast<off_t>(page * kPageSize)) != kPageSize) Die("pwrite");
   }
 }
 
-bool SpaceModel::Fail(const std::string& what) {
-  failure_ = what;
-  return false;
+FilePages::~FilePages() { close(file_); }
+
+// What a FakeKernel knows of the range is what Protect tells it.
+Error FilePages::Install(os::Kernel& kernel, PageRange range, std::uint64_t page, Protection protection, bool) {
+  if (const Error error = kernel.Protect(range, protection); !error.ok()) return error;
+  const void* mapped = mmap(range.address(), range.bytes().value, AccessOf(protection), MAP_SHARED | MAP_FIXED, file_,
+                            static_cast<off_t>(page * kPageSize));
+  return mapped == MAP_FAILED ? Error::System(errno) : Error::Ok();
 }
 
-PageRange SpaceModel::RangeOf(const SpaceOperation& operation) const {
-  const std::size_t window = operation.page % windows_.size();
-  const std::size_t first = operation.page / windows_.size() % kWindowPages;
-  // Small ranges mostly, and some of more than FreeRanges::kExactPages.
-  const std::size_t wanted =
-      operation.count < 192 ? 1 + operation.count % 48 : 65 + 2 * (operation.count - std::size_t{192});
-  const std::size_t count = std::min<std::size_t>(wanted, kWindowPages - first);
-  return PageRange::Of(windows_[window].first + Pages{first}, {count});
+void FilePages::Flush(os::Kernel&, PageRange, std::uint64_t) {}
+
+// ---- Notifiers ----
+
+Listener::Listener(AddressSpace& space, const std::set<std::size_t>* mapped)
+    : space_(space),
+      alone_(mapped != nullptr),
+      pages_(alone_ ? *mapped : std::set<std::size_t>()),
+      registration_(space, space.reservation(), *this) {}
+
+void Listener::Expect(bool condition, const char* what, PageRange range) {
+  if (!condition && failure_.empty()) failure_ = std::string(what) + " of " + Hex(range);
 }
 
-SpaceModel::Page* SpaceModel::At(PageNumber page) {
-  for (std::size_t i = 0; i < windows_.size(); ++i) {
-    if (windows_[i].Contains(page)) return &pages_[i][(page - windows_[i].first).value];
+void Listener::OnMap(PageRange range) {
+  const std::lock_guard lock(mutex_);
+  if (!alone_) return;
+  for (std::size_t page = range.first.value; page < range.end.value; ++page) {
+    Expect(pages_.insert(page).second, "OnMap of what is mapped", range);
   }
-  return nullptr;
 }
 
-bool SpaceModel::ExpectError(const char* verb, Error got, ErrorCode want) {
-  if (got.code == want) return true;
-  return Fail(std::string(verb) + ": got '" + freehold::vm::ToString(got.code) + "', expected '" +
-              freehold::vm::ToString(want) + "'");
+// Until this returns, it is as it was. It may be the target of a Remap that is refused, of which nobody was told.
+void Listener::OnInvalidate(PageRange range, Invalidation) {
+  const bool mapped = space_.Lookup(range.first).ok();
+  const std::lock_guard lock(mutex_);
+  Expect(mapped, "OnInvalidate of what is not mapped", range);
 }
 
-bool SpaceModel::Map(const SpaceOperation& operation, Placement placement) {
-  PageRange range = RangeOf(operation);
-  MapOptions options;
-  options.placement = placement;
-  options.address = range.address();
-  options.protection = ProtectionOf(operation.choice);
-  options.content = (operation.choice & 4) != 0 ? Content::kAnything : Content::kZeroed;
-  options.populate = (operation.choice & 8) != 0;
-  options.huge_pages = (operation.choice & 16) != 0 ? os::HugePages::kPrefer : os::HugePages::kAvoid;
-  if (placement == Placement::kAnywhere) options.alignment = {std::size_t{1} << (operation.choice >> 5)};
-  if (placement != Placement::kAnywhere) options.lock = static_cast<MemoryLock>((operation.choice >> 5) % 6 % 3);
-  const MemoryLock lock = options.lock != MemoryLock::kNone ? options.lock : future_lock_;
-  bool overlap = false;
-  if (placement != Placement::kAnywhere) {
-    for (PageNumber p = range.first; p < range.end; p = p + Pages{1}) overlap |= At(p)->mapped;
-  }
-  const Result<PageRange> mapped = space_.Map(range.count(), options);
-  if (placement == Placement::kFixed && overlap) {
-    return ExpectError("MapFixed", mapped.error(), ErrorCode::kOverlap);
-  }
-  if (lock != MemoryLock::kNone && IsLockLimit(mapped.error())) return true;
-  if (!mapped.ok()) return ExpectError("Map", mapped.error(), ErrorCode::kOk);
-  if (placement != Placement::kAnywhere && !(*mapped == range)) return Fail("Map: not at the fixed range");
-  if (mapped->count() != range.count()) return Fail("Map: wrong size");
-  if (mapped->first.value % options.alignment.value != 0) return Fail("Map: not aligned");
-  const std::uint64_t mapping = ++last_mapping_;
-  const Result<VmaInfo> vma = space_.Lookup(mapped->first);
-  if (!vma.ok()) return Fail("Map: not mapped afterwards");
-  generations_.emplace_back(mapping, vma->generation);
-  bool inside = true;
-  for (PageNumber p = mapped->first; p < mapped->end; p = p + Pages{1}) {
-    Page* page = At(p);
-    if (page == nullptr) {
-      inside = false;
-      break;
-    }
-    if (placement == Placement::kAnywhere && page->mapped) return Fail("Map: handed out a mapped page");
-    *page = {true, options.protection, lock, mapping, options.content == Content::kZeroed, 0};
-  }
-  // Beyond the windows the model is blind: give it back.
-  if (!inside) {
-    for (PageNumber p = mapped->first; p < mapped->end; p = p + Pages{1}) {
-      if (Page* page = At(p)) *page = {};
-    }
-    if (!space_.Unmap(*mapped).ok()) return Fail("Unmap of a fresh mapping");
-  }
-  return true;
+void Listener::OnClose(PageRange range) {
+  const std::lock_guard lock(mutex_);
+  pages_.erase(pages_.lower_bound(range.first.value), pages_.lower_bound(range.end.value));
 }
 
-bool SpaceModel::Perform(const SpaceOperation& operation) {
-  const PageRange range = RangeOf(operation);
-  bool all_mapped = true;
-  bool all_writable = true;
-  for (PageNumber p = range.first; p < range.end; p = p + Pages{1}) {
-    all_mapped &= At(p)->mapped;
-    all_writable &= Writable(At(p)->protection);
-  }
-  switch (operation.kind) {
-    case Kind::kMapAnywhere:
-      return Map(operation, Placement::kAnywhere);
-    case Kind::kMapFixed:
-      return Map(operation, Placement::kFixed);
-    case Kind::kMapReplace:
-      return Map(operation, Placement::kReplace);
-    case Kind::kUnmap:
-      if (!ExpectError("Unmap", space_.Unmap(range), ErrorCode::kOk)) return false;
-      for (PageNumber p = range.first; p < range.end; p = p + Pages{1}) *At(p) = {};
-      return true;
-    case Kind::kProtect: {
-      const Protection protection = ProtectionOf(operation.choice);
-      if (!ExpectError("Protect", space_.Protect(range, protection),
-                       all_mapped ? ErrorCode::kOk : ErrorCode::kNotMapped)) {
-        return false;
-      }
-      if (!all_mapped) return true;
-      for (PageNumber p = range.first; p < range.end; p = p + Pages{1}) At(p)->protection = protection;
-      return true;
-    }
-    case Kind::kPopulate: {
-      const Result<Pages> done = space_.Populate(range);
-      const ErrorCode want = !all_mapped     ? ErrorCode::kNotMapped
-                             : !all_writable ? ErrorCode::kUnsupported
-                                             : ErrorCode::kOk;
-      // The first obstacle decides, and either may come first.
-      if (!all_mapped && !all_writable && done.error().code == ErrorCode::kUnsupported) return true;
-      if (!ExpectError("Populate", done.error(), want)) return false;
-      return !done.ok() || *done == range.count() || Fail("Populate: wrong count");
-    }
-    case Kind::kDiscard:
-      if (!ExpectError("Discard", space_.Discard({&range, 1}),
-                       all_mapped ? ErrorCode::kOk : ErrorCode::kNotMapped)) {
-        return false;
-      }
-      if (!all_mapped) return true;
-      for (PageNumber p = range.first; p < range.end; p = p + Pages{1}) {
-        At(p)->known = true;
-        At(p)->value = 0;
-      }
-      return true;
-    case Kind::kWrite:
-      for (PageNumber p = range.first; p < range.end; p = p + Pages{1}) {
-        Page& page = *At(p);
-        if (!page.mapped || !Writable(page.protection)) continue;
-        page.known = true;
-        page.value = operation.choice;
-        std::fill_n(reinterpret_cast<std::uint8_t*>(p.address()), kPageSize, page.value);
-      }
-      return true;
-    case Kind::kLookup:
-      return CheckPage(range.first, *At(range.first));
-    case Kind::kPurge:
-      (void)space_.Purge((operation.choice & 1) != 0 ? PurgeScope::kAll : PurgeScope::kDecayed);
-      return true;
-    case Kind::kTick:
-      space_.Tick();
-      return true;
-    case Kind::kAdvise: {
-      const auto advice = static_cast<Advice>(operation.choice % 7);
-      const bool hint = advice == Advice::kWillNeed || advice == Advice::kHugePages || advice == Advice::kNoHugePages;
-      // It ends at the first VMA that is locked.
-      PageNumber end = range.first;
-      while (end < range.end && (hint || At(end)->lock == MemoryLock::kNone)) end = end + Pages{1};
-      if (!ExpectError("Advise", space_.Advise(range, advice),
-                       end < range.end ? ErrorCode::kSystem : all_mapped ? ErrorCode::kOk : ErrorCode::kNotMapped)) {
-        return false;
-      }
-      // What is mapped was advised, whatever lies between.
-      for (PageNumber p = range.first; p < end; p = p + Pages{1}) {
-        if (!At(p)->mapped) continue;
-        if (advice == Advice::kDontNeed) {
-          At(p)->known = true;
-          At(p)->value = 0;
-        }
-        if (advice == Advice::kFree) At(p)->known = false;
-      }
-      return true;
-    }
-    case Kind::kResidency: {
-      std::vector<std::uint8_t> resident(range.count().value, 2);
-      if (!ExpectError("Residency", space_.Residency(range, absl::MakeSpan(resident)),
-                       all_mapped ? ErrorCode::kOk : ErrorCode::kNotMapped)) {
-        return false;
-      }
-      for (PageNumber p = range.first; all_mapped && p < range.end; p = p + Pages{1}) {
-        // Content other than zeroes is somewhere, and these tests are not swapped out.
-        const std::uint8_t is_resident = resident[(p - range.first).value];
-        if (is_resident > 1 || (is_resident == 0 && At(p)->known && At(p)->value != 0)) {
-          return Fail("Residency: page " + Hex(p) + " got " + std::to_string(is_resident));
-        }
-      }
-      return true;
-    }
-    case Kind::kLockMemory:
-    case Kind::kUnlockMemory: {
-      const MemoryLock lock = operation.kind == Kind::kUnlockMemory ? MemoryLock::kNone
-                              : (operation.choice & 1) != 0         ? MemoryLock::kLocked
-                                                                    : MemoryLock::kOnFault;
-      const Error error =
-          lock == MemoryLock::kNone ? space_.UnlockMemory(range) : space_.LockMemory(range, lock);
-      if (IsLockLimit(error)) return true;
-      if (!ExpectError("LockMemory", error, all_mapped ? ErrorCode::kOk : ErrorCode::kNotMapped)) return false;
-      if (all_mapped) SetLockOf(range, lock);
-      return true;
-    }
-    case Kind::kLockAll: {
-      const LockAllOptions options = {.current = (operation.choice & 1) != 0,
-                                      .future = (operation.choice & 2) != 0,
-                                      .lock = (operation.choice & 4) != 0 ? MemoryLock::kLocked : MemoryLock::kOnFault};
-      const Error error = space_.LockAll(options);
-      if (!options.current && !options.future) return ExpectError("LockAll", error, ErrorCode::kEmpty);
-      if (IsLockLimit(error)) {
-        // Some may be locked.
-        future_lock_ = MemoryLock::kNone;
-        SetLockOf(space_.reservation(), MemoryLock::kNone);
-        return space_.UnlockAll().ok();
-      }
-      if (!ExpectError("LockAll", error, ErrorCode::kOk)) return false;
-      future_lock_ = options.future ? options.lock : MemoryLock::kNone;
-      if (options.current) SetLockOf(space_.reservation(), options.lock);
-      return true;
-    }
-    case Kind::kUnlockAll:
-      future_lock_ = MemoryLock::kNone;
-      SetLockOf(space_.reservation(), MemoryLock::kNone);
-      return ExpectError("UnlockAll", space_.UnlockAll(), ErrorCode::kOk);
-    case Kind::kRemap:
-      return Remap(operation);
-    case Kind::kKindCount:
-      break;
-  }
-  return Fail("no such operation");
+std::string Listener::failure() const {
+  const std::lock_guard lock(mutex_);
+  return failure_;
 }
 
-// Half of the operations grow or shrink, in place or not, the others move to a fixed address.
-bool SpaceModel::Remap(const SpaceOperation& operation) {
-  const PageRange range = RangeOf(operation);
-  const PageRange window = windows_[operation.page % windows_.size()];
-  RemapOptions options;
-  std::size_t count = std::min<std::size_t>(1 + operation.choice / 4, (window.end - range.first).value);
-  if ((operation.choice & 1) != 0) {
-    // Somewhere in a window; the next one sometimes.
-    const PageRange other = windows_[(operation.page + operation.choice / 16) % windows_.size()];
-    const std::size_t at = (operation.choice * 37u + operation.page) % (kWindowPages - count);
-    options.placement = (operation.choice & 2) != 0 ? Placement::kReplace : Placement::kFixed;
-    options.address = (other.first + Pages{at}).address();
-    options.keep_source = (operation.choice & 8) != 0;
-    if (options.keep_source && at + range.count().value <= kWindowPages) count = range.count().value;
-  } else {
-    options.may_move = (operation.choice & 2) != 0;
-  }
-  const Page first = *At(range.first);
-  bool one_vma = first.mapped;
-  for (PageNumber p = range.first; p < range.end; p = p + Pages{1}) {
-    const Page& page = *At(p);
-    one_vma = one_vma && page.mapped && page.mapping == first.mapping && page.protection == first.protection &&
-              page.lock == first.lock;
-  }
-  PageRange target = PageRange::Of(range.first, {count});
-  bool fits = true;
-  for (PageNumber p = range.end; p < target.end; p = p + Pages{1}) fits = fits && !At(p)->mapped;
-  ErrorCode want = ErrorCode::kOk;
-  if (options.placement != Placement::kAnywhere) {
-    target = PageRange::Of(PageNumber::Of(options.address), {count});
-    bool free = true;
-    for (PageNumber p = target.first; p < target.end; p = p + Pages{1}) free = free && !At(p)->mapped;
-    if (target.Overlaps(range) || (!free && options.placement == Placement::kFixed)) want = ErrorCode::kOverlap;
-  } else if (!fits && !options.may_move) {
-    want = ErrorCode::kNoRoom;
-  }
-  if (!one_vma) want = ErrorCode::kNotMapped;
-  if (options.keep_source && count != range.count().value) want = ErrorCode::kUnsupported;
+bool Listener::Knows(std::size_t page) const {
+  const std::lock_guard lock(mutex_);
+  return pages_.count(page) == 1;
+}
 
-  std::vector<Page> pages;
-  for (std::size_t i = 0; i < count; ++i) {
-    Page page = first;
+std::set<std::size_t> Listener::pages() const {
+  const std::lock_guard lock(mutex_);
+  return pages_;
+}
+
+bool SharedPages::IsOpen(PageRange range) const {
+  return std::any_of(open.begin(), open.end(), [&](PageRange part) { return part.Overlaps(range); });
+}
+
+// ---- The model ----
+
+SpaceModel::SpaceModel(AddressSpace& space, os::FakeKernel& kernel)
+    : space_(space), kernel_(&kernel), shared_(nullptr), owner_(1) {
+  MakeWindows();
+}
+
+SpaceModel::SpaceModel(AddressSpace& space, const SharedPages& shared, unsigned owner)
+    : space_(space), kernel_(nullptr), shared_(&shared), owner_(owner) {
+  MakeWindows();
+}
+
+void SpaceModel::MakeWindows() {
+  // In address order: two regions of plain memory, one dense, one for mappings (see SmallOptions).
+  all_ = space_.reservation();
+  region_pages_ = all_.count().value / 4;
+  for (const std::size_t first : {std::size_t{0}, region_pages_ - kWindowPages / 2, 2 * region_pages_,
+                                  3 * region_pages_}) {
+    windows_.push_back(PageRange::Of(all_.first + vm::Pages{first}, {kWindowPages}));
+  }
+  files_.push_back(std::make_unique<FilePages>(Protection::kReadWrite));
+  files_.push_back(std::make_unique<FilePages>(Protection::kRead));
+}
+
+PageRange SpaceModel::RegionOf(PageNumber page) const {
+  const std::size_t index = (page - all_.first).value / region_pages_;
+  return PageRange::Of(all_.first + vm::Pages{index * region_pages_}, {region_pages_});
+}
+
+SpaceModel::Page* SpaceModel::Find(PageNumber page) {
+  const auto found = pages_.find(page.value);
+  return found == pages_.end() ? nullptr : &found->second;
+}
+
+bool SpaceModel::IsMapped(PageRange range) {
+  const auto from = pages_.lower_bound(range.first.value);
+  const auto to = pages_.lower_bound(range.end.value);
+  return static_cast<std::size_t>(std::distance(from, to)) == range.count().value;
+}
+
+bool SpaceModel::IsFree(PageRange range) {
+  return pages_.lower_bound(range.first.value) == pages_.lower_bound(range.end.value);
+}
+
+bool SpaceModel::Continues(std::size_t number, const Page& page, std::size_t next_number, const Page& next) {
+  return next_number == number + 1 && next.generation == page.generation && next.protection == page.protection &&
+         next.lock == page.lock && next.file == page.file &&
+         (page.file == nullptr || next.file_page == page.file_page + 1);
+}
+
+PageRange SpaceModel::VmaOf(PageNumber page) {
+  const PageRange region = RegionOf(page);
+  auto first = pages_.find(page.value);
+  auto last = first;
+  while (first != pages_.begin() && region.Contains(PageNumber{first->first - 1})) {
+    const auto before = std::prev(first);
+    if (!Continues(before->first, before->second, first->first, first->second)) break;
+    first = before;
+  }
+  for (auto next = std::next(last); next != pages_.end() && region.Contains(PageNumber{next->first}) &&
+                                    Continues(last->first, last->second, next->first, next->second);
+       ++next) {
+    last = next;
+  }
+  return {{first->first}, {last->first + 1}};
+}
+
+void SpaceModel::Erase(PageRange range) {
+  const auto from = pages_.lower_bound(range.first.value);
+  const auto to = pages_.lower_bound(range.end.value);
+  if (PinnedIn(range) == Pinned::kYes) {
+    for (auto at = from; at != to; ++at) {
+      perhaps_deferred_.insert(at->first);
+      if (PinnedIn({{at->first}, {at->first + 1}}) == Pinned::kYes) deferred_.insert(*at);
+    }
+  }
+  pages_.erase(from, to);
+}
+
+void SpaceModel::Put(PageNumber page, const Page& mapped) {
+  pages_[page.value] = mapped;
+  perhaps_deferred_.erase(page.value);
+  deferred_.erase(page.value);
+}
+
+void SpaceModel::SetPin(std::size_t index, std::unique_ptr<Pin> pin) {
+  pins_[index % kPins] = std::move(pin);
+  std::erase_if(deferred_, [&](const auto& page) {
+    return std::none_of(pins_.begin(), pins_.end(), [&](const std::unique_ptr<Pin>& other) {
+      return other != nullptr && other->range().Contains(PageNumber{page.first});
+    });
+  });
+  const bool none = std::all_of(pins_.begin(), pins_.end(), [](const auto& other) { return other == nullptr; });
+  if (none && !had_failures_) perhaps_deferred_.clear();
+}
+
+SpaceModel::Pinned SpaceModel::PinnedIn(PageRange range) const {
+  for (const std::unique_ptr<Pin>& pin : pins_) {
+    if (pin != nullptr && pin->range().Overlaps(range)) return Pinned::kYes;
+  }
+  const auto perhaps = perhaps_deferred_.lower_bound(range.first.value);
+  return perhaps != perhaps_deferred_.end() && *perhaps < range.end.value ? Pinned::kMaybe : Pinned::kNo;
+}
+
+void SpaceModel::ForgetDeferred() {
+  if (std::all_of(pins_.begin(), pins_.end(), [](const auto& pin) { return pin == nullptr; })) {
+    perhaps_deferred_.clear();
+  }
+}
+
+void SpaceModel::SetZero(PageRange range) {
+  for (auto at = pages_.lower_bound(range.first.value); at != pages_.end() && at->first < range.end.value; ++at) {
+    at->second.known = true;
+    at->second.stamp = 0;
+  }
+}
+
+void SpaceModel::SetUnknown(PageRange range) {
+  for (auto at = pages_.lower_bound(range.first.value); at != pages_.end() && at->first < range.end.value; ++at) {
+    at->second.known = false;
+  }
+}
+
+void SpaceModel::Write(PageRange range) {
+  for (auto at = pages_.lower_bound(range.first.value); at != pages_.end() && at->first < range.end.value; ++at) {
+    Page& page = at->second;
+    if (!Writable(page.protection)) continue;
+    const std::uint64_t stamp = owner_ << 48 | ++last_stamp_;
+    volatile std::uint64_t* words = WordsOf({at->first});
+    for (std::size_t i = 0; i < kWordsPerPage; i += kWordStep) words[i] = stamp;
     page.known = true;
-    page.value = 0;
-    if (i < range.count().value) page = *At(range.first + Pages{i});
-    pages.push_back(page);
+    page.stamp = stamp;
+    if (page.file != nullptr) page.file->stamps[page.file_page] = stamp;
   }
-  const Result<PageRange> remapped = space_.Remap(range, {count}, options);
-  if (first.lock != MemoryLock::kNone && IsLockLimit(remapped.error())) return true;
-  if (!ExpectError("Remap", remapped.error(), want)) return false;
-  if (!remapped.ok()) return true;
-  if (remapped->count().value != count) return Fail("Remap: wrong size");
-  if ((options.placement != Placement::kAnywhere || fits) && !(*remapped == target)) return Fail("Remap: wrong place");
-  std::uint64_t mapping = first.mapping;
-  if (options.keep_source) {
-    mapping = ++last_mapping_;
-    const Result<VmaInfo> vma = space_.Lookup(remapped->first);
-    if (!vma.ok()) return Fail("Remap: not mapped afterwards");
-    generations_.emplace_back(mapping, vma->generation);
-  }
-  for (PageNumber p = range.first; p < range.end; p = p + Pages{1}) {
-    if (options.keep_source) {
-      At(p)->known = true;
-      At(p)->value = 0;
-    } else {
-      *At(p) = {};
-    }
-  }
-  bool inside = true;
-  for (std::size_t i = 0; i < count; ++i) {
-    pages[i].mapping = mapping;
-    Page* page = At(remapped->first + Pages{i});
-    if (page != nullptr) *page = pages[i];
-    inside = inside && page != nullptr;
-  }
-  if (!inside) {
-    for (PageNumber p = remapped->first; p < remapped->end; p = p + Pages{1}) {
-      if (Page* page = At(p)) *page = {};
-    }
-    if (!space_.Unmap(*remapped).ok()) return Fail("Unmap of a remapped mapping");
-  }
-  return true;
 }
 
-bool SpaceModel::IsLockLimit(Error error) { return error == Error::System(ENOMEM) || error == Error::System(EPERM); }
+void SpaceModel::MayBeDeferred(PageRange range) {
+  for (std::size_t page = range.first.value; page < range.end.value; ++page) perhaps_deferred_.insert(page);
+}
 
-void SpaceModel::SetLockOf(PageRange range, MemoryLock lock) {
-  for (std::size_t window = 0; window < windows_.size(); ++window) {
-    for (std::size_t i = 0; i < kWindowPages; ++i) {
-      Page& page = pages_[window][i];
-      if (page.mapped && range.Contains(windows_[window].first + Pages{i})) page.lock = lock;
+// ---- Notifiers ----
+
+void SpaceModel::Listen(bool on) {
+  listener_.reset();
+  if (!on) return;
+  std::set<std::size_t> mapped;
+  for (const auto& page : pages_) mapped.insert(page.first);
+  listener_ = std::make_unique<Listener>(space_, alone() ? &mapped : nullptr);
+}
+
+// It was told of what is mapped, and of what went, unless that is pinned.
+void SpaceModel::CheckListener() {
+  if (listener_ == nullptr) return;
+  Expect(listener_->failure().empty(), listener_->failure());
+  if (!alone()) return;
+  for (const auto& [number, page] : pages_) {
+    if (!listener_->Knows(number)) return Fail("OnMap was not called for page " + Hex({{number}, {number + 1}}));
+  }
+  for (const std::size_t number : listener_->pages()) {
+    const PageRange page = {{number}, {number + 1}};
+    if (Find(page.first) == nullptr && PinnedIn(page) == Pinned::kNo) {
+      return Fail("OnClose was not called for page " + Hex(page));
     }
   }
 }
 
-bool SpaceModel::CheckPage(PageNumber number, const Page& page) {
+// ---- Failures ----
+
+void SpaceModel::Arm(std::size_t nth_call, int sys_errno) {
+  if (kernel_ == nullptr) return;
+  armed_call_ = nth_call;
+  armed_errno_ = sys_errno;
+}
+
+Error SpaceModel::Call(const std::function<Error()>& verb, const std::function<void()>& tolerate) {
+  if (armed_call_ == 0) return verb();
+  const std::size_t before = kernel_->InjectedFailures();
+  kernel_->FailNthOfAny(armed_call_, armed_errno_);
+  armed_call_ = 0;
+  const Error error = verb();
+  kernel_->StopFailing();
+  const bool failed = kernel_->InjectedFailures() != before;
+  had_failures_ = had_failures_ || failed;
+  // A verb that has done its work may have been refused the way back to what the kernel had before.
+  kernel_may_differ_ = kernel_may_differ_ || (failed && error.ok());
+  if (error.ok() || !failed) return error;
+  if (tolerate) tolerate();
+  CheckInvariants(Depth::kContent);
+  if (!ok()) failure_ = "after a failed call: " + failure_;
+  return verb();
+}
+
+// ---- Verdicts ----
+
+void SpaceModel::Fail(const std::string& what) {
+  if (ok()) failure_ = what;
+}
+
+bool SpaceModel::Expect(bool condition, const std::string& what) {
+  if (!condition) Fail(what);
+  return condition;
+}
+
+bool SpaceModel::Expect(const char* verb, Error got, Error want) {
+  return Expect(got == want, std::string(verb) + ": got '" + Text(got) + "', expected '" + Text(want) + "'");
+}
+
+bool SpaceModel::Expect(const char* verb, Error got, ErrorCode want) {
+  return Expect(got.code == want,
+                std::string(verb) + ": got '" + Text(got) + "', expected '" + ToString(want) + "'");
+}
+
+void SpaceModel::CheckAttributes(const VmaInfo& vma, PageNumber number, const Page& page) {
+  const auto expect = [&](bool condition, const char* what) {
+    if (!condition) Fail("page " + Hex(PageRange::Of(number, {1})) + what);
+  };
+  expect(vma.range.Contains(number), ": lookup gave another range");
+  expect(vma.protection == page.protection, ": wrong protection");
+  expect(vma.lock == page.lock, ": wrong lock");
+  expect(vma.generation == page.generation, ": wrong generation");
+  expect(vma.backing == page.file, ": wrong backing");
+  if (page.file != nullptr) {
+    expect(vma.backing_page + (number - vma.range.first).value == page.file_page, ": wrong backing page");
+  }
+}
+
+void SpaceModel::CheckPage(PageNumber number, const Page& page, Depth depth) {
   const Result<VmaInfo> vma = space_.Lookup(number);
-  if (vma.ok() != page.mapped) {
-    return Fail("page " + Hex(number) + (page.mapped ? " should be mapped" : " should not be mapped"));
-  }
-  if (!page.mapped) return true;
-  if (!vma->range.Contains(number)) return Fail("page " + Hex(number) + ": lookup gave another range");
-  if (vma->protection != page.protection) return Fail("page " + Hex(number) + ": wrong protection");
-  if (vma->lock != page.lock) return Fail("page " + Hex(number) + ": wrong lock");
-  const auto generation = std::lower_bound(generations_.begin(), generations_.end(),
-                                           std::make_pair(page.mapping, std::uint64_t{0}));
-  if (generation->second != vma->generation) return Fail("page " + Hex(number) + ": wrong generation");
-  if (!page.known || !Readable(page.protection)) return true;
-  const auto* bytes = reinterpret_cast<const volatile std::uint8_t*>(number.address());
-  for (const std::size_t offset : {std::size_t{0}, kPageSize / 2, kPageSize - 1}) {
-    if (bytes[offset] != page.value) {
-      return Fail("page " + Hex(number) + ": holds " + std::to_string(bytes[offset]) + ", expected " +
-                  std::to_string(page.value));
-    }
-  }
-  return true;
+  if (!vma.ok()) return Fail("page " + Hex(PageRange::Of(number, {1})) + " should be mapped");
+  CheckAttributes(*vma, number, page);
+  if (ok() && depth == Depth::kContent) CheckContent(number, page);
 }
 
-bool SpaceModel::CheckAll() {
-  for (std::size_t window = 0; window < windows_.size(); ++window) {
-    for (std::size_t i = 0; i < kWindowPages; ++i) {
-      if (!CheckPage(windows_[window].first + Pages{i}, pages_[window][i])) return false;
-    }
+void SpaceModel::CheckContent(PageNumber number, const Page& page) {
+  if (!Readable(page.protection)) return;
+  if (page.file == nullptr && !page.known) return;
+  const std::uint64_t stamp = page.file == nullptr ? page.stamp : page.file->stamps[page.file_page];
+  const volatile std::uint64_t* words = WordsOf(number);
+  for (std::size_t i = 0; i < kWordsPerPage; i += kWordStep) {
+    const std::uint64_t word = words[i];
+    if (word == stamp) continue;
+    char text[80];
+    std::snprintf(text, sizeof text, ": word %zu is %#zx, expected %#zx", i, static_cast<std::size_t>(word),
+                  static_cast<std::size_t>(stamp));
+    return Fail("page " + Hex(PageRange::Of(number, {1})) + text);
   }
-  // The walk over all VMAs sees the same pages.
-  std::size_t mapped = 0;
+}
+
+// The walk over all VMAs finds the same pages, cut in the same way, with the same attributes.
+void SpaceModel::CheckVmas() {
+  std::vector<VmaInfo> vmas;
   space_.ForEachVma(
-      [](void* context, const VmaInfo& vma) { *static_cast<std::size_t*>(context) += vma.range.count().value; },
-      &mapped);
-  std::size_t expected = 0;
-  for (const auto& window : pages_) {
-    expected += static_cast<std::size_t>(
-        std::count_if(window.begin(), window.end(), [](const Page& page) { return page.mapped; }));
+      [](void* context, const VmaInfo& vma) { static_cast<std::vector<VmaInfo>*>(context)->push_back(vma); }, &vmas);
+  auto next = pages_.begin();
+  for (const VmaInfo& vma : vmas) {
+    if (!Expect(next != pages_.end(), "a VMA too many: " + Hex(vma.range))) return;
+    const PageRange wanted = VmaOf({next->first});
+    if (!Expect(vma.range == wanted, "VMA " + Hex(vma.range) + " should be " + Hex(wanted))) return;
+    CheckAttributes(vma, vma.range.first, next->second);
+    CheckPage(wanted.end - vm::Pages{1}, *Find(wanted.end - vm::Pages{1}), Depth::kAttributes);
+    Expect(IsMapped({wanted.end, wanted.end + vm::Pages{1}}) || !space_.Lookup(wanted.end).ok(),
+           "the page after " + Hex(wanted) + " should not be mapped");
+    next = pages_.lower_bound(wanted.end.value);
   }
-  if (mapped != expected) return Fail("ForEachVma: wrong number of pages");
+  Expect(next == pages_.end(), "a VMA is missing");
+  const AddressSpaceStats stats = space_.Stats();
+  Expect(stats.vmas == vmas.size(), "Stats: wrong number of VMAs");
+  Expect(stats.mapped == vm::Pages{pages_.size()}.bytes(), "Stats: wrong number of mapped pages");
+  if (!perhaps_deferred_.empty()) return;
+  for (const std::unique_ptr<FilePages>& file : files_) {
+    const auto uses = [&](const auto& page) { return page.second.file == file.get(); };
+    Expect(file->pages() == static_cast<std::size_t>(std::count_if(pages_.begin(), pages_.end(), uses)),
+           "wrong number of pages of a backing");
+  }
+}
+
+// The kernel sees what the VMAs say.
+void SpaceModel::CheckKernel() {
+  if (kernel_may_differ_) return;
+  for (const auto& [number, page] : pages_) {
+    const os::PageState state = kernel_->At({number});
+    if (state.protection == page.protection && state.locked == (page.lock != MemoryLock::kNone)) continue;
+    return Fail("page " + Hex({{number}, {number + 1}}) + ": the kernel has another " +
+                (state.protection == page.protection ? "lock" : "protection"));
+  }
+}
+
+void SpaceModel::CheckInvariants(Depth depth) {
+  if (alone()) CheckVmas();
+  if (!ok() || (alone() && depth == Depth::kAttributes)) return;
+  for (const auto& [number, page] : pages_) {
+    CheckPage({number}, page, depth);
+    if (!ok()) return;
+  }
+  for (const auto& [number, page] : deferred_) CheckContent({number}, page);
+  CheckListener();
+  if (!alone()) return;
+  CheckKernel();
   space_.CheckInvariants();
-  return true;
 }
 
-namespace {
-
-// "" or what failed, and after how many operations.
-std::string RunOnce(const std::vector<SpaceOperation>& operations, const AddressSpaceOptions& options,
-                    std::size_t check_every, std::size_t& performed) {
-  os::LinuxKernel kernel;
-  const Result<AddressSpace*> space = AddressSpace::Create(kernel, options);
-  if (!space.ok()) return "cannot create a space";
-  SpaceModel model(**space);
-  std::string failure;
-  for (performed = 0; performed < operations.size() && failure.empty(); ++performed) {
-    const bool check = (performed + 1) % check_every == 0 || performed + 1 == operations.size();
-    if (!model.Perform(operations[performed]) || (check && !model.CheckAll())) failure = model.failure();
+void SpaceModel::Finish() {
+  armed_call_ = 0;
+  if (ok()) CheckInvariants(Depth::kContent);
+  for (std::size_t i = 0; i < kPins; ++i) SetPin(i, nullptr);
+  Listen(false);
+  if (!ok()) return;
+  space_.Tick();
+  ForgetDeferred();
+  if (!alone()) {
+    while (ok() && !pages_.empty()) {
+      const PageRange vma = VmaOf({pages_.begin()->first});
+      Expect("Unmap", space_.Unmap(vma), ErrorCode::kOk);
+      Erase(vma);
+    }
+    return;
   }
-  AddressSpace::Destroy(*space);
-  return failure;
-}
-
-// Leaves out whatever is not needed for some failure, in ever smaller pieces.
-std::vector<SpaceOperation> Shrink(std::vector<SpaceOperation> operations, const AddressSpaceOptions& options) {
-  std::size_t performed = 0;
-  for (std::size_t piece = operations.size() / 2; piece > 0; piece /= 2) {
-    for (std::size_t at = 0; at + piece <= operations.size();) {
-      std::vector<SpaceOperation> fewer = operations;
-      fewer.erase(fewer.begin() + static_cast<std::ptrdiff_t>(at),
-                  fewer.begin() + static_cast<std::ptrdiff_t>(at + piece));
-      if (RunOnce(fewer, options, 1, performed).empty()) {
-        at += piece;
-      } else {
-        operations = std::move(fewer);
+  Expect("UnlockAll", space_.UnlockAll(), ErrorCode::kOk);
+  Expect("Unmap", space_.Unmap(all_), ErrorCode::kOk);
+  pages_.clear();
+  CheckInvariants(Depth::kContent);
+  // What the kernel refused to unlock stays locked while it waits for re-use.
+  (void)space_.Purge(PurgeScope::kAll);
+  Expect(kernel_->LockedPages() == vm::Pages{0}, "something stayed locked");
+  for (const PageRange window : windows_) {
+    for (const PageRange part : {window.Intersect(RegionOf(window.first)),
+                                 PageRange{RegionOf(window.first).end, window.end}}) {
+      if (part.empty() || !ok()) continue;
+      const Result<PageRange> mapped =
+          space_.Map(part.count(), {.placement = Placement::kFixed, .address = part.address()});
+      if (!Expect("Map of everything", mapped.error(), ErrorCode::kOk)) return;
+      const Result<VmaInfo> vma = space_.Lookup(part.first);
+      for (PageNumber page = part.first; page < part.end; page = page + vm::Pages{1}) {
+        Put(page, {.generation = vma.ok() ? vma->generation : 0});
       }
     }
   }
-  return operations;
+  CheckInvariants(Depth::kContent);
+  for (const PageRange window : windows_) {
+    for (std::size_t page = 0; ok() && page < kWindowPages; page += 16) {
+      Write(PageRange::Of(window.first + vm::Pages{page}, {1}));
+    }
+  }
+  CheckInvariants(Depth::kContent);
+  Expect("Unmap", space_.Unmap(all_), ErrorCode::kOk);
+  pages_.clear();
 }
 
-}  // namespace
-
-std::string RunSpaceOperations(const std::vector<SpaceOperation>& operations,
-                               const AddressSpaceOptions& options, std::size_t check_every) {
-  std::size_t performed = 0;
-  std::string failure = RunOnce(operations, options, check_every, performed);
-  if (failure.empty()) return failure;
-  failure += " (after operation " + std::to_string(performed) + "); enough to fail:\n";
-  const std::vector<SpaceOperation> upto(operations.begin(),
-                                         operations.begin() + static_cast<std::ptrdiff_t>(performed));
-  for (const SpaceOperation& operation : Shrink(upto, options)) failure += "  " + operation.ToString() + ",\n";
-  return failure;
-}
-
-}  // namespace freehold::vm
+}  // namespace freehold::vm::test

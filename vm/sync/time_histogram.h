@@ -38,6 +38,7 @@ class TimeHistogram {
 
   void Add(std::size_t bucket, std::uint64_t times) { counts_[bucket] += times; }
 
+  std::uint64_t count(std::size_t bucket) const { return counts_[bucket]; }
   std::uint64_t count() const {
     std::uint64_t sum = 0;
     for (const std::uint64_t times : counts_) sum += times;
