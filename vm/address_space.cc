@@ -4,6 +4,7 @@
 #include <bit>
 #include <new>
 
+#include "vm/backing.h"
 #include "vm/metadata_arena.h"
 #include "vm/os/check.h"
 #include "vm/purge_stage.h"
@@ -145,6 +146,20 @@ Result<PageRange> AddressSpace::Map(Pages count, const MapOptions& options) {
   const std::size_t alignment = options.alignment.value;
   if (alignment == 0 || (alignment & (alignment - 1)) != 0) return ErrorCode::kUnaligned;
 
+  if (ABSL_PREDICT_FALSE(options.backing != nullptr)) return MapBacked(count, options);
+  return MapAny(count, options);
+}
+
+Result<PageRange> AddressSpace::MapBacked(Pages count, const MapOptions& options) {
+  if (!options.backing->Allows(options.protection)) return ErrorCode::kDenied;
+  // While somebody may find the mapping, its pages are counted.
+  options.backing->AddPages(count.value);
+  const Result<PageRange> mapped = MapAny(count, options);
+  if (!mapped.ok()) options.backing->DropPages(count.value);
+  return mapped;
+}
+
+Result<PageRange> AddressSpace::MapAny(Pages count, const MapOptions& options) {
   const os::MemoryLock future = future_lock_.load(std::memory_order_relaxed);
   if (ABSL_PREDICT_FALSE(future != os::MemoryLock::kNone)) {
     if (options.lock == os::MemoryLock::kNone) return MapLocked(count, options, future);
@@ -156,7 +171,7 @@ Result<PageRange> AddressSpace::Map(Pages count, const MapOptions& options) {
 Result<PageRange> AddressSpace::MapLocked(Pages count, const MapOptions& options, os::MemoryLock lock) {
   MapOptions locked = options;
   locked.lock = lock;
-  return Map(count, locked);
+  return MapAny(count, locked);
 }
 
 Result<PageRange> AddressSpace::MapPopulated(Pages count, const MapOptions& options) {
@@ -170,7 +185,9 @@ Result<PageRange> AddressSpace::MapPopulated(Pages count, const MapOptions& opti
 
 Result<PageRange> AddressSpace::Place(Pages count, const MapOptions& options) {
   if (options.placement != Placement::kAnywhere) return MapAt(count, options);
-  if (options.protection != os::Protection::kReadWrite) return MapInZone(Zone::kMapping, count, options);
+  if (options.protection != os::Protection::kReadWrite || options.backing != nullptr) {
+    return MapInZone(Zone::kMapping, count, options);
+  }
   if (count.value >= kPagesPerHugePage && (Populates(options) || options.huge_pages == os::HugePages::kPrefer)) {
     MapOptions dense = options;
     dense.alignment = {std::max(options.alignment.value, kPagesPerHugePage)};
@@ -273,6 +290,7 @@ Pages AddressSpace::Purge(PurgeScope scope) {
 void AddressSpace::Tick() {
   (void)Purge(PurgeScope::kDecayed);
   clock_.store(static_cast<std::uint32_t>(kernel_->Now().value >> kClockShift), std::memory_order_relaxed);
+  epochs_.Poll();
 }
 
 AddressSpaceStats AddressSpace::Stats() const {

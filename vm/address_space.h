@@ -26,6 +26,7 @@
 #include "vm/os/kernel.h"
 #include "vm/page_range.h"
 #include "vm/result.h"
+#include "vm/sync/epoch.h"
 #include "vm/sync/hold_histogram.h"
 #include "vm/sync/range_lock.h"
 #include "vm/sync/spin_lock.h"
@@ -33,6 +34,7 @@
 
 namespace freehold::vm {
 
+class Backing;
 class MetadataArena;
 class PurgeStage;
 class Region;
@@ -90,6 +92,9 @@ struct MapOptions {
   bool populate = false;
   // kNone: as LockAll said for future mappings. kLocked populates too.
   os::MemoryLock lock = os::MemoryLock::kNone;
+  // Where the content comes from, its page `backing_page` first; null: anonymous memory.
+  Backing* backing = nullptr;
+  std::uint64_t backing_page = 0;
 };
 
 // A copy of a VMA's attributes, valid at the moment of the lookup.
@@ -99,6 +104,8 @@ struct VmaInfo {
   os::MemoryLock lock = os::MemoryLock::kNone;
   Zone zone = Zone::kPlain;
   std::uint64_t generation = 0;  // unique per mapping; parts split off a mapping keep it
+  Backing* backing = nullptr;    // to be used in a read section of AddressSpace::epochs, or with the range held
+  std::uint64_t backing_page = 0;  // that the first page of `range` shows
 };
 
 struct PopulateOptions {
@@ -174,9 +181,9 @@ class AddressSpace {
   AddressSpace(const AddressSpace&) = delete;
   AddressSpace& operator=(const AddressSpace&) = delete;
 
-  // Maps `count` pages of anonymous memory. Errors: kEmpty, kOverflow, kUnaligned (address or alignment),
-  // kOutsideReservation (fixed range not inside one region), kOverlap, kNoRoom, kNoMetadata, kSystem (EPERM or
-  // ENOMEM too when it is to be locked and may not).
+  // Maps `count` pages of anonymous memory, or of a backing. Errors: kEmpty, kOverflow, kUnaligned (address or alignment),
+  // kOutsideReservation (fixed range not inside one region), kOverlap, kNoRoom, kNoMetadata, kDenied (more than the
+  // backing allows), kSystem (EPERM or ENOMEM too when it is to be locked and may not; what the backing says).
   Result<PageRange> Map(Pages count, const MapOptions& options = {});
 
   // Unmaps whatever is mapped in `range`: parts of VMAs, several VMAs, holes. Errors: kEmpty, kOverflow,
@@ -184,7 +191,8 @@ class AddressSpace {
   // find an unmap of many VMAs partly done.
   Error Unmap(PageRange range);
 
-  // Changes the protection of `range`, which must be mapped throughout, else kNotMapped. Fails as a whole per
+  // Changes the protection of `range`, which must be mapped throughout, else kNotMapped, and may be no more than the
+  // backings in it allow, else kDenied. Fails as a whole per
   // region; lookups may find a change of many VMAs partly done.
   Error Protect(PageRange range, os::Protection protection);
 
@@ -249,6 +257,8 @@ class AddressSpace {
   PageRange reservation() const { return reservation_; }
   bool Contains(const void* address) const { return reservation_.Contains(PageNumber::Of(address)); }
   os::Kernel& kernel() const { return *kernel_; }
+  // Keeps backings that a lookup reported from being destroyed while a reader is inside. Tick polls it.
+  sync::EpochDomain& epochs() { return epochs_; }
   AddressSpaceStats Stats() const;
   // How long tree locks were held since Create, all regions together; empty unless
   // AddressSpaceOptions::record_tree_lock_holds is set.
@@ -297,6 +307,10 @@ class AddressSpace {
   Error CheckDiscard(PageRange range, const sync::RangeLock::Guard* guard) const;
   // Map with a lock that its caller did not ask for.
   Result<PageRange> MapLocked(Pages count, const MapOptions& options, os::MemoryLock lock);
+  // Map with checked arguments.
+  Result<PageRange> MapAny(Pages count, const MapOptions& options);
+  // Map with a backing: counts its pages.
+  Result<PageRange> MapBacked(Pages count, const MapOptions& options);
   Result<PageRange> MapPopulated(Pages count, const MapOptions& options);
   // Map without populating.
   Result<PageRange> Place(Pages count, const MapOptions& options);
@@ -334,6 +348,7 @@ class AddressSpace {
   unsigned region_shift_ = 0;  // log2 of pages per region
   // Of new mappings; relaxed, any thread. Beside what every Map reads and nobody writes.
   std::atomic<os::MemoryLock> future_lock_{os::MemoryLock::kNone};
+  sync::EpochDomain epochs_;
   sync::SpinLock fork_lock_{sync::LockRank::kFork};
   ForkGuards* fork_guards_ = nullptr;  // changed under fork_lock_
 

@@ -1,6 +1,6 @@
 // fork(2): the child's copy of the space must be consistent, whatever other threads were doing.
 //
-// PrepareFork takes the fork lock (one thread forks at a time), then every range exclusively, so that no verb is
+// PrepareFork takes the fork lock (one thread forks at a time), keeps deferred callbacks from running, then takes every range exclusively, so that no verb is
 // between its tree change and its kernel work, then the turn of the purge stage, then every tree lock. What is
 // left half-done belongs to threads that hold no range yet: kPending extents whose Map still waits, and kPurging
 // extents on their way to or from the stage. The parent's threads go on; the child takes those extents back.
@@ -35,6 +35,7 @@ Error AddressSpace::InitFork() {
 void AddressSpace::PrepareFork() ABSL_NO_THREAD_SAFETY_ANALYSIS {
   // Threads may fork at the same time: libc runs fork handlers side by side.
   fork_lock_.LockForFork();
+  epochs_.LockForFork();
   if (options_.lock_policy == sync::LockPolicy::kCoarse) {
     fork_guards_->Add(range_locks_->lock, reservation_);
   } else {
@@ -48,6 +49,7 @@ void AddressSpace::ParentAfterFork() ABSL_NO_THREAD_SAFETY_ANALYSIS {
   for (Region* region : regions()) region->ParentAfterFork();
   purge_stage_->ParentAfterFork();
   fork_guards_->Clear();
+  epochs_.UnlockAfterFork();
   fork_lock_.UnlockAfterFork();
 }
 
@@ -62,6 +64,7 @@ void AddressSpace::ChildAfterFork() ABSL_NO_THREAD_SAFETY_ANALYSIS {
     for (Region* region : regions()) region->range_lock().ReinitAfterFork();
   }
   fork_guards_->Clear();
+  epochs_.ReinitAfterFork();
   fork_lock_.UnlockAfterFork();
 }
 

@@ -12,13 +12,15 @@ constexpr int kVisitsPerCopy = 64;
 
 }  // namespace
 
-VmaInfo Region::InfoOf(const VmaTree::View& view, VmaState& state) const {
-  state = view.state;
-  return {.range = ToAbsolute(view.first, view.count),
-          .protection = view.protection,
-          .lock = view.lock,
+VmaInfo Region::InfoOf(PageRange range, const VmaAttributes& attributes) const {
+  const auto first = static_cast<std::int64_t>(ToRegion(range.first));
+  return {.range = range,
+          .protection = attributes.protection,
+          .lock = attributes.lock,
           .zone = zone_,
-          .generation = view.generation};
+          .generation = attributes.generation,
+          .backing = attributes.backing,
+          .backing_page = attributes.backing == nullptr ? 0 : static_cast<std::uint64_t>(attributes.origin + first)};
 }
 
 VmaInfo Region::LookupExtent(PageNumber page, VmaState& state) const {
@@ -29,7 +31,8 @@ VmaInfo Region::LookupExtent(PageNumber page, VmaState& state) const {
     // Nobody writes now, so one attempt is enough.
     FREEHOLD_CHECK(tree_.Lookup(ToRegion(page), view));
   }
-  return InfoOf(view, state);
+  state = view.state;
+  return InfoOf(ToAbsolute(view.first, view.count), view.attributes);
 }
 
 VmaInfo Region::LookupHeld(PageNumber page, VmaState& state, const Guard& guard) const {
@@ -37,7 +40,8 @@ VmaInfo Region::LookupHeld(PageNumber page, VmaState& state, const Guard& guard)
   VmaTree::View view;
   sync::SpinLockHolder holder(tree_lock_);
   FREEHOLD_CHECK(tree_.Lookup(ToRegion(page), view));
-  return InfoOf(view, state);
+  state = view.state;
+  return InfoOf(ToAbsolute(view.first, view.count), view.attributes);
 }
 
 std::size_t Region::CopyVmas(PageNumber& from, VmaInfo* out, std::size_t capacity) const {
@@ -52,11 +56,7 @@ std::size_t Region::CopyVmas(PageNumber& from, VmaInfo* out, std::size_t capacit
     const PageRange range = RangeOf(vma);
     from = range.end;
     if (!vma.Is(VmaState::kMapped)) continue;
-    out[size++] = {.range = {std::max(range.first, lowest), range.end},
-                   .protection = vma.protection.load(std::memory_order_relaxed),
-                   .lock = vma.lock.load(std::memory_order_relaxed),
-                   .zone = zone_,
-                   .generation = vma.generation.load(std::memory_order_relaxed)};
+    out[size++] = InfoOf({std::max(range.first, lowest), range.end}, vma.attributes());
   } while (size < capacity && ++visits < kVisitsPerCopy && tree_.Next(path));
   return size;
 }

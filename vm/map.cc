@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "vm/backing.h"
 #include "vm/os/check.h"
 #include "vm/region.h"
 
@@ -20,6 +21,15 @@ namespace freehold::vm {
 namespace {
 
 constexpr int kMaxAttempts = 3;
+
+VmaAttributes AttributesOf(const MapOptions& options, RegionPage first, std::uint64_t generation) {
+  VmaAttributes attributes = {.protection = options.protection, .lock = options.lock, .generation = generation};
+  if (ABSL_PREDICT_FALSE(options.backing != nullptr)) {
+    attributes.backing = options.backing;
+    attributes.origin = static_cast<std::int64_t>(options.backing_page) - static_cast<std::int64_t>(first);
+  }
+  return attributes;
+}
 
 constexpr bool Writable(os::Protection protection) {
   return (static_cast<unsigned>(protection) & static_cast<unsigned>(os::Protection::kWrite)) != 0;
@@ -96,22 +106,23 @@ Region::Choice Region::ChooseLocked(RegionPage count, const MapOptions& options,
   }
   out.vma = vma;
   out.first = vma->first_page();
-  out.generation = NextGenerationLocked();
-  out.protection = options.protection;
-  out.zero = options.content == Content::kZeroed && vma->knowledge != Knowledge::kClean;
+  out.attributes = AttributesOf(options, out.first, NextGenerationLocked());
+  // What another mapping left in the kernel goes, with its content; a backing takes its place by itself.
+  out.reset = vma->foreign && options.backing == nullptr;
+  out.zero = options.content == Content::kZeroed && vma->knowledge != Knowledge::kClean && !out.reset &&
+             options.backing == nullptr;
   // Many chunks are looked at without the tree lock, in Commit.
   out.commit = is_heap() && (vma->page_count() > kChunksPerHold * chunk_pages_ ||
                              !IsCommitted(vma->first_page(), vma->end_page()));
   const os::Protection now = is_heap() ? os::Protection::kReadWrite : os::Protection::kNone;
-  out.protect = vma->kernel_vma || options.protection != now;
+  out.protect = (vma->kernel_vma || out.reset || options.protection != now) && options.backing == nullptr;
   out.unguard = is_heap() && shared_.options->strict_unmap;
-  out.lock = options.lock;
   out.relock = vma->locked() != (options.lock != os::MemoryLock::kNone);
   if (!out.needed()) {
-    PublishLocked(vma, vma->page_count(), options.protection, options.lock, out.generation);
+    PublishLocked(vma, vma->page_count(), out.attributes);
     return Choice::kPublished;
   }
-  VmaWriter(*vma).SetGeneration(out.generation);
+  VmaWriter(*vma).SetGeneration(out.attributes.generation);
   return Choice::kPrepare;
 }
 
@@ -151,18 +162,26 @@ Result<PageRange> Region::Finish(const Preparation& preparation, const Guard& gu
   FREEHOLD_DCHECK(guard.Covers(preparation.range, Mode::kExclusive));
   Vma* vma = preparation.vma;
   // While the range is held exclusively, nobody takes the extent away: the check needs no tree lock.
-  if (vma->generation.load(std::memory_order_acquire) != preparation.generation) {
+  const VmaAttributes& attributes = preparation.attributes;
+  if (vma->generation.load(std::memory_order_acquire) != attributes.generation) {
     return ErrorCode::kReplaced;
   }
   const Error error = Prepare(preparation);
   // What could not be committed was not untrapped either; a guard there would trap the next Commit.
   const bool untrapped = preparation.unguard && IsCommitted(vma->first_page(), vma->end_page());
-  const bool still_locked = !error.ok() && preparation.relock && preparation.lock != os::MemoryLock::kNone &&
+  // Of a backing that was refused, or got no lock, the kernel may have anything.
+  const bool replaced = preparation.reset || attributes.backing != nullptr;
+  const bool foreign = error.ok() ? attributes.backing != nullptr || (vma->foreign && !replaced)
+                                  : replaced ? !ReplaceForeign(preparation.range).ok() : vma->foreign;
+  const bool locked = attributes.lock != os::MemoryLock::kNone;
+  const bool still_locked = !error.ok() && preparation.relock && locked && !(replaced && !foreign) &&
                             !shared_.kernel->UnlockMemory(preparation.range).ok();
   if (!error.ok() && untrapped) (void)Trap(preparation.range);
   sync::SpinLockHolder holder(tree_lock_);
+  vma->foreign = foreign;
   if (!error.ok()) {
-    if (still_locked) VmaWriter(*vma).SetLock(preparation.lock);
+    vma->kernel_vma = vma->kernel_vma || (replaced && is_heap());
+    if (still_locked) VmaWriter(*vma).SetLock(attributes.lock);
     GiveBackLocked(vma);
     return error;
   }
@@ -170,29 +189,38 @@ Result<PageRange> Region::Finish(const Preparation& preparation, const Guard& gu
     zeroed_pages_.Add(vma->page_count());
     vma->knowledge = Knowledge::kResident;
   }
-  const bool locked = preparation.lock != os::MemoryLock::kNone;
-  vma->kernel_vma = is_heap() ? preparation.protection != os::Protection::kReadWrite
-                              : preparation.protection != os::Protection::kNone || locked;
+  vma->kernel_vma = is_heap() ? attributes.protection != os::Protection::kReadWrite
+                              : attributes.protection != os::Protection::kNone || locked;
   if (is_heap() && (preparation.protect || locked)) heap_splits_.Add(1);
-  PublishLocked(vma, vma->page_count(), preparation.protection, preparation.lock, preparation.generation);
+  PublishLocked(vma, vma->page_count(), attributes);
   return preparation.range;
 }
 
 Error Region::Prepare(const Preparation& preparation) {
   const PageRange range = preparation.range;
+  const VmaAttributes& attributes = preparation.attributes;
   if (preparation.commit) {
     if (const Error error = Commit(range); !error.ok()) return error;
   }
   if (preparation.unguard) {
     if (const Error error = Untrap(range); !error.ok()) return error;
   }
+  if (preparation.reset) {
+    if (const Error error = ReplaceForeign(range); !error.ok()) return error;
+  }
+  if (attributes.backing != nullptr) {
+    const auto page = static_cast<std::uint64_t>(attributes.origin + preparation.first);
+    const Error error =
+        attributes.backing->Install(*shared_.kernel, range, page, attributes.protection, /*occupied=*/false);
+    if (!error.ok()) return error;
+  }
   if (preparation.relock) {
-    if (const Error error = LockInKernel(range, preparation.lock); !error.ok()) return error;
+    if (const Error error = LockInKernel(range, attributes.lock); !error.ok()) return error;
   }
   // Zeroing writes: the pages must be writable, then get the protection asked for.
-  const bool zero_by_discard = preparation.zero && !Writable(preparation.protection);
+  const bool zero_by_discard = preparation.zero && !Writable(attributes.protection);
   if (preparation.protect) {
-    if (const Error error = shared_.kernel->Protect(range, preparation.protection); !error.ok()) {
+    if (const Error error = shared_.kernel->Protect(range, attributes.protection); !error.ok()) {
       return error;
     }
   }
@@ -220,8 +248,9 @@ Result<PageRange> Region::MapHeld(PageRange range, const MapOptions& options, st
   FREEHOLD_DCHECK(guard.Covers(range, Mode::kExclusive));
   const RegionPage first = ToRegion(range.first);
   const RegionPage end = ToRegion(range.end);
-  const Result<Claim> claim = ClaimFixed(first, end, options.placement);
+  Result<Claim> claim = ClaimFixed(first, end, options.placement);
   if (!claim.ok()) return claim.error();
+  if (claim->backed) FlushBackings(range, guard);
   const Error error = PrepareFixed(range, options, *claim, guard);
   if (!error.ok()) {
     Unclaim(*claim);
@@ -314,7 +343,10 @@ Vma* Region::ClaimExtentLocked(RegionPage page, Claim& claim) {
   const bool mapped = vma->Is(VmaState::kMapped);
   claim.clean = claim.clean && !mapped && vma->knowledge == Knowledge::kClean && vma->is_zones_own();
   claim.locked = claim.locked || vma->locked();
-  claim.moved = claim.moved || vma->moved;
+  // What is foreign and mapped without a backing is anonymous memory all the same.
+  claim.foreign = claim.foreign || vma->foreign;
+  claim.backed = claim.backed || vma->attributes().backing != nullptr || (vma->foreign && !mapped);
+  claim.occupied = claim.occupied || mapped;
   if (mapped) return vma;
   if (vma->Is(VmaState::kCached)) free_.Remove(vma);
   SetStateLocked(vma, VmaState::kPending);
@@ -332,6 +364,7 @@ void Region::Unclaim(const Claim& claim) {
       Vma* vma = tree_.Find(page).vma();
       page = vma->end_page();
       if (vma->Is(VmaState::kPending) && vma->generation.load(std::memory_order_relaxed) == claim.generation) {
+        vma->foreign = vma->foreign || claim.spoiled;
         GiveBackLocked(vma);
       }
     }
@@ -346,7 +379,9 @@ void Region::Unclaim(const Claim& claim) {
 void Region::PublishFixed(const Claim& claim, const MapOptions& options, std::uint64_t continued) {
   const os::Protection protection = options.protection;
   const bool locked = options.lock != os::MemoryLock::kNone;
+  const VmaAttributes attributes = AttributesOf(options, claim.first, continued != 0 ? continued : claim.generation);
   for (RegionPage page = claim.first; page < claim.end;) {
+    DroppedPages<kExtentsPerHold> replaced;  // dropped when the lock is
     sync::SpinLockHolder holder(tree_lock_);
     Vma* vma = tree_.Find(claim.first).vma();
     const RegionPage from = page;
@@ -354,6 +389,7 @@ void Region::PublishFixed(const Claim& claim, const MapOptions& options, std::ui
       const Vma* old = tree_.Find(page).vma();
       page = old->end_page();
       if (!old->Is(VmaState::kMapped)) continue;
+      replaced.Add(old->attributes().backing, old->page_count());
       mapped_pages_.Subtract(old->page_count());
       if (old == vma) vmas_.Subtract(1);
     }
@@ -362,9 +398,9 @@ void Region::PublishFixed(const Claim& claim, const MapOptions& options, std::ui
       // In the mapping zone, old content (Content::kAnything) may lie behind a protection of kNone.
       vma->kernel_vma = is_heap() ? protection != os::Protection::kReadWrite
                                   : protection != os::Protection::kNone || !claim.clean || locked;
-      vma->moved = claim.moved;
+      vma->foreign = options.backing != nullptr || (claim.foreign && !claim.backed);
       if (is_heap() && (vma->kernel_vma || locked)) heap_splits_.Add(1);
-      PublishLocked(vma, page - from, protection, options.lock, continued != 0 ? continued : claim.generation);
+      PublishLocked(vma, page - from, attributes);
     } else {
       VmaWriter(*vma).SetRange(claim.first, page - claim.first);
       mapped_pages_.Add(page - from);
@@ -378,7 +414,7 @@ void Region::PublishFixed(const Claim& claim, const MapOptions& options, std::ui
 
 // The kernel's side of a fixed mapping, steps that can fail first. On error the old mappings have their
 // protection and content: content goes last.
-Error Region::PrepareFixed(PageRange range, const MapOptions& options, const Claim& claim, const Guard& guard) {
+Error Region::PrepareFixed(PageRange range, const MapOptions& options, Claim& claim, const Guard& guard) {
   FREEHOLD_DCHECK(guard.Covers(range, Mode::kExclusive));
   if (!IsCommitted(ToRegion(range.first), ToRegion(range.end))) {
     if (const Error error = Commit(range); !error.ok()) return error;
@@ -391,12 +427,16 @@ Error Region::PrepareFixed(PageRange range, const MapOptions& options, const Cla
     }
   }
   const bool relock = claim.locked || options.lock != os::MemoryLock::kNone;
+  const bool replaced = claim.backed || options.backing != nullptr;
   Error error;
+  // Also before a replacement, which takes the lock away: so the limit is known while nothing is lost.
   if (relock) error = LockInKernel(range, options.lock);
-  if (error.ok() && (!claim.clean || options.protection != now)) {
+  if (error.ok() && replaced) {
+    error = ReplaceInKernel(range, options, claim);
+  } else if (error.ok() && (!claim.clean || options.protection != now)) {
     error = shared_.kernel->Protect(range, options.protection);
   }
-  if (error.ok() && !claim.clean && options.content != Content::kAnything) {
+  if (error.ok() && !claim.clean && !replaced && options.content != Content::kAnything) {
     error = MakeZero(range, Writable(options.protection));
   }
   if (!error.ok()) {
@@ -404,6 +444,39 @@ Error Region::PrepareFixed(PageRange range, const MapOptions& options, const Cla
     RestoreProtection(range, guard);
   }
   return error;
+}
+
+// A backing, or anonymous memory, takes the place of another kernel VMA.
+Error Region::ReplaceInKernel(PageRange range, const MapOptions& options, Claim& claim) {
+  Error error;
+  if (options.backing != nullptr) {
+    error = options.backing->Install(*shared_.kernel, range, options.backing_page, options.protection, claim.occupied);
+  } else {
+    error = ReplaceForeign(range);
+    if (error.ok() && options.protection != os::Protection::kNone) {
+      error = shared_.kernel->Protect(range, options.protection);
+    }
+  }
+  if (error.ok() && options.lock != os::MemoryLock::kNone) error = LockInKernel(range, options.lock);
+  // Free pages must be clean again; what the kernel has now of mapped ones is left to it.
+  if (!error.ok() && !claim.occupied) {
+    claim.spoiled = !ReplaceForeign(range).ok() ||
+                    (is_heap() && !shared_.kernel->Protect(range, os::Protection::kReadWrite).ok());
+  }
+  return error;
+}
+
+// Before the content of what is mapped in `range` goes.
+void Region::FlushBackings(PageRange range, const Guard& guard) {
+  FREEHOLD_DCHECK(guard.Covers(range, Mode::kShared));
+  for (PageNumber page = range.first; page < range.end;) {
+    VmaState state;
+    const VmaInfo extent = LookupExtent(page, state);
+    const PageRange part = extent.range.Intersect(range);
+    page = part.end;
+    if (extent.backing == nullptr || (state != VmaState::kMapped && state != VmaState::kDetached)) continue;
+    extent.backing->Flush(*shared_.kernel, part, extent.backing_page + (part.first - extent.range.first).value);
+  }
 }
 
 // A refusal leaves more access than promised or less: nothing better is left to do.

@@ -6,6 +6,7 @@
 // should be mapped so from the start, in the mapping zone.
 #include <algorithm>
 
+#include "vm/backing.h"
 #include "vm/os/check.h"
 #include "vm/region.h"
 
@@ -38,6 +39,8 @@ Result<bool> Region::ProtectionDiffers(RegionPage first, RegionPage end, os::Pro
       const Vma* vma = tree_.Find(page).vma();
       page = vma->end_page();
       if (!vma->Is(VmaState::kMapped)) return ErrorCode::kNotMapped;
+      const Backing* backing = vma->attributes().backing;
+      if (backing != nullptr && !backing->Allows(protection)) return ErrorCode::kDenied;
       differs = differs || vma->protection.load(std::memory_order_relaxed) != protection;
     }
   }

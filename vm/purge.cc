@@ -64,15 +64,17 @@ bool Region::CollectLocked(std::uint32_t until, std::size_t keep_pages, PurgeLis
   return false;
 }
 
-// An Unmap may have left an extent with a protection, a lock or a moved kernel VMA that the kernel would not take
+// An Unmap may have left an extent with a protection, a lock or a foreign kernel VMA that the kernel would not take
 // back.
 void Region::RestoreProtections(PurgeList& list) {
   for (std::size_t i = 0; i < list.size; ++i) {
     Vma* vma = list.vmas[i];
-    const bool reset = vma->moved && ReplaceMoved(RangeOf(*vma));
-    vma->moved = vma->moved && !reset;
+    const bool reset = vma->foreign && ReplaceForeign(RangeOf(*vma)).ok();
+    vma->foreign = vma->foreign && !reset;
     list.unlocked[i] = vma->locked() && (reset || shared_.kernel->UnlockMemory(RangeOf(*vma)).ok());
-    if (vma->kernel_vma || reset) {
+    if (!is_heap()) {
+      vma->kernel_vma = vma->kernel_vma && !reset;
+    } else if (vma->kernel_vma || reset) {
       vma->kernel_vma = !shared_.kernel->Protect(RangeOf(*vma), os::Protection::kReadWrite).ok();
     }
   }

@@ -92,13 +92,11 @@ Vma* Region::SplitLocked(Vma* vma, RegionPage page) {
     VmaWriter writer(*upper);
     writer.SetRange(page, vma->end_page() - page);
     writer.SetState(vma->state.load(std::memory_order_relaxed));
-    writer.SetProtection(vma->protection.load(std::memory_order_relaxed));
-    writer.SetLock(vma->lock.load(std::memory_order_relaxed));
-    writer.SetGeneration(vma->generation.load(std::memory_order_relaxed));
+    writer.SetAttributes(vma->attributes());
   }
   upper->knowledge = vma->knowledge;
   upper->kernel_vma = vma->kernel_vma;
-  upper->moved = vma->moved;
+  upper->foreign = vma->foreign;
   upper->busy = vma->busy;
   const VmaTree::Path path = tree_.Find(vma->first_page());
   VmaWriter(*vma).SetRange(vma->first_page(), page - vma->first_page());
@@ -172,11 +170,7 @@ void Region::MergeMappedLocked(RegionPage first, RegionPage end) {
     Vma* next = NextLocked(vma);
     if (next == nullptr) return;
     const bool same = !vma->busy && !next->busy && vma->Is(VmaState::kMapped) && next->Is(VmaState::kMapped) &&
-                      vma->generation.load(std::memory_order_relaxed) ==
-                          next->generation.load(std::memory_order_relaxed) &&
-                      vma->protection.load(std::memory_order_relaxed) ==
-                          next->protection.load(std::memory_order_relaxed) &&
-                      vma->lock.load(std::memory_order_relaxed) == next->lock.load(std::memory_order_relaxed);
+                      vma->attributes() == next->attributes();
     if (!same) {
       vma = next;
       continue;
@@ -184,7 +178,7 @@ void Region::MergeMappedLocked(RegionPage first, RegionPage end) {
     if (vma->knowledge != next->knowledge) vma->knowledge = Knowledge::kUnknown;
     // What one of them needs when it is unmapped does no harm to the other.
     vma->kernel_vma = vma->kernel_vma || next->kernel_vma;
-    vma->moved = vma->moved || next->moved;
+    vma->foreign = vma->foreign || next->foreign;
     AbsorbNextLocked(vma);
   }
 }
@@ -245,16 +239,13 @@ void Region::GiveBackLocked(Vma* vma) {
 }
 
 // Pages become visible to lookups here, all at once.
-void Region::PublishLocked(Vma* vma, RegionPage count, os::Protection protection, os::MemoryLock lock,
-                           std::uint64_t generation) {
+void Region::PublishLocked(Vma* vma, RegionPage count, const VmaAttributes& attributes) {
   FREEHOLD_DCHECK(!vma->Is(VmaState::kFree));
   {
     VmaWriter writer(*vma);
     writer.SetRange(vma->first_page(), count);
     writer.SetState(VmaState::kMapped);
-    writer.SetProtection(protection);
-    writer.SetLock(lock);
-    writer.SetGeneration(generation);
+    writer.SetAttributes(attributes);
   }
   mapped_pages_.Add(count);
   vmas_.Add(1);

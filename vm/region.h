@@ -128,15 +128,16 @@ class alignas(kCacheLineSize) Region {
     Vma* vma = nullptr;
     RegionPage first = 0;
     PageRange range;  // unless there is nothing to do
-    std::uint64_t generation = 0;
-    os::Protection protection = os::Protection::kReadWrite;
+    VmaAttributes attributes;  // of the mapping to be
     bool commit = false;   // the first use of this part of the region
     bool protect = false;  // its kernel protection is not the one asked for
     bool zero = false;
     bool unguard = false;  // strict unmap made it trap
     bool relock = false;   // it is not locked as asked for
-    os::MemoryLock lock = os::MemoryLock::kNone;
-    bool needed() const { return commit || protect || zero || unguard || relock; }
+    bool reset = false;    // in the mapping zone: the kernel has something of another mapping there
+    bool needed() const {
+      return commit || protect || zero || unguard || relock || reset || attributes.backing != nullptr;
+    }
   };
 
   // What a verb does to this many extents takes about a microsecond.
@@ -212,11 +213,10 @@ class alignas(kCacheLineSize) Region {
   void GiveBackLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // To kMapped, `count` pages from its first on: visible to lookups. REQUIRES: not kFree; what else lies in
   // those pages is dropped afterwards.
-  void PublishLocked(Vma* vma, RegionPage count, os::Protection protection, os::MemoryLock lock,
-                     std::uint64_t generation) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  void PublishLocked(Vma* vma, RegionPage count, const VmaAttributes& attributes) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
 
   // lookup.cc
-  VmaInfo InfoOf(const VmaTree::View& view, VmaState& state) const;
+  VmaInfo InfoOf(PageRange range, const VmaAttributes& attributes) const;
 
   // region.cc: what the kernel has made readable and writable. Heap zones grow by chunks.
   Error Commit(PageRange range);
@@ -251,7 +251,11 @@ class alignas(kCacheLineSize) Region {
     // Of what is claimed so far:
     bool clean = true;    // no page was used since it was last zero
     bool locked = false;  // the kernel has some of it locked
-    bool moved = false;   // some of it came by Remap
+    bool foreign = false;  // some of it came by Remap
+    bool backed = false;   // some of it has a backing, or the remains of one
+    bool occupied = false; // some of it is mapped
+    // The kernel may have something of a backing that it refused in what is claimed.
+    bool spoiled = false;
   };
   Result<Claim> ClaimFixed(RegionPage first, RegionPage end, Placement placement);
   ClaimResult ClaimLocked(Claim& claim) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
@@ -262,7 +266,9 @@ class alignas(kCacheLineSize) Region {
   Result<PageRange> MapHeld(PageRange range, const MapOptions& options, std::uint64_t generation,
                             const Guard& guard);
   void PublishFixed(const Claim& claim, const MapOptions& options, std::uint64_t continued);
-  Error PrepareFixed(PageRange range, const MapOptions& options, const Claim& claim, const Guard& guard);
+  Error PrepareFixed(PageRange range, const MapOptions& options, Claim& claim, const Guard& guard);
+  Error ReplaceInKernel(PageRange range, const MapOptions& options, Claim& claim);
+  void FlushBackings(PageRange range, const Guard& guard);
   // Fills with zeroes: by memset where that is cheaper than faults, else by a discard.
   Error MakeZero(PageRange range, bool writable);
 
@@ -285,8 +291,8 @@ class alignas(kCacheLineSize) Region {
   // unmap.cc
   // Unmaps `part` without its range lock, if nobody has that and RetireWholeLocked does it.
   bool UnmapWhole(PageRange part, bool& over_limit);
-  // Puts the zone's own kernel VMA in the place of one that a Remap moved here.
-  bool ReplaceMoved(PageRange range);
+  // Heap zones: puts the zone's own kernel VMA in the place of another, without access.
+  Error ReplaceForeign(PageRange range);
   // The common case: `part` is exactly one mapped extent that needs no kernel work. False otherwise.
   bool RetireWholeLocked(PageRange part, std::size_t sampled) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Whether a border of `part` goes through a mapped extent.
@@ -297,6 +303,7 @@ class alignas(kCacheLineSize) Region {
     RegionPage end = 0;
     std::uint64_t newest = 0;  // generation: later mappings came into holes of the range and stay
     bool zap = false;      // some of it needs kernel work
+    bool backed = false;   // some of it has a backing
     bool reset = false;    // in the mapping zone: some of it was ever accessible
   };
   // Cuts mapped extents at the borders of `part`.
@@ -304,7 +311,7 @@ class alignas(kCacheLineSize) Region {
   // Takes up to kExtentsPerHold extents away from lookups; true when that was all.
   bool DetachLocked(Detachment& detachment) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   void RetireLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
-  Error ZapDetached(PageRange part, bool reset, const Guard& guard);
+  Error ZapDetached(PageRange part, const Detachment& detachment, const Guard& guard);
   bool Trap(PageRange range);
   Error Untrap(PageRange range);
   void RemapDetached(PageRange part);

@@ -11,6 +11,7 @@
 #include <algorithm>
 
 #include "vm/address_space.h"
+#include "vm/backing.h"
 #include "vm/os/check.h"
 #include "vm/purge_stage.h"
 #include "vm/region.h"
@@ -65,6 +66,7 @@ Result<PageRange> AddressSpace::RemapVma(const VmaInfo& vma, PageRange range, Pa
 
 Result<PageRange> AddressSpace::MoveVma(const VmaInfo& vma, PageRange range, Pages count,
                                         const RemapOptions& options) {
+  if (vma.backing != nullptr) return ErrorCode::kUnsupported;
   MapOptions map;
   map.placement = options.placement;
   map.address = options.address;
@@ -179,7 +181,7 @@ bool Region::IsStill(PageRange part, const VmaInfo& vma, const Guard& guard) con
   VmaState state;
   const VmaInfo now = LookupHeld(part.first, state, guard);
   return state == VmaState::kMapped && now.generation == vma.generation && now.range.Contains(part) &&
-         now.protection == vma.protection && now.lock == vma.lock;
+         now.protection == vma.protection && now.lock == vma.lock && now.backing == vma.backing;
 }
 
 Result<PageRange> Region::Grow(PageRange part, Pages count, const VmaInfo& vma) {
@@ -191,8 +193,15 @@ Result<PageRange> Region::Grow(PageRange part, Pages count, const VmaInfo& vma) 
   options.placement = Placement::kFixed;
   options.protection = vma.protection;
   options.lock = vma.lock;
-  const Result<PageRange> added = MapHeld({part.end, wanted.end}, options, vma.generation, guard);
+  const PageRange more = {part.end, wanted.end};
+  if (vma.backing != nullptr) {
+    options.backing = vma.backing;
+    options.backing_page = vma.backing_page + (part.end - vma.range.first).value;
+    vma.backing->AddPages(more.count().value);
+  }
+  const Result<PageRange> added = MapHeld(more, options, vma.generation, guard);
   if (added.ok()) return wanted;
+  if (vma.backing != nullptr) vma.backing->DropPages(more.count().value);
   return added.error().code == ErrorCode::kOverlap ? Error{ErrorCode::kNoRoom} : added.error();
 }
 
@@ -226,7 +235,7 @@ Error Region::UnmapIsolated(PageRange part, const Guard& guard) {
     detachment = StartDetachLocked(part);
     FREEHOLD_CHECK(DetachLocked(detachment));
   }
-  return detachment.zap ? ZapDetached(part, detachment.reset, guard) : Error::Ok();
+  return detachment.zap ? ZapDetached(part, detachment, guard) : Error::Ok();
 }
 
 Error Region::PrepareTarget(PageRange part, const VmaInfo& vma, const Guard& guard) {
@@ -245,7 +254,7 @@ void Region::SetMoved(PageRange target, const Guard& guard) {
   Vma* vma = tree_.Find(ToRegion(target.first)).vma();
   vma->knowledge = Knowledge::kUnknown;
   // In the mapping zone every unmap resets.
-  vma->moved = is_heap();
+  vma->foreign = is_heap();
 }
 
 void Region::Adopt(PageRange part, std::uint64_t generation, const Guard& guard) {

@@ -16,6 +16,7 @@ enum class ErrorCode : std::uint8_t {
   kEmpty,               // a length of zero
   kOverflow,            // address + length wraps, or the length cannot be represented
   kOutsideReservation,  // the range is not inside this address space, or crosses a zone's region
+  kDenied,              // more access than the backing of a mapping allows
   kOverlap,             // a fixed mapping meets an existing one and may not replace it
   kNoRoom,              // no free range is large enough
   kNotMapped,           // part of the range is not mapped, and the verb needs all of it
@@ -49,6 +50,7 @@ constexpr int ToErrno(Error error) {
     case ErrorCode::kNoRoom:
     case ErrorCode::kNotMapped:
     case ErrorCode::kNoMetadata: return ENOMEM;
+    case ErrorCode::kDenied: return EACCES;
     case ErrorCode::kOverlap: return EEXIST;
     case ErrorCode::kDeadline: return ETIMEDOUT;
     case ErrorCode::kCancelled: return ECANCELED;
@@ -66,6 +68,7 @@ constexpr const char* ToString(ErrorCode code) {
     case ErrorCode::kEmpty: return "empty range";
     case ErrorCode::kOverflow: return "range wraps or is too large";
     case ErrorCode::kOutsideReservation: return "outside the reservation";
+    case ErrorCode::kDenied: return "more access than the backing allows";
     case ErrorCode::kOverlap: return "overlaps an existing mapping";
     case ErrorCode::kNoRoom: return "no room in the address space";
     case ErrorCode::kNotMapped: return "not mapped";

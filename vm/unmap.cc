@@ -6,6 +6,7 @@
 // which only this verb's range guard protects.
 #include <algorithm>
 
+#include "vm/backing.h"
 #include "vm/os/check.h"
 #include "vm/region.h"
 
@@ -41,7 +42,7 @@ Error Region::Unmap(PageRange part) {
     }
     if (detachment.zap) {
       guard.Downgrade();
-      if (const Error error = ZapDetached(part, detachment.reset, guard); !error.ok()) return error;
+      if (const Error error = ZapDetached(part, detachment, guard); !error.ok()) return error;
     }
   }
   if (over_limit) {
@@ -135,6 +136,7 @@ bool Region::DetachLocked(Detachment& detachment) {
     vmas_.Subtract(1);
     SetStateLocked(vma, VmaState::kDetached);
     detachment.zap = true;
+    detachment.backed = detachment.backed || vma->attributes().backing != nullptr;
     detachment.reset = detachment.reset || (!is_heap() && !vma->is_zones_own());
   }
   detachment.next = page;
@@ -147,12 +149,13 @@ bool Region::DetachLocked(Detachment& detachment) {
   return false;
 }
 
-Error Region::ZapDetached(PageRange part, bool reset, const Guard& guard) {
+Error Region::ZapDetached(PageRange part, const Detachment& detachment, const Guard& guard) {
   FREEHOLD_DCHECK(guard.Covers(part, Mode::kShared));
   // In the mapping zone one call resets all of the part, or fails, and then all of it is mapped again. Nothing
   // but this verb's own extents has pages or protections in the part: others map under the range. Without
   // anything that was ever accessible there is no call.
-  if (reset) {
+  if (detachment.backed) FlushBackings(part, guard);
+  if (detachment.reset) {
     if (const Error error = shared_.kernel->Reset(part); !error.ok()) {
       RemapDetached(part);
       return error;
@@ -165,27 +168,30 @@ Error Region::ZapDetached(PageRange part, bool reset, const Guard& guard) {
     page = extent.end;
     if (state != VmaState::kDetached) continue;
     Vma* vma;
-    bool moved;
+    bool foreign;
     {
       sync::SpinLockHolder holder(tree_lock_);
       vma = tree_.Find(ToRegion(extent.first)).vma();
-      moved = vma->moved;
+      foreign = vma->foreign;
     }
     // A reset drops content and locks: that of the whole part, or the extent's own.
     bool clean = !is_heap();
     bool restored = true;
     bool unlocked = true;
     if (is_heap()) {
-      const bool replaced = moved && ReplaceMoved(extent);
-      moved = moved && !replaced;
+      const bool replaced = foreign && ReplaceForeign(extent).ok();
+      foreign = foreign && !replaced;
       clean = replaced;
       if (!replaced && detached.lock != os::MemoryLock::kNone) unlocked = shared_.kernel->UnlockMemory(extent).ok();
       restored = shared_.kernel->Protect(extent, os::Protection::kReadWrite).ok();
       if (shared_.options->strict_unmap) clean = Trap(extent) || clean;
     }
+    DroppedPages<1> dropped;
     sync::SpinLockHolder holder(tree_lock_);
+    dropped.Add(detached.backing, vma->page_count());
     vma->kernel_vma = !restored;
-    vma->moved = moved && is_heap();
+    vma->foreign = foreign && is_heap();
+    VmaWriter(*vma).SetBacking(nullptr, 0);
     if (unlocked) VmaWriter(*vma).SetLock(os::MemoryLock::kNone);
     if (clean && vma->is_zones_own()) {
       FreeLocked(vma);
@@ -196,13 +202,13 @@ Error Region::ZapDetached(PageRange part, bool reset, const Guard& guard) {
   return Error::Ok();
 }
 
-// Leaves it without access. A kernel without huge pages does without the advice.
-bool Region::ReplaceMoved(PageRange range) {
-  if (!shared_.kernel->Reset(range).ok()) return false;
+// A kernel without huge pages does without the advice.
+Error Region::ReplaceForeign(PageRange range) {
+  if (const Error error = shared_.kernel->Reset(range); !error.ok()) return error;
   if (zone_ == Zone::kDense && shared_.kernel->features().huge_pages) {
     (void)shared_.kernel->AdviseHugePages(range, os::HugePages::kPrefer);
   }
-  return true;
+  return Error::Ok();
 }
 
 // Strict unmap: accesses to `range` trap from now on; its content is gone. False when the kernel refuses.

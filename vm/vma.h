@@ -10,6 +10,8 @@
 
 namespace freehold::vm {
 
+class Backing;
+
 // Pages counted from the start of a region; 32 bits cover 16 TiB.
 using RegionPage = std::uint32_t;
 
@@ -30,6 +32,22 @@ enum class Knowledge : std::uint8_t {
 };
 inline constexpr int kKnowledgeCount = 3;
 
+// What a mapping is, apart from where it lies. Its parts merge while these are equal.
+struct VmaAttributes {
+  os::Protection protection = os::Protection::kReadWrite;
+  // Of a mapped extent, what was asked for; of any other, kNone unless the kernel refused to unlock it.
+  os::MemoryLock lock = os::MemoryLock::kNone;
+  // Unique for each mapping in its region, and for each attempt to make one: who drops every lock and
+  // comes back checks that it is still the one it knew.
+  std::uint64_t generation = 0;
+  // Null: anonymous memory.
+  Backing* backing = nullptr;
+  // The backing's page that the region's first page would show: so parts of one mapping have the same.
+  std::int64_t origin = 0;
+
+  friend bool operator==(const VmaAttributes&, const VmaAttributes&) = default;
+};
+
 // Guarded by the tree lock of its region. The atomic fields are also read without it, between two equal and
 // even values of `sequence` (VmaTree::Lookup). Objects are type-stable: they never go back to the arena.
 struct alignas(kCacheLineSize) Vma {
@@ -38,16 +56,15 @@ struct alignas(kCacheLineSize) Vma {
   std::atomic<RegionPage> count{0};
   std::atomic<VmaState> state{VmaState::kFree};
   std::atomic<os::Protection> protection{os::Protection::kReadWrite};
-  // Of a mapped extent, what was asked for; of any other, kNone unless the kernel refused to unlock it.
   std::atomic<os::MemoryLock> lock{os::MemoryLock::kNone};
-  // Unique for each mapping in its region, and for each attempt to make one: who drops every lock and
-  // comes back checks that it is still the one it knew.
   std::atomic<std::uint64_t> generation{0};
+  std::atomic<Backing*> backing{nullptr};
+  std::atomic<std::int64_t> origin{0};
 
   Knowledge knowledge = Knowledge::kClean;
   bool busy = false;            // a verb that holds its range is at work without the tree lock: do not merge
   bool kernel_vma = false;      // the kernel was asked for a protection other than the zone's own
-  bool moved = false;           // a Remap moved its kernel VMA here, which only a reset takes away
+  bool foreign = false;         // a backing's kernel VMA, or one that a Remap moved here: only a reset takes it away
   std::uint32_t freed_at = 0;   // coarse clock when it was cached
   Vma* newer = nullptr;         // neighbours in its bin, or the free list of Vma objects
   Vma* older = nullptr;
@@ -55,11 +72,19 @@ struct alignas(kCacheLineSize) Vma {
   RegionPage first_page() const { return first.load(std::memory_order_relaxed); }
   RegionPage page_count() const { return count.load(std::memory_order_relaxed); }
   RegionPage end_page() const { return first_page() + page_count(); }
+  VmaAttributes attributes() const {
+    return {.protection = protection.load(std::memory_order_relaxed),
+            .lock = lock.load(std::memory_order_relaxed),
+            .generation = generation.load(std::memory_order_relaxed),
+            .backing = backing.load(std::memory_order_relaxed),
+            .origin = origin.load(std::memory_order_relaxed)};
+  }
   bool locked() const { return lock.load(std::memory_order_relaxed) != os::MemoryLock::kNone; }
   // Whether its kernel VMA is as the zone's other free memory: nothing to take back before it is free.
-  bool is_zones_own() const { return !kernel_vma && !moved && !locked(); }
+  bool is_zones_own() const { return !kernel_vma && !foreign && !locked(); }
   bool Is(VmaState s) const { return state.load(std::memory_order_relaxed) == s; }
 };
+static_assert(sizeof(Vma) == kCacheLineSize);
 
 // Changes a Vma's reader-visible fields in its scope. The stores inside are releases, so that a reader that
 // sees one of them also sees the odd sequence that came before (pairs with the acquires in VmaTree::Lookup).
@@ -81,6 +106,16 @@ class VmaWriter {
   void SetProtection(os::Protection p) { vma_.protection.store(p, std::memory_order_release); }
   void SetLock(os::MemoryLock l) { vma_.lock.store(l, std::memory_order_release); }
   void SetGeneration(std::uint64_t g) { vma_.generation.store(g, std::memory_order_release); }
+  void SetBacking(Backing* backing, std::int64_t origin) {
+    vma_.backing.store(backing, std::memory_order_release);
+    vma_.origin.store(origin, std::memory_order_release);
+  }
+  void SetAttributes(const VmaAttributes& attributes) {
+    SetProtection(attributes.protection);
+    SetLock(attributes.lock);
+    SetGeneration(attributes.generation);
+    SetBacking(attributes.backing, attributes.origin);
+  }
 
  private:
   Vma& vma_;

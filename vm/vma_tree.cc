@@ -162,9 +162,11 @@ bool VmaTree::Lookup(RegionPage page, View& view) const {
     view.first = vma->first.load(std::memory_order_acquire);
     view.count = vma->count.load(std::memory_order_acquire);
     view.state = vma->state.load(std::memory_order_acquire);
-    view.protection = vma->protection.load(std::memory_order_acquire);
-    view.lock = vma->lock.load(std::memory_order_acquire);
-    view.generation = vma->generation.load(std::memory_order_acquire);
+    view.attributes.protection = vma->protection.load(std::memory_order_acquire);
+    view.attributes.lock = vma->lock.load(std::memory_order_acquire);
+    view.attributes.generation = vma->generation.load(std::memory_order_acquire);
+    view.attributes.backing = vma->backing.load(std::memory_order_acquire);
+    view.attributes.origin = vma->origin.load(std::memory_order_acquire);
     if (vma->sequence.load(std::memory_order_acquire) != sequence) continue;
     // The leaf may have let go of the extent, and the extent may have shrunk before its new neighbour
     // came in: both are found here.

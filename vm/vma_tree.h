@@ -61,9 +61,7 @@ class VmaTree {
     RegionPage first = 0;
     RegionPage count = 0;
     VmaState state = VmaState::kFree;
-    os::Protection protection = os::Protection::kNone;
-    os::MemoryLock lock = os::MemoryLock::kNone;
-    std::uint64_t generation = 0;
+    VmaAttributes attributes = {.protection = os::Protection::kNone};
   };
 
   // Puts the first extent in. REQUIRES: the tree is empty; a node is in the pool.

@@ -405,7 +405,7 @@ class VmaTreeConcurrencyTest : public testing::Test {
         failed_.fetch_add(1, std::memory_order_relaxed);
       }
       if (view.first > page || page >= view.first + view.count) Fail("not the extent of the page", page, view);
-      if (view.generation != Spell(view.first, view.count, view.state, view.protection)) {
+      if (view.attributes.generation != Spell(view.first, view.count, view.state, view.attributes.protection)) {
         Fail("a state that never was", page, view);
       }
       lookups_.fetch_add(1, std::memory_order_relaxed);
@@ -415,7 +415,7 @@ class VmaTreeConcurrencyTest : public testing::Test {
   void Fail(const char* what, RegionPage page, const VmaTree::View& view) {
     if (stop_.exchange(true)) return;
     ADD_FAILURE() << what << ": page " << page << ", got [" << view.first << ", +" << view.count << ") state "
-                  << static_cast<int>(view.state) << " generation " << std::hex << view.generation;
+                  << static_cast<int>(view.state) << " generation " << std::hex << view.attributes.generation;
   }
 
   void RunReaders(Harness& h, int readers, const std::function<void()>& write) {
