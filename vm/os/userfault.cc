@@ -5,6 +5,7 @@
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 
 #include <cerrno>
 
@@ -66,8 +67,9 @@ long WhileBusy(Call call) {
 }  // namespace
 
 LinuxUserfault::~LinuxUserfault() {
-  if (fd_ >= 0) RawSyscall(SYS_close, fd_);
-  if (stop_fd_ >= 0) RawSyscall(SYS_close, stop_fd_);
+  for (const int fd : {fd_, stop_fd_, empty_fd_}) {
+    if (fd >= 0) RawSyscall(SYS_close, fd);
+  }
 }
 
 long LinuxUserfault::OpenDescriptor(bool& kernel_faults) const {
@@ -111,6 +113,10 @@ Error LinuxUserfault::Open() {
   const long stop_fd = RawSyscall(SYS_eventfd2, 0, EFD_CLOEXEC | EFD_NONBLOCK);
   if (SyscallFailed(stop_fd)) return ToError(stop_fd);
   stop_fd_ = static_cast<int>(stop_fd);
+  if (abilities_.poison) return Error::Ok();
+  const long empty_fd = RawSyscall(SYS_memfd_create, "freehold-no-content", MFD_CLOEXEC);
+  if (SyscallFailed(empty_fd)) return ToError(empty_fd);
+  empty_fd_ = static_cast<int>(empty_fd);
   return Error::Ok();
 }
 
@@ -179,17 +185,17 @@ Error LinuxUserfault::WriteProtect(PageRange range, bool protect) {
   return ToError(WhileBusy([&] { return Ioctl(fd_, UFFDIO_WRITEPROTECT, &argument); }));
 }
 
-Error LinuxUserfault::Poison(PageRange range) {
+Error LinuxUserfault::Poison(PageNumber page) {
   sync::CheckNoShortLockHeld("os::Userfault::Poison");
-  Pages done;
-  while (done < range.count()) {
-    PoisonArgument argument = {.range = ToRange({range.first + done, range.end}), .mode = 0, .updated = 0};
-    const long result = Ioctl(fd_, kPoison, &argument);
-    if (argument.updated > 0) done += Pages{static_cast<std::size_t>(argument.updated) >> kPageShift};
-    if (result == -EAGAIN) continue;
-    if (SyscallFailed(result)) return ToError(result);
+  const PageRange range = PageRange::Of(page, {1});
+  if (abilities_.poison) {
+    PoisonArgument argument = {.range = ToRange(range), .mode = 0, .updated = 0};
+    return ToError(WhileBusy([&] { return Ioctl(fd_, kPoison, &argument); }));
   }
-  return Error::Ok();
+  const long mapped = RawSyscall(SYS_mmap, page.address(), kPageSize, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED,
+                                 empty_fd_, 0);
+  if (SyscallFailed(mapped)) return ToError(mapped);
+  return Wake(range);
 }
 
 Error LinuxUserfault::Wake(PageRange range) {

@@ -30,7 +30,7 @@ struct FaultEvent {
 // What this kernel and this process's rights allow.
 struct UserfaultAbilities {
   bool write_protect = false;  // Linux 5.7
-  bool poison = false;         // Linux 6.6
+  bool poison = false;         // Linux 6.6: without another kernel VMA
   // Faults of the kernel on behalf of a thread, as read(2) into a page that is not there, come as events too;
   // else such a call fails with EFAULT.
   bool kernel_faults = false;
@@ -60,9 +60,10 @@ class Userfault {
   virtual Result<Pages> Copy(PageRange range, const std::byte* from, WriteTracking tracking) = 0;
   // Write-protects the pages of `range` that are there, or lets them be written again. ENOENT as Copy.
   virtual Error WriteProtect(PageRange range, bool protect) = 0;
-  // Accesses to the pages of `range` that are not there get SIGBUS, until their content is dropped. Those that are
-  // there stay: EEXIST at the first of them. REQUIRES: abilities().poison.
-  virtual Error Poison(PageRange range) = 0;
+  // Accesses to `page`, which is not there, get SIGBUS. EEXIST: it is there, or poisoned. Without abilities().poison
+  // another kernel VMA takes its place, and the page is no longer registered; with it, dropping the content of the page
+  // ends it.
+  virtual Error Poison(PageNumber page) = 0;
   // The threads that sleep in `range` try again.
   virtual Error Wake(PageRange range) = 0;
 
@@ -91,7 +92,7 @@ class LinuxUserfault final : public Userfault {
   void Stop() override;
   Result<Pages> Copy(PageRange range, const std::byte* from, WriteTracking tracking) override;
   Error WriteProtect(PageRange range, bool protect) override;
-  Error Poison(PageRange range) override;
+  Error Poison(PageNumber page) override;
   Error Wake(PageRange range) override;
 
  private:
@@ -101,7 +102,8 @@ class LinuxUserfault final : public Userfault {
   const UserfaultAbilities permitted_ = kAllAbilities;
   UserfaultAbilities abilities_;
   int fd_ = -1;
-  int stop_fd_ = -1;  // an eventfd: readable once stopped
+  int stop_fd_ = -1;   // an eventfd: readable once stopped
+  int empty_fd_ = -1;  // an empty file, all of which lies beyond its end: unless there is poison
 };
 
 }  // namespace freehold::vm::os

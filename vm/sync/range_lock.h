@@ -10,7 +10,7 @@
 // function that needs a range held takes either kind of guard and asks guard.Covers(range, mode).
 //
 // Thread safety: thread-safe; not async-signal-safe. A guard belongs to the thread that made it.
-// Lock order:    LockRank::kRange; guards of one thread in ascending order of their ranges, of one
+// Lock order:    the rank given at construction, kRange for pages of memory; guards of one thread in ascending order of their ranges, of one
 //                lock. Where another thread may lock ranges that span two of them, only the first
 //                may wait and the others try: that request may have come in between (R2). Under
 //                kCoarse the first one must be kExclusive if a later one is: there is no upgrade.
@@ -137,7 +137,8 @@ class RangeLock {
     RangeRequest request_;
   };
 
-  explicit constexpr RangeLock(LockPolicy policy) : policy_(policy) {}
+  explicit constexpr RangeLock(LockPolicy policy, LockRank rank = LockRank::kRange)
+      : policy_(policy), rank_(rank) {}
   RangeLock(const RangeLock&) = delete;
   RangeLock& operator=(const RangeLock&) = delete;
 
@@ -168,6 +169,7 @@ class RangeLock {
   Guard* FindStrongestHeld() const;
 
   const LockPolicy policy_;
+  const LockRank rank_;
   CoarseLock coarse_;
   TreeRangeLock tree_;
   AdaptiveRangeLock adaptive_;
@@ -180,12 +182,12 @@ ABSL_ATTRIBUTE_ALWAYS_INLINE inline RangeLock::Guard::Guard(RangeLock& lock, Pag
                                                             AcquisitionSite site)
     : lock_(lock), request_(range, mode, operation, os::CurrentThreadId()) {
   FREEHOLD_DCHECK(!range.empty());
-  if (waits != Waits::kNever) CheckRangeRank(&lock, this, range, site);
+  if (waits != Waits::kNever) CheckRangeRank(lock.rank_, &lock, this, range, site);
   held_ = (ABSL_PREDICT_TRUE(lock.policy_ == LockPolicy::kAdaptive) &&
            ABSL_PREDICT_TRUE(lock.adaptive_.TryAcquireFast(request_))) ||
           AcquireSlow(waits, deadline);
   if (!held_) return;
-  RecordRangeRank(&lock, this, range, site);
+  RecordRangeRank(lock.rank_, &lock, this, range, site);
   LinkHeld();
 }
 
