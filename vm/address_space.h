@@ -170,6 +170,22 @@ struct AddressSpaceStats {
   std::uint64_t ignored_advice = 0; // VMAs that were advised about huge pages against their zone
 };
 
+// What the verbs of a space ask of the service that fills its mappings on demand (vm/fault.h). Called with no lock held.
+class FaultHooks {
+ public:
+  // What is mapped in `range` is about to be dropped.
+  virtual void BeforeDrop(PageRange range) = 0;
+  // It has been, or could not be.
+  virtual void AfterDrop(PageRange range) = 0;
+  // Makes the pages of `range` present, all of the mapping `generation`. Errors: kReplaced, and others.
+  virtual Error Populate(PageRange range, std::uint64_t generation) = 0;
+  // In the child, when the space can be used there.
+  virtual void ChildAfterFork() = 0;
+
+ protected:
+  ~FaultHooks() = default;
+};
+
 class AddressSpace {
  public:
   // Reserves and builds a space; kernel VMAs: a few per zone and region. Errors: kSystem (the last
@@ -279,6 +295,7 @@ class AddressSpace {
   void CheckInvariants() const;
 
  private:
+  friend class FaultService;
   struct ForkGuards;
   // On cache lines of its own: lockers of different regions write no common line.
   struct alignas(kCacheLineSize) PaddedRangeLock {
@@ -307,6 +324,13 @@ class AddressSpace {
   Error CheckDiscard(PageRange range, const sync::RangeLock::Guard* guard) const;
   // Map with a lock that its caller did not ask for.
   Result<PageRange> MapLocked(Pages count, const MapOptions& options, os::MemoryLock lock);
+  Error UnmapParts(PageRange range);
+  // Whether a FaultService fills the VMA of `page`, for now.
+  bool IsPaged(PageNumber page);
+  // The service that is asked before and after `range` is dropped; null when nothing there can be paged.
+  FaultHooks* HooksFor(PageRange range) const;
+  // REQUIRES: no mapping is paged.
+  void SetFaultHooks(FaultHooks* hooks);
   // Map with checked arguments.
   Result<PageRange> MapAny(Pages count, const MapOptions& options);
   // Map with a backing: counts its pages.
@@ -348,6 +372,7 @@ class AddressSpace {
   unsigned region_shift_ = 0;  // log2 of pages per region
   // Of new mappings; relaxed, any thread. Beside what every Map reads and nobody writes.
   std::atomic<os::MemoryLock> future_lock_{os::MemoryLock::kNone};
+  std::atomic<FaultHooks*> fault_hooks_{nullptr};  // release and acquire
   sync::EpochDomain epochs_;
   sync::SpinLock fork_lock_{sync::LockRank::kFork};
   ForkGuards* fork_guards_ = nullptr;  // changed under fork_lock_

@@ -1,0 +1,161 @@
+#include "vm/pager_backing.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <new>
+
+#include "vm/fault.h"
+#include "vm/os/check.h"
+
+namespace freehold::vm {
+namespace {
+
+constexpr std::uint64_t kCluster = kClusterPages.value;
+
+constexpr bool Writable(os::Protection protection) {
+  return (static_cast<unsigned>(protection) & static_cast<unsigned>(os::Protection::kWrite)) != 0;
+}
+
+// A user's code may throw, and nothing above these frames expects it.
+template <typename Call>
+auto CatchAll(Call call) -> decltype(call()) {
+  try {
+    return call();
+  } catch (...) {
+    return Error{ErrorCode::kThrew};
+  }
+}
+
+}  // namespace
+
+Bytes PagerBacking::HeaderSize() { return PagesFor({sizeof(PagerBacking)}).bytes(); }
+
+//   | PagerBacking | present | dirty |       memory of its own, of which only what is used becomes resident
+Result<PagerBacking*> PagerBacking::Create(FaultService& service, Pager& pager, std::uint64_t pager_page,
+                                           Pages capacity, const Options& options) {
+  const Bytes bitmap = PageBitmap::SizeFor(capacity);
+  const Pages pages = PagesFor(HeaderSize() + bitmap + bitmap);
+  const Result<PageRange> memory = service.kernel_.Reserve(pages, {1});
+  if (!memory.ok()) return memory.error();
+  if (const Error error = service.kernel_.Protect(*memory, os::Protection::kReadWrite); !error.ok()) {
+    (void)service.kernel_.Release(*memory);
+    return error;
+  }
+  service.backings_.fetch_add(1, std::memory_order_relaxed);
+  return new (memory->address()) PagerBacking(service, pager, pager_page, capacity, options, *memory);
+}
+
+PagerBacking::PagerBacking(FaultService& service, Pager& pager, std::uint64_t pager_page, Pages capacity,
+                           const Options& options, PageRange memory)
+    : Backing(options.max_protection, Paging::kOnDemand),
+      service_(service),
+      pager_(pager),
+      pager_page_(pager_page),
+      capacity_(capacity),
+      options_(options),
+      memory_(memory),
+      present_(memory.address() + HeaderSize().value),
+      dirty_(memory.address() + HeaderSize().value + PageBitmap::SizeFor(capacity).value) {
+  deferred_.backing = this;
+}
+
+void PagerBacking::Unpin() {
+  if (references_.fetch_sub(1, std::memory_order_acq_rel) == 1) Destroy();
+}
+
+void PagerBacking::Destroy() {
+  if (announced_.load(std::memory_order_relaxed)) {
+    (void)CatchAll([&]() -> Error {
+      pager_.Release(pager_page_, capacity_);
+      return Error::Ok();
+    });
+  }
+  FaultService& service = service_;
+  const PageRange memory = memory_;
+  this->~PagerBacking();
+  (void)service.kernel_.Release(memory);
+  // Release: pairs with the acquire of the service's end.
+  service.backings_.fetch_sub(1, std::memory_order_release);
+}
+
+// Those that came by a lookup before may still pin it.
+void PagerBacking::OnUnused() {
+  if (service_.dead_.load(std::memory_order_relaxed)) return;
+  service_.space_.epochs().Defer(&deferred_, [](sync::DeferredCallback* node) {
+    static_cast<Deferred*>(node)->backing->Unpin();
+  });
+}
+
+Error PagerBacking::Install(os::Kernel& kernel, PageRange range, std::uint64_t page, os::Protection protection,
+                            bool /*occupied*/) {
+  if (service_.dead_.load(std::memory_order_relaxed)) return {ErrorCode::kUnsupported};
+  if (page + range.count().value > capacity_.value) return {ErrorCode::kNoRoom};
+  // Filled once: MapPager's first mapping, which is all of it.
+  if (filling() == Filling::kAtMap && announced_.load(std::memory_order_relaxed)) return {ErrorCode::kUnsupported};
+  present_.Clear(page, page + range.count().value);
+  dirty_.Clear(page, page + range.count().value);
+  if (const Error error = kernel.Reset(range); !error.ok()) return error;
+  const os::Protection access = filling() == Filling::kAtMap ? os::Protection::kReadWrite : protection;
+  if (access != os::Protection::kNone) {
+    if (const Error error = kernel.Protect(range, access); !error.ok()) return error;
+  }
+  if (filling() == Filling::kAtMap) return Error::Ok();
+  return service_.userfault_.Register(range, tracks_writes() ? os::WriteTracking::kOn : os::WriteTracking::kOff);
+}
+
+// Under the range: the pager is not called here, since its code may want the space. What is found is copied, and handed
+// over at the verb's end (FaultService::AfterDrop). It is little: BeforeDrop has written back what there was.
+void PagerBacking::Flush(os::Kernel& /*kernel*/, PageRange range, std::uint64_t page) {
+  if (service_.dead_.load(std::memory_order_relaxed)) return;
+  service_.SaveDirty(*this, range, {page, page + range.count().value});
+}
+
+Result<Pages> PagerBacking::Read(std::uint64_t page, absl::Span<std::byte> into) {
+  const Result<Pages> read =
+      CatchAll([&]() -> Result<Pages> { return pager_.Read(pager_page_ + page, into); });
+  if (!read.ok()) return read;
+  const Pages asked = {into.size() / kPageSize};
+  if (read->value == 0) return Error::System(EIO);
+  return Pages{std::min(read->value, asked.value)};
+}
+
+Error PagerBacking::Writeback(std::uint64_t page, absl::Span<const std::byte> from) {
+  return CatchAll([&]() -> Error { return pager_.Writeback(pager_page_ + page, from); });
+}
+
+PageSpan PagerBacking::NextDirty(std::uint64_t first, std::uint64_t end) const {
+  if (!Writable(max_protection())) return {end, end};
+  const PageBitmap& written = tracks_writes() ? dirty_ : present_;
+  const std::uint64_t from = written.FindSet(first, end);
+  return {from, written.FindClear(from, end)};
+}
+
+PageSpan PagerBacking::ChooseWindow(std::uint64_t page, PageSpan bounds, std::uint64_t max_pages) {
+  Stream* stream = &streams_[0];
+  bool forward = false;
+  for (Stream& candidate : streams_) {
+    // A little further than where it ended: it may have skipped what was in memory.
+    forward = candidate.next <= page && page < candidate.next + candidate.length;
+    if (forward || candidate.used < stream->used) stream = &candidate;
+    if (forward) break;
+  }
+  PageSpan window;
+  if (forward) {
+    window.first = page;
+    stream->length = std::min(stream->length * 2, max_pages);
+  } else {
+    window.first = page / kCluster * kCluster;
+    stream->length = kCluster;
+  }
+  window.end = std::min(window.first + stream->length, bounds.end);
+  window.first = std::max(window.first, bounds.first);
+  window.end = present_.FindSet(page + 1, window.end);
+  for (std::uint64_t before = page; before > window.first; --before) {
+    if (present_.Test(before - 1)) window.first = before;
+  }
+  stream->next = window.end;
+  stream->used = ++uses_;
+  return window;
+}
+
+}  // namespace freehold::vm
