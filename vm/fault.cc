@@ -1,7 +1,7 @@
 // The life of a fault:
 //
 //   a thread touches a page that is not there, and sleeps; the kernel makes an event of it
-//   NextEvent        one of the waiting threads takes it; if that was the last one, another is woken or started
+//   Wait             one of the waiting threads takes it; if that was the last one, another is woken or started
 //   HandleFault      lookup without a lock, in a read section; the mapping's backing is pinned
 //   Admit            + lock_  somebody reads this page already: he will wake the thread
 //                             the mapping has its share of threads: tried again when one of them is done
@@ -55,25 +55,23 @@ FaultService::~FaultService() {
   if (dead_.load(std::memory_order_relaxed)) return;
   UnmapAll();
   space_.SetFaultHooks(nullptr);
-  unsigned threads;
+  Handler* parked;
   {
     sync::SpinLockHolder holder(lock_);
     stopping_ = true;
-    threads = threads_;
+    parked = parked_;
+    parked_ = nullptr;
   }
   if (available_) userfault_.Stop();
-  for (unsigned i = 0; i < threads; ++i) {
-    Handler* parked;
-    {
-      sync::SpinLockHolder holder(lock_);
-      parked = parked_;
-      if (parked != nullptr) parked_ = parked->next_parked;
-    }
-    if (parked != nullptr) parked->parker.Unpark();
+  while (parked != nullptr) {
+    Handler* next = parked->next_parked;
+    parked->parker.Unpark();
+    parked = next;
   }
-  for (unsigned i = 0; i < threads; ++i) {
-    pthread_join(handlers_[i].thread, nullptr);
-    FreePiece(handlers_[i].piece);
+  for (Handler& handler : handlers_) {
+    if (!handler.used) continue;
+    pthread_join(handler.thread, nullptr);
+    FreePiece(handler.piece);
   }
   // No thread can pin a backing any more; what is deferred drops the last references.
   space_.epochs().Barrier();
@@ -86,90 +84,105 @@ Error FaultService::Start() {
   }
   available_ = true;
   for (unsigned i = 0; i < options_.min_threads; ++i) {
-    if (const Error error = Spawn(); !error.ok()) return error;
+    Handler* handler;
+    {
+      sync::SpinLockHolder holder(lock_);
+      handler = TakeSlotLocked();
+    }
+    if (const Error error = Spawn(*handler); !error.ok()) return error;
   }
   return Error::Ok();
 }
 
 // ---- Threads ----
 
-// REQUIRES: one caller at a time: Start, or the thread that leaves nobody waiting.
-Error FaultService::Spawn() {
+// A place among the waiting is kept for the thread.
+Error FaultService::Spawn(Handler& handler) {
   const Result<Piece*> piece = NewPiece();
-  if (!piece.ok()) return piece.error();
-  pthread_attr_t attributes;
-  sigset_t all;
-  sigset_t old;
-  pthread_attr_init(&attributes);
-  pthread_attr_setstacksize(&attributes, kStackSize);
-  // Signals are for the program's own threads.
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &old);
-  unsigned index;
-  {
-    sync::SpinLockHolder holder(lock_);
-    index = threads_;
+  Error error = piece.error();
+  if (error.ok()) {
+    handler.service = this;
+    handler.piece = *piece;
+    pthread_attr_t attributes;
+    sigset_t all;
+    sigset_t old;
+    pthread_attr_init(&attributes);
+    pthread_attr_setstacksize(&attributes, kStackSize);
+    // Signals are for the program's own threads.
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old);
+    const int refused = pthread_create(&handler.thread, &attributes, &RunHandler, &handler);
+    pthread_sigmask(SIG_SETMASK, &old, nullptr);
+    pthread_attr_destroy(&attributes);
+    if (refused != 0) {
+      FreePiece(*piece);
+      error = Error::System(refused);
+    }
   }
-  Handler& handler = handlers_[index];
-  handler.service = this;
-  handler.piece = *piece;
-  const int refused = pthread_create(&handler.thread, &attributes, &RunHandler, &handler);
-  pthread_sigmask(SIG_SETMASK, &old, nullptr);
-  pthread_attr_destroy(&attributes);
-  if (refused != 0) {
-    FreePiece(*piece);
-    return Error::System(refused);
-  }
+  if (error.ok()) return error;
   sync::SpinLockHolder holder(lock_);
+  handler.used = false;
+  --waiting_;
+  --threads_;
+  return error;
+}
+
+FaultService::Handler* FaultService::TakeSlotLocked() {
+  if (threads_ == options_.max_threads) return nullptr;
+  Handler* handler = handlers_;
+  while (handler->used) ++handler;
+  handler->used = true;
   ++threads_;
-  return Error::Ok();
+  ++waiting_;
+  return handler;
 }
 
 void* FaultService::RunHandler(void* handler) {
   Handler& self = *static_cast<Handler*>(handler);
+  FaultService& service = *self.service;
   os::FaultEvent event;
-  while (self.service->NextEvent(self, event)) self.service->HandleFault(self, event);
+  while (service.userfault_.Wait(event)) {
+    service.KeepSomebodyWaiting();
+    service.HandleFault(self, event);
+    if (!service.AwaitTurn(self)) break;
+  }
   return nullptr;
 }
 
-bool FaultService::NextEvent(Handler& self, os::FaultEvent& event) {
-  for (;;) {
-    {
-      sync::SpinLockHolder holder(lock_);
-      if (stopping_) return false;
-      if (waiting_ < kWaiting) {
-        ++waiting_;
-        break;
-      }
-      self.next_parked = parked_;
-      parked_ = &self;
-    }
-    self.parker.Park();
-    self.parker.Reset();
-  }
-  const bool taken = userfault_.Wait(event);
-  Handler* next = nullptr;
-  bool spawn = false;
+// The calling thread waits no more. Its place goes to a parked thread, or a new one, if it was the last.
+void FaultService::KeepSomebodyWaiting() {
+  Handler* parked = nullptr;
+  Handler* fresh = nullptr;
   {
     sync::SpinLockHolder holder(lock_);
-    --waiting_;
-    if (taken && waiting_ == 0 && !stopping_) {
-      next = parked_;
-      if (next != nullptr) {
-        parked_ = next->next_parked;
-      } else if (threads_ < options_.max_threads && !spawning_) {
-        spawning_ = spawn = true;
-      }
+    if (--waiting_ > 0 || stopping_) return;
+    parked = parked_;
+    if (parked != nullptr) {
+      parked_ = parked->next_parked;
+      ++waiting_;
+    } else {
+      fresh = TakeSlotLocked();
     }
   }
-  if (next != nullptr) next->parker.Unpark();
-  if (spawn) {
-    // Refused, faults wait for a thread that is busy.
-    (void)Spawn();
+  if (parked != nullptr) parked->parker.Unpark();
+  // Refused, faults wait for a thread that is busy.
+  if (fresh != nullptr) (void)Spawn(*fresh);
+}
+
+bool FaultService::AwaitTurn(Handler& self) {
+  {
     sync::SpinLockHolder holder(lock_);
-    spawning_ = false;
+    if (stopping_) return false;
+    if (waiting_ < kWaiting) {
+      ++waiting_;
+      return true;
+    }
+    self.next_parked = parked_;
+    parked_ = &self;
   }
-  return taken;
+  self.parker.Park();
+  self.parker.Reset();
+  return true;
 }
 
 // ---- Faults ----
@@ -196,10 +209,15 @@ void FaultService::HandleFault(Handler& self, const os::FaultEvent& event) {
 
 bool FaultService::Admit(Handler& self, Target& target, PageNumber page) {
   PagerBacking& backing = *target.backing;
+  const std::uint64_t max = options_.max_read_ahead.value;
+  const std::uint64_t wanted = target.PagesOf(PageRange::Of(page, {1})).first;
+  // Around the page, of what is not in memory and nobody reads.
+  PageRange free = target.RangeOf(backing.AbsentAround(wanted, target.PagesOf(target.vma), max));
   sync::SpinLockHolder holder(lock_);
-  PageRange free = target.vma;  // around the page, of what nobody reads
-  for (unsigned i = 0; i < threads_; ++i) {
+  for (unsigned i = 0; i < options_.max_threads; ++i) {
     Handler& other = handlers_[i];
+    // The same addresses may belong to another mapping by now.
+    if (other.backing != &backing) continue;
     if (other.filling.Contains(page)) {
       other.wakes = true;
       Count(joined_);
@@ -218,10 +236,9 @@ bool FaultService::Admit(Handler& self, Target& target, PageNumber page) {
     Count(postponed_);
     return false;
   }
-  const std::uint64_t wanted = target.PagesOf(PageRange::Of(page, {1})).first;
-  const PageSpan window = backing.ChooseWindow(wanted, target.PagesOf(free), options_.max_read_ahead.value);
-  target.range = target.RangeOf(window);
+  target.range = target.RangeOf(backing.ChooseWindow(wanted, target.PagesOf(free), max));
   ++backing.fills;
+  self.backing = &backing;
   self.filling = target.range;
   self.wakes = false;
   return true;
@@ -233,6 +250,7 @@ void FaultService::Leave(Handler& self, const Target& target) {
   {
     sync::SpinLockHolder holder(lock_);
     if (self.wakes) filled = self.filling;
+    self.backing = nullptr;
     self.filling = {};
     --target.backing->fills;
     std::swap(postponed, target.backing->postponed);
@@ -283,7 +301,8 @@ Result<Pages> FaultService::Fill(const Target& target, PageRange chunk, const Pa
   return *read;
 }
 
-// The page that somebody wants to write to goes in writable, and counts as written to.
+// The page that somebody wants to write to goes in writable, and counts as written to; it comes last, since its copy
+// lets the thread go on.
 Error FaultService::Put(const Target& target, PageRange part, const std::byte* from, const PageNumber* written) {
   PagerBacking& backing = *target.backing;
   if (backing.filling() == PagerBacking::Filling::kAtMap) {
@@ -300,35 +319,37 @@ Error FaultService::Put(const Target& target, PageRange part, const std::byte* f
   const PageRange after = {page.end, part.end};
   Error error;
   if (!before.empty()) error = CopyIn(target, before, from, os::WriteTracking::kOn);
+  if (error.ok() && !after.empty()) {
+    error = CopyIn(target, after, from + (page.end - part.first).bytes().value, os::WriteTracking::kOn);
+  }
   if (error.ok()) {
     const PageSpan dirty = target.PagesOf(page);
     backing.dirty().Set(dirty.first, dirty.end);
     error = CopyIn(target, page, from + before.bytes().value, os::WriteTracking::kOff);
     if (!error.ok()) backing.dirty().Clear(dirty.first, dirty.end);
   }
-  if (error.ok() && !after.empty()) {
-    error = CopyIn(target, after, from + (page.end - part.first).bytes().value, os::WriteTracking::kOn);
-  }
   return error;
 }
 
 Error FaultService::CopyIn(const Target& target, PageRange part, const std::byte* from, os::WriteTracking tracking) {
+  PageBitmap& present = target.backing->present();
+  const PageSpan pages = target.PagesOf(part);
+  // Before the copy: a thread that it wakes may ask for a write-back at once.
+  present.Set(pages.first, pages.end);
   for (Pages done; done < part.count();) {
     const PageRange rest = {part.first + done, part.end};
     const Result<Pages> copied = userfault_.Copy(rest, from + done.bytes().value, tracking);
-    PageRange present = PageRange::Of(rest.first, {1});
     if (copied.ok()) {
-      present = PageRange::Of(rest.first, *copied);
+      done += *copied;
       Count(pages_read_, copied->value);
     } else if (copied.error() == Error::System(EEXIST)) {
       // It came otherwise; the copy woke nobody.
-      Wake(present);
+      Wake(PageRange::Of(rest.first, {1}));
+      done += Pages{1};
     } else {
+      present.Clear(pages.first + done.value, pages.end);
       return copied.error();
     }
-    const PageSpan pages = target.PagesOf(present);
-    target.backing->present().Set(pages.first, pages.end);
-    done += present.count();
   }
   return Error::Ok();
 }

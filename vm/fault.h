@@ -174,7 +174,10 @@ class FaultService final : private FaultHooks {
     sync::Parker parker;
     Handler* next_parked = nullptr;
     // Guarded by lock_:
-    PageRange filling;    // what it reads
+    bool used = false;    // it has a thread
+    // What that reads, and for which mapping.
+    const PagerBacking* backing = nullptr;
+    PageRange filling;
     bool wakes = false;   // somebody else waits for that
   };
 
@@ -186,8 +189,12 @@ class FaultService final : private FaultHooks {
 
   // ---- Threads ----
   static void* RunHandler(void* handler);
-  Error Spawn();
-  bool NextEvent(Handler& self, os::FaultEvent& event);
+  Error Spawn(Handler& handler);
+  // A handler without a thread, with a place among the waiting; null if all have one.
+  Handler* TakeSlotLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
+  void KeepSomebodyWaiting();
+  // Parks until the thread may wait for faults; false when the service ends.
+  bool AwaitTurn(Handler& self);
 
   // ---- Faults ----
   void HandleFault(Handler& self, const os::FaultEvent& event);
@@ -259,8 +266,7 @@ class FaultService final : private FaultHooks {
   mutable sync::SpinLock lock_{sync::LockRank::kLeaf};
   Handler handlers_[kMaxThreads];
   unsigned threads_ ABSL_GUARDED_BY(lock_) = 0;
-  unsigned waiting_ ABSL_GUARDED_BY(lock_) = 0;  // for faults
-  bool spawning_ ABSL_GUARDED_BY(lock_) = false;
+  unsigned waiting_ ABSL_GUARDED_BY(lock_) = 0;  // for faults, or about to
   bool stopping_ ABSL_GUARDED_BY(lock_) = false;
   Handler* parked_ ABSL_GUARDED_BY(lock_) = nullptr;
   Piece* saved_ ABSL_GUARDED_BY(lock_) = nullptr;  // by Flush, for the verb's end

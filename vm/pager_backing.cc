@@ -95,12 +95,13 @@ Error PagerBacking::Install(os::Kernel& kernel, PageRange range, std::uint64_t p
   present_.Clear(page, page + range.count().value);
   dirty_.Clear(page, page + range.count().value);
   if (const Error error = kernel.Reset(range); !error.ok()) return error;
-  const os::Protection access = filling() == Filling::kAtMap ? os::Protection::kReadWrite : protection;
-  if (access != os::Protection::kNone) {
-    if (const Error error = kernel.Protect(range, access); !error.ok()) return error;
+  // Before anybody can touch it: the kernel would make a page of zeroes.
+  if (filling() == Filling::kOnFault) {
+    const os::WriteTracking tracking = tracks_writes() ? os::WriteTracking::kOn : os::WriteTracking::kOff;
+    if (const Error error = service_.userfault_.Register(range, tracking); !error.ok()) return error;
   }
-  if (filling() == Filling::kAtMap) return Error::Ok();
-  return service_.userfault_.Register(range, tracks_writes() ? os::WriteTracking::kOn : os::WriteTracking::kOff);
+  const os::Protection access = filling() == Filling::kAtMap ? os::Protection::kReadWrite : protection;
+  return access == os::Protection::kNone ? Error::Ok() : kernel.Protect(range, access);
 }
 
 // Under the range: the pager is not called here, since its code may want the space. What is found is copied, and handed
@@ -130,6 +131,13 @@ PageSpan PagerBacking::NextDirty(std::uint64_t first, std::uint64_t end) const {
   return {from, written.FindClear(from, end)};
 }
 
+PageSpan PagerBacking::AbsentAround(std::uint64_t page, PageSpan bounds, std::uint64_t max_pages) const {
+  PageSpan absent = {page, present_.FindSet(page + 1, std::min(bounds.end, page + max_pages))};
+  const std::uint64_t lowest = std::max(bounds.first, page / kCluster * kCluster);
+  while (absent.first > lowest && !present_.Test(absent.first - 1)) --absent.first;
+  return absent;
+}
+
 PageSpan PagerBacking::ChooseWindow(std::uint64_t page, PageSpan bounds, std::uint64_t max_pages) {
   Stream* stream = &streams_[0];
   bool forward = false;
@@ -141,18 +149,14 @@ PageSpan PagerBacking::ChooseWindow(std::uint64_t page, PageSpan bounds, std::ui
   }
   PageSpan window;
   if (forward) {
-    window.first = page;
     stream->length = std::min(stream->length * 2, max_pages);
+    window.first = page;
   } else {
-    window.first = page / kCluster * kCluster;
     stream->length = kCluster;
+    window.first = page / kCluster * kCluster;
   }
   window.end = std::min(window.first + stream->length, bounds.end);
   window.first = std::max(window.first, bounds.first);
-  window.end = present_.FindSet(page + 1, window.end);
-  for (std::uint64_t before = page; before > window.first; --before) {
-    if (present_.Test(before - 1)) window.first = before;
-  }
   stream->next = window.end;
   stream->used = ++uses_;
   return window;

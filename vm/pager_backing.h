@@ -51,7 +51,7 @@ class PagerBacking final : public Backing {
 
   void Pin() { references_.fetch_add(1, std::memory_order_relaxed); }
   void Unpin();
-  // From now on, the pager is told when the mapping has gone. REQUIRES: pinned.
+  // From now on, the pager is told when the mapping has gone. REQUIRES: a page is counted.
   void Announce() { announced_.store(true, std::memory_order_relaxed); }
 
   // ---- Backing ----
@@ -82,8 +82,11 @@ class PagerBacking final : public Backing {
   // The next run of pages in [first, end) to write back; a hint unless the range is held exclusively.
   PageSpan NextDirty(std::uint64_t first, std::uint64_t end) const;
 
+  // The pages around `page`, of `bounds`, that are not in memory: up to a cluster before and `max_pages` after. A hint.
+  PageSpan AbsentAround(std::uint64_t page, PageSpan bounds, std::uint64_t max_pages) const;
+
   // ---- Read-ahead and admission, under the service's lock ----
-  // What to read because of `page`, within `bounds`: itself, and neighbours that are not in memory.
+  // What to read because of `page`, of `bounds`, all of which may be read.
   PageSpan ChooseWindow(std::uint64_t page, PageSpan bounds, std::uint64_t max_pages);
   unsigned fills = 0;    // reads under way for faults
   PageRange postponed;   // faults that wait for one of them to end lie in here

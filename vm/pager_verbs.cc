@@ -123,7 +123,7 @@ Result<PageRange> FaultService::MapPager(Pager& pager, std::uint64_t page, Pages
        .track_writes = available_ && writable && userfault_.abilities().write_protect});
   if (!created.ok()) return created.error();
   PagerBacking& backing = **created;
-  backing.Pin();
+  backing.AddPages(1);  // until here is decided what becomes of it
   MapOptions map;
   map.placement = options.placement;
   map.address = options.address;
@@ -139,7 +139,7 @@ Result<PageRange> FaultService::MapPager(Pager& pager, std::uint64_t page, Pages
       mapped = error;
     }
   }
-  backing.Unpin();
+  backing.DropPages(1);
   return mapped;
 }
 
