@@ -359,8 +359,9 @@ Error FaultService::CopyIn(const Target& target, PageRange part, const std::byte
 void FaultService::AllowWrite(const Target& target, PageNumber page) {
   const PageRange part = PageRange::Of(page, {1});
   const Guard guard(RangeLockOf(page), part, Mode::kShared, sync::Operation::kFault);
-  if (IsStill(target, part, guard)) {
-    const PageSpan pages = target.PagesOf(part);
+  const PageSpan pages = target.PagesOf(part);
+  // Evicted meanwhile, it is a page like any other that is not there.
+  if (IsStill(target, part, guard) && target.backing->present().Test(pages.first)) {
     target.backing->dirty().Set(pages.first, pages.end);
     if (userfault_.WriteProtect(part, false).ok()) return;
   }
