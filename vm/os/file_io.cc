@@ -45,7 +45,7 @@ Result<std::size_t> ReadOnce(int fd, std::uint64_t offset, absl::Span<std::byte>
 Result<std::size_t> ReadFully(int fd, std::uint64_t offset, absl::Span<std::byte> into) {
   std::size_t done = 0;
   while (done < into.size()) {
-    const Result<std::size_t> read = ReadOnce(fd, offset + done, into.subspan(done));
+    const Result<std::size_t> read = ReadOnce(fd, offset + done, {into.data() + done, into.size() - done});
     if (!read.ok()) return read.error();
     if (*read == 0) break;
     done += *read;

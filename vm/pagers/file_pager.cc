@@ -27,7 +27,7 @@ Result<Pages> FilePager::Read(std::uint64_t page, absl::Span<std::byte> into) {
   const Pages whole = {*read / kPageSize};
   if (whole.value > 0) return whole;
   // The file's last page, most likely; direct I/O cannot go on from within a page.
-  return ReadBuffered(offset, into.first(kPageSize));
+  return ReadBuffered(offset, {into.data(), kPageSize});
 }
 
 Result<Pages> FilePager::ReadBuffered(std::uint64_t offset, absl::Span<std::byte> into) {
@@ -44,12 +44,12 @@ Error FilePager::Writeback(std::uint64_t page, absl::Span<const std::byte> from)
   const Result<std::uint64_t> size = os::FileSize(fd_);
   if (!size.ok()) return size.error();
   if (offset >= *size) return Error::Ok();
-  from = from.first(std::min<std::uint64_t>(from.size(), *size - offset));
-  const std::size_t whole = direct_fd_ < 0 ? 0 : from.size() / kPageSize * kPageSize;
+  const std::size_t bytes = std::min<std::uint64_t>(from.size(), *size - offset);
+  const std::size_t whole = direct_fd_ < 0 ? 0 : bytes / kPageSize * kPageSize;
   if (whole > 0) {
-    if (const Error error = os::WriteFully(direct_fd_, offset, from.first(whole)); !error.ok()) return error;
+    if (const Error error = os::WriteFully(direct_fd_, offset, {from.data(), whole}); !error.ok()) return error;
   }
-  return os::WriteFully(fd_, offset + whole, from.subspan(whole));
+  return os::WriteFully(fd_, offset + whole, {from.data() + whole, bytes - whole});
 }
 
 }  // namespace freehold::vm
