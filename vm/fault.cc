@@ -262,14 +262,14 @@ void FaultService::Leave(Handler& self, const Target& target) {
 void FaultService::HandleMissing(Handler& self, const Target& target, const os::FaultEvent& event) {
   const PageRange window = target.range;
   PageNumber at = window.first;
-  Pages size = kChunkPages;
+  bool alone = false;
   while (at < window.end) {
-    const PageRange chunk = {at, std::min(window.end, at + size)};
+    const PageRange chunk = {at, std::min(window.end, at + (alone ? Pages{1} : kChunkPages))};
     const Result<Pages> filled = Fill(target, chunk, event.write ? &event.page : nullptr, *self.piece);
     if (filled.ok()) {
       at = at + *filled;
-      // The content ends, or what was not asked for is not at hand.
-      if (at > event.page && *filled < chunk.count()) return;
+      // The content ends, or what was not touched is not at hand.
+      if (at > event.page && (alone || *filled < chunk.count())) return;
       continue;
     }
     // What was touched is there.
@@ -278,13 +278,13 @@ void FaultService::HandleMissing(Handler& self, const Target& target, const os::
       Wake(PageRange::Of(event.page, {1}));
       return;
     }
-    if (at == event.page && size.value == 1) {
+    if (alone) {
       Fail(target, event.page, filled.error());
       return;
     }
     // A neighbour may be to blame: the page alone.
     at = event.page;
-    size = {1};
+    alone = true;
   }
 }
 

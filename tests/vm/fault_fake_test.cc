@@ -106,7 +106,7 @@ TEST_F(FakeFaultTest, RefusedCopiesAreSigbusOrTriedAgain) {
   Fault(PageAt(range, 20));
   EXPECT_EQ(userfault_.At(PageAt(range, 20)), Status::kPoisoned);
   // A write: what could not be copied does not count as written to.
-  userfault_.FailNext(Call::kCopy, 4, Error::System(ENOMEM));
+  userfault_.FailNext(Call::kCopy, 2, Error::System(ENOMEM));
   Fault(PageAt(range, 40), /*write=*/true);
   EXPECT_EQ(userfault_.At(PageAt(range, 40)), Status::kPoisoned);
   // Nor can it be poisoned: the thread tries again.
