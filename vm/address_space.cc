@@ -25,10 +25,6 @@ constexpr std::size_t kMinRegionPages = MiB(4).value / kPageSize;
 constexpr std::size_t kMetadataShare = 32;
 constexpr std::size_t kMinMetadataPages = MiB(8).value / kPageSize;
 
-bool Populates(const MapOptions& options) {
-  return options.populate || options.lock == os::MemoryLock::kLocked;
-}
-
 bool IsAligned(const void* address) {
   return (reinterpret_cast<std::uintptr_t>(address) & (kPageSize - 1)) == 0;
 }
@@ -98,7 +94,7 @@ Error AddressSpace::Init(PageRange reservation, MetadataArena* arena) {
   range_locks_ = static_cast<PaddedRangeLock*>(locks);
   for (std::size_t i = 0; i < lock_count; ++i) new (range_locks_ + i) PaddedRangeLock(options_.lock_policy);
 
-  const Region::Shared shared{kernel_, arena_, purge_stage_, &options_, &clock_};
+  const Region::Shared shared{kernel_, arena_, purge_stage_, &options_, &clock_, &notifiers_, &fault_hooks_};
   const Pages region_pages = {std::size_t{1} << region_shift_};
   for (std::size_t i = 0; i < region_count_; ++i) {
     const Zone zone = i < zone_begin_[1] ? Zone::kPlain : i < zone_begin_[2] ? Zone::kDense : Zone::kMapping;
@@ -146,8 +142,14 @@ Result<PageRange> AddressSpace::Map(Pages count, const MapOptions& options) {
   const std::size_t alignment = options.alignment.value;
   if (alignment == 0 || (alignment & (alignment - 1)) != 0) return ErrorCode::kUnaligned;
 
-  if (ABSL_PREDICT_FALSE(options.backing != nullptr)) return MapBacked(count, options);
+  if (ABSL_PREDICT_FALSE(options.backing != nullptr || !notifiers_.empty())) return MapSpecial(count, options);
   return MapAny(count, options);
+}
+
+Result<PageRange> AddressSpace::MapSpecial(Pages count, const MapOptions& options) {
+  const Result<PageRange> mapped = options.backing != nullptr ? MapBacked(count, options) : MapAny(count, options);
+  if (mapped.ok()) notifiers_.Map(*mapped);
+  return mapped;
 }
 
 Result<PageRange> AddressSpace::MapBacked(Pages count, const MapOptions& options) {
@@ -164,7 +166,7 @@ Result<PageRange> AddressSpace::MapAny(Pages count, const MapOptions& options) {
   if (ABSL_PREDICT_FALSE(future != os::MemoryLock::kNone)) {
     if (options.lock == os::MemoryLock::kNone) return MapLocked(count, options, future);
   }
-  if (!Populates(options)) return Place(count, options);
+  if (!options.populates()) return Place(count, options);
   return MapPopulated(count, options);
 }
 
@@ -184,11 +186,12 @@ Result<PageRange> AddressSpace::MapPopulated(Pages count, const MapOptions& opti
 }
 
 Result<PageRange> AddressSpace::Place(Pages count, const MapOptions& options) {
+  if (options.placement == Placement::kHint) return MapNear(count, options);
   if (options.placement != Placement::kAnywhere) return MapAt(count, options);
   if (options.protection != os::Protection::kReadWrite || options.backing != nullptr) {
     return MapInZone(Zone::kMapping, count, options);
   }
-  if (count.value >= kPagesPerHugePage && (Populates(options) || options.huge_pages == os::HugePages::kPrefer)) {
+  if (count.value >= kPagesPerHugePage && (options.populates() || options.huge_pages == os::HugePages::kPrefer)) {
     MapOptions dense = options;
     dense.alignment = {std::max(options.alignment.value, kPagesPerHugePage)};
     const Result<PageRange> mapped = MapInZone(Zone::kDense, count, dense);
@@ -239,6 +242,27 @@ Result<PageRange> AddressSpace::MapAt(Pages count, const MapOptions& options) {
   const Result<PageRange> mapped = region->MapFixed(range, options);
   hooks->AfterDrop(range);
   return mapped;
+}
+
+// The hint is followed where memory of this kind lives, if all of it is free.
+Result<PageRange> AddressSpace::MapNear(Pages count, const MapOptions& options) {
+  MapOptions placed = options;
+  placed.placement = Placement::kFixed;
+  const PageNumber first = PageNumber::Of(options.address);
+  placed.address = first.address();
+  const bool mapping = options.protection != os::Protection::kReadWrite || options.backing != nullptr;
+  if (reservation_.Contains(first) && mapping == !RegionOf(first)->is_heap()) {
+    const Result<PageRange> mapped = MapAt(count, placed);
+    switch (mapped.error().code) {
+      case ErrorCode::kOverlap:
+      case ErrorCode::kPinned:
+      case ErrorCode::kOverflow:
+      case ErrorCode::kOutsideReservation: break;
+      default: return mapped;
+    }
+  }
+  placed.placement = Placement::kAnywhere;
+  return Place(count, placed);
 }
 
 Error AddressSpace::Unmap(PageRange range) {
@@ -314,6 +338,7 @@ Pages AddressSpace::Purge(PurgeScope scope) {
 }
 
 void AddressSpace::Tick() {
+  for (Region* region : regions()) region->RetryDeferred();
   (void)Purge(PurgeScope::kDecayed);
   clock_.store(static_cast<std::uint32_t>(kernel_->Now().value >> kClockShift), std::memory_order_relaxed);
   epochs_.Poll();
@@ -335,17 +360,6 @@ sync::HoldHistogram AddressSpace::TreeLockHolds() const {
   sync::HoldHistogram holds;
   for (const Region* region : regions()) holds += region->TreeLockHolds();
   return holds;
-}
-
-void AddressSpace::ForEachVma(void (*visit)(void* context, const VmaInfo& vma), void* context) const {
-  constexpr std::size_t kBatch = 64;
-  for (const Region* region : regions()) {
-    for (PageNumber from = region->range().first; from < region->range().end;) {
-      VmaInfo vmas[kBatch];
-      const std::size_t size = region->CopyVmas(from, vmas, kBatch);
-      for (std::size_t i = 0; i < size; ++i) visit(context, vmas[i]);
-    }
-  }
 }
 
 void AddressSpace::CheckInvariants() const {

@@ -21,8 +21,10 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <string_view>
 
 #include "absl/types/span.h"
+#include "vm/notifier.h"
 #include "vm/os/kernel.h"
 #include "vm/page_range.h"
 #include "vm/result.h"
@@ -35,6 +37,8 @@
 namespace freehold::vm {
 
 class Backing;
+class Pin;
+class Transaction;
 class MetadataArena;
 class PurgeStage;
 class Region;
@@ -71,6 +75,8 @@ struct AddressSpaceOptions {
 
 enum class Placement : std::uint8_t {
   kAnywhere,  // `address` is ignored
+  kHint,      // at `address`, rounded down to a page, if memory of this kind lives there and all of it is free;
+              // else anywhere. Slower than kAnywhere
   kFixed,     // exactly at `address`; kOverlap when something is mapped there
   kReplace,   // exactly at `address`; what is mapped there is unmapped, atomically to lookups
 };
@@ -95,6 +101,8 @@ struct MapOptions {
   // Where the content comes from, its page `backing_page` first; null: anonymous memory.
   Backing* backing = nullptr;
   std::uint64_t backing_page = 0;
+
+  bool populates() const { return populate || lock == os::MemoryLock::kLocked; }
 };
 
 // A copy of a VMA's attributes, valid at the moment of the lookup.
@@ -116,6 +124,11 @@ struct PopulateOptions {
   // Called after every chunk, with no lock held, with the pages done so far. May be null.
   void (*progress)(void* context, Pages done) = nullptr;
   void* progress_context = nullptr;
+};
+
+struct SnapshotResult {
+  std::size_t vmas = 0;  // in the space: more than were copied if there was too little room
+  bool instant = false;  // all of them at one moment
 };
 
 // What Advise says about memory. Hints, but for kDontNeed.
@@ -159,6 +172,7 @@ struct AddressSpaceStats {
   std::uint64_t vmas = 0;
   std::uint64_t maps = 0;
   std::uint64_t unmaps = 0;
+  std::uint64_t deferred_unmaps = 0;  // VMAs, or parts of them, that wait for a pin to go
   std::uint64_t reuses = 0;         // maps served from cached extents
   std::uint64_t zeroed_pages = 0;   // cleaned by memset for re-use
   std::uint64_t purged_pages = 0;   // given back to the kernel
@@ -198,11 +212,12 @@ class AddressSpace {
   AddressSpace& operator=(const AddressSpace&) = delete;
 
   // Maps `count` pages of anonymous memory, or of a backing. Errors: kEmpty, kOverflow, kUnaligned (address or alignment),
-  // kOutsideReservation (fixed range not inside one region), kOverlap, kNoRoom, kNoMetadata, kDenied (more than the
+  // kOutsideReservation (fixed range not inside one region), kOverlap, kPinned, kNoRoom, kNoMetadata, kDenied (more than the
   // backing allows), kSystem (EPERM or ENOMEM too when it is to be locked and may not; what the backing says).
   Result<PageRange> Map(Pages count, const MapOptions& options = {});
 
-  // Unmaps whatever is mapped in `range`: parts of VMAs, several VMAs, holes. Errors: kEmpty, kOverflow,
+  // Unmaps whatever is mapped in `range`: parts of VMAs, several VMAs, holes. What is pinned is no longer found, but
+  // stays untouched until the last pin goes (vm/pin.h). Errors: kEmpty, kOverflow,
   // kOutsideReservation, kNoMetadata (a split needs metadata), kSystem. Fails as a whole per region; lookups may
   // find an unmap of many VMAs partly done.
   Error Unmap(PageRange range);
@@ -217,8 +232,8 @@ class AddressSpace {
   // zero; a kLocked mapping is populated before it returns. A target becomes visible to lookups before the source
   // goes, and what others do to the source's content meanwhile may be lost. Errors: kEmpty, kOverflow, kUnaligned
   // (target), kOutsideReservation (source; target not inside one region), kNotMapped (also of several VMAs),
-  // kOverlap (also of source and target), kNoRoom, kUnsupported (keep_source, and the size changes or nothing
-  // moves), kReplaced (others changed the source again and again), kNoMetadata, kSystem. All is as it was then,
+  // kOverlap (also of source and target), kPinned, kNoRoom, kUnsupported (kHint; keep_source, and the size changes or
+  // nothing moves), kReplaced (others changed the source again and again), kNoMetadata, kSystem. All is as it was then,
   // but for the target of kReplace.
   Result<PageRange> Remap(PageRange range, Pages count, const RemapOptions& options = {});
 
@@ -275,10 +290,25 @@ class AddressSpace {
   os::Kernel& kernel() const { return *kernel_; }
   // Keeps backings that a lookup reported from being destroyed while a reader is inside. Tick polls it.
   sync::EpochDomain& epochs() { return epochs_; }
+  // See NotifierRegistration.
+  NotifierList& notifiers() { return notifiers_; }
   AddressSpaceStats Stats() const;
   // How long tree locks were held since Create, all regions together; empty unless
   // AddressSpaceOptions::record_tree_lock_holds is set.
   sync::HoldHistogram TreeLockHolds() const;
+
+  // Copies every mapped VMA in ascending order to `out`, as far as there is room. Waits for nobody but holders of a
+  // tree lock, and nobody waits for it longer than that. Each page is reported at most once, and as it was at some
+  // moment during the call; if the result says `instant`, the same moment for all. It does unless others kept
+  // changing the space during each of several attempts.
+  SnapshotResult Snapshot(absl::Span<VmaInfo> out) const;
+
+  // How often something that lookups see has changed: as long as this stays, a snapshot holds.
+  std::uint64_t Changes() const;
+
+  // Writes what is mapped as /proc/PID/maps does, line by line, backings named as they describe themselves. No lock
+  // is held during a call of `write`.
+  void WriteMaps(void (*write)(void* context, std::string_view line), void* context);
 
   // Calls `visit` for every mapped VMA in ascending order, from consistent copies of up to 64 VMAs of a region;
   // no lock is held during the call. Pages mapped all the time are visited once; no page is visited twice: of a
@@ -296,6 +326,9 @@ class AddressSpace {
 
  private:
   friend class FaultService;
+  friend class Pin;
+  friend class Transaction;
+
   struct ForkGuards;
   // On cache lines of its own: lockers of different regions write no common line.
   struct alignas(kCacheLineSize) PaddedRangeLock {
@@ -333,6 +366,8 @@ class AddressSpace {
   void SetFaultHooks(FaultHooks* hooks);
   // Map with checked arguments.
   Result<PageRange> MapAny(Pages count, const MapOptions& options);
+  // Map with a backing or notifiers.
+  Result<PageRange> MapSpecial(Pages count, const MapOptions& options);
   // Map with a backing: counts its pages.
   Result<PageRange> MapBacked(Pages count, const MapOptions& options);
   Result<PageRange> MapPopulated(Pages count, const MapOptions& options);
@@ -355,6 +390,7 @@ class AddressSpace {
   Error AdvisePart(PageRange part, std::uint64_t generation, Advice advice);
   Result<PageRange> MapInZone(Zone zone, Pages count, const MapOptions& options);
   Result<PageRange> MapElsewhere(Zone zone, std::size_t own, Pages count, const MapOptions& options);
+  Result<PageRange> MapNear(Pages count, const MapOptions& options);
   Result<PageRange> MapAt(Pages count, const MapOptions& options);
   Result<Pages> PopulateVma(PageRange part, std::uint64_t generation, const PopulateOptions& options,
                             Pages before);
@@ -374,6 +410,7 @@ class AddressSpace {
   std::atomic<os::MemoryLock> future_lock_{os::MemoryLock::kNone};
   std::atomic<FaultHooks*> fault_hooks_{nullptr};  // release and acquire
   sync::EpochDomain epochs_;
+  NotifierList notifiers_{epochs_};
   sync::SpinLock fork_lock_{sync::LockRank::kFork};
   ForkGuards* fork_guards_ = nullptr;  // changed under fork_lock_
 

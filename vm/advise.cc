@@ -60,6 +60,9 @@ Error AddressSpace::AdvisePart(PageRange part, std::uint64_t generation, Advice 
   if (vma->lock != os::MemoryLock::kNone) return Error::System(EINVAL);
   const bool drops = advice == Advice::kDontNeed || advice == Advice::kFree;
   if (drops && vma->backing != nullptr && vma->backing->paged()) return {ErrorCode::kUnsupported};
+  if (!notifiers_.empty() && advice != Advice::kCold && advice != Advice::kPageOut) {
+    notifiers_.Invalidate(part, Invalidation::kDiscard);
+  }
   switch (advice) {
     case Advice::kFree: return kernel_->AdviseReclaim(part, os::ReclaimHint::kFree);
     case Advice::kCold: return kernel_->AdviseReclaim(part, os::ReclaimHint::kCold);

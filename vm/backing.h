@@ -13,6 +13,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <string_view>
 
 #include "vm/os/kernel.h"
 #include "vm/page_range.h"
@@ -23,6 +24,15 @@ namespace freehold::vm {
 // Whether accesses to pages that are not there yet wait for a FaultService (vm/fault.h), and so for whoever holds their
 // range. Such pages are not touched with the range held, nor dropped behind the service's back.
 enum class Paging : bool { kNone, kOnDemand };
+
+// For humans: what /proc/PID/maps says about a mapping.
+struct BackingDescription {
+  bool shared = false;
+  std::uint32_t device_major = 0;
+  std::uint32_t device_minor = 0;
+  std::uint64_t inode = 0;
+  std::string_view name;  // lives as long as the backing
+};
 
 class Backing {
  public:
@@ -37,6 +47,8 @@ class Backing {
   // What the kernel has of `range` is about to be dropped: unmapped, or replaced. Content that lives nowhere else
   // is saved here. The mapping may live on, if the verb fails afterwards. The range is held, at least shared.
   virtual void Flush(os::Kernel& kernel, PageRange range, std::uint64_t page) = 0;
+
+  virtual BackingDescription Describe() const { return {}; }
 
   // No mapping gets more than this, by Map or Protect: kDenied.
   os::Protection max_protection() const { return max_protection_; }

@@ -91,6 +91,9 @@ Error AddressSpace::Discard(absl::Span<const PageRange> ranges) {
     for (std::size_t i = 0; i < size; ++i) {
       if (const Error error = CheckDiscard(batch[i], &guards.At(i)); !error.ok()) return error;
     }
+    if (!notifiers_.empty()) {
+      for (std::size_t i = 0; i < size; ++i) notifiers_.Invalidate(batch[i], Invalidation::kDiscard);
+    }
     if (const Error error = purge_stage_->Discard({batch, size}); !error.ok()) return error;
   }
   return Error::Ok();

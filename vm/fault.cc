@@ -192,7 +192,7 @@ sync::RangeLock& FaultService::RangeLockOf(PageNumber page) const { return space
 void FaultService::HandleFault(Handler& self, const os::FaultEvent& event) {
   Count(faults_);
   PageRange found;
-  const Result<Target> target = FindTarget(PageRange::Of(event.page, {1}), found);
+  const Result<Target> target = FindTarget(PageRange::Of(event.page, {1}), found, VmaState::kDeferred);
   if (!target.ok()) {
     // Unmapped meanwhile, or about to be. Who tries again finds out, or comes back here until the kernel knows.
     Wake(PageRange::Of(event.page, {1}));
@@ -387,9 +387,11 @@ void FaultService::Fail(const Target& target, PageNumber page, Error error) {
 
 bool FaultService::IsStill(const Target& target, PageRange part, const Guard& guard) const {
   for (PageNumber page = part.first; page < part.end;) {
-    const Result<VmaInfo> vma = space_.LookupHeld(page, guard);
-    if (!vma.ok() || vma->generation != target.generation || vma->backing != target.backing) return false;
-    page = vma->range.end;
+    VmaState state;
+    const VmaInfo vma = space_.RegionOf(page)->LookupHeld(page, state, guard);
+    if (state != VmaState::kMapped && state != VmaState::kDeferred) return false;
+    if (vma.generation != target.generation || vma.backing != target.backing) return false;
+    page = vma.range.end;
   }
   return true;
 }

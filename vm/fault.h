@@ -36,6 +36,7 @@
 #include "vm/sync/parking.h"
 #include "vm/sync/range_lock.h"
 #include "vm/sync/spin_lock.h"
+#include "vm/vma.h"
 
 namespace freehold::vm {
 
@@ -87,7 +88,7 @@ class FaultService final : private FaultHooks {
   // `space` and `userfault` outlive the service; `userfault` serves it alone. REQUIRES: the space has no other one.
   FaultService(AddressSpace& space, os::Userfault& userfault, const FaultOptions& options = {});
   // Unmaps what is still mapped by pagers, so that threads which wait for it get SIGSEGV, and waits for the pagers' calls.
-  // REQUIRES: nobody calls it, nor maps through it, any more.
+  // REQUIRES: nobody calls it, nor maps through it, any more; nothing that pagers back is pinned.
   ~FaultService();
   FaultService(const FaultService&) = delete;
   FaultService& operator=(const FaultService&) = delete;
@@ -220,7 +221,8 @@ class FaultService final : private FaultHooks {
   Result<Piece*> NewPiece();
   void FreePiece(Piece* piece);
   // The part of `range` in the VMA at its start, which is `found`: pinned; kNotMapped, kUnsupported when no pager backs it.
-  Result<Target> FindTarget(PageRange range, PageRange& found);
+  // What waits for pins to go (`also`) is no longer mapped, but faults all the same.
+  Result<Target> FindTarget(PageRange range, PageRange& found, VmaState also = VmaState::kMapped);
   // Calls `verb(target)` for every part of `range` that a pager backs; again if it says kReplaced. Returns the first error.
   template <typename Verb>
   Error ForEachTarget(PageRange range, Holes holes, Verb verb);
@@ -230,7 +232,7 @@ class FaultService final : private FaultHooks {
   // Calls `visit(part, vma)` for the parts of `range`, which is mapped throughout; until an error.
   template <typename Visit>
   Error ForEachHeld(PageRange range, const Guard& guard, Visit visit);
-  // Whether all of `part` is still this mapping.
+  // Whether all of `part` is still this mapping, or waits for pins to go.
   bool IsStill(const Target& target, PageRange part, const Guard& guard) const;
 
   Error PopulateAll(PagerBacking& backing, PageRange range);

@@ -43,9 +43,11 @@ void AddressSpace::PrepareFork() ABSL_NO_THREAD_SAFETY_ANALYSIS {
   }
   purge_stage_->PrepareFork();
   for (Region* region : regions()) region->PrepareFork();
+  notifiers_.PrepareFork();
 }
 
 void AddressSpace::ParentAfterFork() ABSL_NO_THREAD_SAFETY_ANALYSIS {
+  notifiers_.EndFork();
   for (Region* region : regions()) region->ParentAfterFork();
   purge_stage_->ParentAfterFork();
   fork_guards_->Clear();
@@ -56,6 +58,7 @@ void AddressSpace::ParentAfterFork() ABSL_NO_THREAD_SAFETY_ANALYSIS {
 void AddressSpace::ChildAfterFork() ABSL_NO_THREAD_SAFETY_ANALYSIS {
   os::ForgetThreadIdAfterFork();
   future_lock_.store(os::MemoryLock::kNone, std::memory_order_relaxed);
+  notifiers_.EndFork();
   for (Region* region : regions()) region->ChildAfterFork();
   purge_stage_->ChildAfterFork();
   if (options_.lock_policy == sync::LockPolicy::kCoarse) {
@@ -73,13 +76,20 @@ void Region::PrepareFork() ABSL_NO_THREAD_SAFETY_ANALYSIS { tree_lock_.LockForFo
 
 void Region::ParentAfterFork() ABSL_NO_THREAD_SAFETY_ANALYSIS { tree_lock_.UnlockAfterFork(); }
 
-// Still under the tree lock of PrepareFork. The kernel let the child inherit no memory locks.
+// Still under the tree lock of PrepareFork. The child inherits no memory locks from the kernel, and no pins from us:
+// their nodes lie on stacks and in objects of threads that it does not have.
 void Region::ChildAfterFork() ABSL_NO_THREAD_SAFETY_ANALYSIS {
+  ++forks_;
+  pins_.Clear();
+  unfinished_ = nullptr;
   for (RegionPage page = 0; page < range_.count().value;) {
     Vma* vma = tree_.Find(page).vma();
     page = vma->end_page();
     if (vma->locked()) VmaWriter(*vma).SetLock(os::MemoryLock::kNone);
     if (vma->Is(VmaState::kPending) || vma->Is(VmaState::kPurging)) GiveBackLocked(vma);
+    if (!vma->Is(VmaState::kDeferred)) continue;
+    vma->older = unfinished_;
+    unfinished_ = vma;
   }
   MergeMappedLocked(0, static_cast<RegionPage>(range_.count().value));
   purges_in_flight_.store(0, std::memory_order_relaxed);

@@ -116,6 +116,7 @@ void Region::RecordLock(RegionPage first, RegionPage end, MemoryLock lock) {
       Vma* vma = tree_.Find(page).vma();
       page = vma->end_page();
       VmaWriter(*vma).SetLock(lock);
+      changes_.Add(1);
       // In the mapping zone the reset of an unmap is what unlocks.
       vma->kernel_vma = vma->kernel_vma || !is_heap();
     }

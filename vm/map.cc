@@ -250,6 +250,8 @@ Result<PageRange> Region::MapHeld(PageRange range, const MapOptions& options, st
   const RegionPage end = ToRegion(range.end);
   Result<Claim> claim = ClaimFixed(first, end, options.placement);
   if (!claim.ok()) return claim.error();
+  const bool notified = claim->occupied && !shared_.notifiers->empty();
+  if (notified) Invalidate(range, Invalidation::kReplace, guard);
   if (claim->backed) FlushBackings(range, guard);
   const Error error = PrepareFixed(range, options, *claim, guard);
   if (!error.ok()) {
@@ -257,6 +259,7 @@ Result<PageRange> Region::MapHeld(PageRange range, const MapOptions& options, st
     return error;
   }
   PublishFixed(*claim, options, generation);
+  if (notified) shared_.notifiers->Close(range);
   return range;
 }
 
@@ -276,6 +279,9 @@ Result<Region::Claim> Region::ClaimFixed(RegionPage first, RegionPage end, Place
         break;
       case ClaimResult::kOverlap:
         error = {ErrorCode::kOverlap};
+        break;
+      case ClaimResult::kPinned:
+        error = {ErrorCode::kPinned};
         break;
       case ClaimResult::kPurging:
         WaitForPurges();
@@ -297,11 +303,19 @@ Region::ClaimResult Region::ClaimLocked(Claim& claim) {
   for (int visits = 0; claim.next < claim.end; ++visits) {
     if (visits == kExtentsPerHold) return ClaimResult::kMore;
     const Vma* vma = tree_.Find(claim.next).vma();
-    if (vma->Is(VmaState::kPurging)) return ClaimResult::kPurging;
-    if (vma->Is(VmaState::kMapped) && claim.placement == Placement::kFixed) return ClaimResult::kOverlap;
+    if (!MayClaim(*vma, claim.placement, refusal)) return refusal;
     claim.next = ClaimExtentLocked(claim.next, claim)->end_page();
   }
   return ClaimResult::kClaimed;
+}
+
+bool Region::MayClaim(const Vma& vma, Placement placement, ClaimResult& refusal) {
+  switch (vma.state.load(std::memory_order_relaxed)) {
+    case VmaState::kPurging: refusal = ClaimResult::kPurging; return false;
+    case VmaState::kDeferred: refusal = ClaimResult::kPinned; return false;
+    case VmaState::kMapped: refusal = ClaimResult::kOverlap; return placement == Placement::kReplace;
+    default: return true;
+  }
 }
 
 // Makes the ends of the range borders, and claims the extents there, so that nothing grows across them later.
@@ -310,14 +324,14 @@ Region::ClaimResult Region::ClaimLocked(Claim& claim) {
 //                first    end
 //   after    | cached | claimed | cached |
 bool Region::StartClaimLocked(Claim& claim, ClaimResult& refusal) {
+  refusal = ClaimResult::kPinned;
+  if (IsPinnedLocked(ToAbsolute(claim.first, claim.end - claim.first))) return false;
   refusal = ClaimResult::kNoMetadata;
   if (!HasMetadataLocked()) return false;
   RegionPage page = claim.first;
   for (int visits = 0; page < claim.end; ++visits) {
     const Vma* vma = tree_.Find(visits < kExtentsPerHold ? page : claim.end - 1).vma();
-    refusal = vma->Is(VmaState::kPurging) ? ClaimResult::kPurging : ClaimResult::kOverlap;
-    if (vma->Is(VmaState::kPurging)) return false;
-    if (vma->Is(VmaState::kMapped) && claim.placement == Placement::kFixed) return false;
+    if (!MayClaim(*vma, claim.placement, refusal)) return false;
     page = visits < kExtentsPerHold ? vma->end_page() : claim.end;
   }
   for (const RegionPage border : {claim.first, claim.end - 1}) {
@@ -377,44 +391,66 @@ void Region::Unclaim(const Claim& claim) {
 // still seen as what they were, then go. The next hold lets it grow. `continued`: the generation of the mapping
 // before it of which it becomes a part; 0 for none.
 void Region::PublishFixed(const Claim& claim, const MapOptions& options, std::uint64_t continued) {
-  const os::Protection protection = options.protection;
-  const bool locked = options.lock != os::MemoryLock::kNone;
-  const VmaAttributes attributes = AttributesOf(options, claim.first, continued != 0 ? continued : claim.generation);
   for (RegionPage page = claim.first; page < claim.end;) {
     DroppedPages<kExtentsPerHold> replaced;  // dropped when the lock is
     sync::SpinLockHolder holder(tree_lock_);
-    Vma* vma = tree_.Find(claim.first).vma();
-    const RegionPage from = page;
-    for (int visits = 0; page < claim.end && visits < kExtentsPerHold; ++visits) {
-      const Vma* old = tree_.Find(page).vma();
-      page = old->end_page();
-      if (!old->Is(VmaState::kMapped)) continue;
-      replaced.Add(old->attributes().backing, old->page_count());
-      mapped_pages_.Subtract(old->page_count());
-      if (old == vma) vmas_.Subtract(1);
-    }
-    if (from == claim.first) {
-      vma->knowledge = Knowledge::kUnknown;
-      // In the mapping zone, old content (Content::kAnything) may lie behind a protection of kNone.
-      vma->kernel_vma = is_heap() ? protection != os::Protection::kReadWrite
-                                  : protection != os::Protection::kNone || !claim.clean || locked;
-      vma->foreign = options.backing != nullptr || (claim.foreign && !claim.backed);
-      if (is_heap() && (vma->kernel_vma || locked)) heap_splits_.Add(1);
-      PublishLocked(vma, page - from, attributes);
-    } else {
-      VmaWriter(*vma).SetRange(claim.first, page - claim.first);
-      mapped_pages_.Add(page - from);
-    }
-    while (NextLocked(vma) != nullptr && NextLocked(vma)->first_page() < page) DropNextLocked(vma);
-    if (page < claim.end) continue;
-    vma->busy = false;
-    if (continued != 0) MergeMappedLocked(claim.first, claim.end);
+    PublishFixedLocked(claim, options, continued, page, replaced);
   }
+}
+
+// What one hold does, from `page` on.
+void Region::PublishFixedLocked(const Claim& claim, const MapOptions& options, std::uint64_t continued,
+                                RegionPage& page, DroppedPages<kExtentsPerHold>& replaced) {
+  const os::Protection protection = options.protection;
+  const bool locked = options.lock != os::MemoryLock::kNone;
+  Vma* vma = tree_.Find(claim.first).vma();
+  const RegionPage from = page;
+  for (int visits = 0; page < claim.end && visits < kExtentsPerHold; ++visits) {
+    const Vma* old = tree_.Find(page).vma();
+    page = old->end_page();
+    if (!old->Is(VmaState::kMapped)) continue;
+    replaced.Add(old->attributes().backing, old->page_count());
+    mapped_pages_.Subtract(old->page_count());
+    if (old == vma) vmas_.Subtract(1);
+  }
+  if (from == claim.first) {
+    vma->knowledge = Knowledge::kUnknown;
+    // In the mapping zone, old content (Content::kAnything) may lie behind a protection of kNone.
+    vma->kernel_vma = is_heap() ? protection != os::Protection::kReadWrite
+                                : protection != os::Protection::kNone || !claim.clean || locked;
+    vma->foreign = options.backing != nullptr || (claim.foreign && !claim.backed);
+    if (is_heap() && (vma->kernel_vma || locked)) heap_splits_.Add(1);
+    PublishLocked(vma, page - from,
+                  AttributesOf(options, claim.first, continued != 0 ? continued : claim.generation));
+  } else {
+    VmaWriter(*vma).SetRange(claim.first, page - claim.first);
+    changes_.Add(1);
+    mapped_pages_.Add(page - from);
+  }
+  while (NextLocked(vma) != nullptr && NextLocked(vma)->first_page() < page) DropNextLocked(vma);
+  if (page < claim.end) return;
+  vma->busy = false;
+  if (continued != 0) MergeMappedLocked(claim.first, claim.end);
 }
 
 // The kernel's side of a fixed mapping, steps that can fail first. On error the old mappings have their
 // protection and content: content goes last.
 Error Region::PrepareFixed(PageRange range, const MapOptions& options, Claim& claim, const Guard& guard) {
+  if (const Error error = PrepareAccess(range, options, claim, guard); !error.ok()) return error;
+  const Error error = PrepareContent(range, options, claim);
+  if (!error.ok()) UndoAccess(range, options, claim, guard);
+  return error;
+}
+
+Error Region::PrepareContent(PageRange range, const MapOptions& options, const Claim& claim) {
+  if (claim.clean || claim.backed || options.backing != nullptr || options.content == Content::kAnything) {
+    return Error::Ok();
+  }
+  return MakeZero(range, Writable(options.protection));
+}
+
+// Can be undone, but for what a backing replaces, or is replaced by.
+Error Region::PrepareAccess(PageRange range, const MapOptions& options, Claim& claim, const Guard& guard) {
   FREEHOLD_DCHECK(guard.Covers(range, Mode::kExclusive));
   if (!IsCommitted(ToRegion(range.first), ToRegion(range.end))) {
     if (const Error error = Commit(range); !error.ok()) return error;
@@ -426,28 +462,29 @@ Error Region::PrepareFixed(PageRange range, const MapOptions& options, Claim& cl
       return error;
     }
   }
-  const bool relock = claim.locked || options.lock != os::MemoryLock::kNone;
   const bool replaced = claim.backed || options.backing != nullptr;
   Error error;
   // Also before a replacement, which takes the lock away: so the limit is known while nothing is lost.
-  if (relock) error = LockInKernel(range, options.lock);
+  if (claim.locked || options.lock != os::MemoryLock::kNone) error = LockInKernel(range, options.lock);
   if (error.ok() && replaced) {
     error = ReplaceInKernel(range, options, claim);
   } else if (error.ok() && (!claim.clean || options.protection != now)) {
     error = shared_.kernel->Protect(range, options.protection);
   }
-  if (error.ok() && !claim.clean && !replaced && options.content != Content::kAnything) {
-    error = MakeZero(range, Writable(options.protection));
-  }
-  if (!error.ok()) {
-    if (relock) RestoreLocks(range, guard);
-    RestoreProtection(range, guard);
-  }
+  if (!error.ok()) UndoAccess(range, options, claim, guard);
   return error;
 }
 
+void Region::UndoAccess(PageRange range, const MapOptions& options, Claim& claim, const Guard& guard) {
+  // Free pages must be clean again; what the kernel has now of mapped ones is left to it.
+  const bool replaced = claim.backed || options.backing != nullptr;
+  if (replaced && !claim.occupied) claim.spoiled = !ReplaceForeign(range).ok();
+  if (claim.locked || options.lock != os::MemoryLock::kNone) RestoreLocks(range, guard);
+  RestoreProtection(range, guard);
+}
+
 // A backing, or anonymous memory, takes the place of another kernel VMA.
-Error Region::ReplaceInKernel(PageRange range, const MapOptions& options, Claim& claim) {
+Error Region::ReplaceInKernel(PageRange range, const MapOptions& options, const Claim& claim) {
   Error error;
   if (options.backing != nullptr) {
     error = options.backing->Install(*shared_.kernel, range, options.backing_page, options.protection, claim.occupied);
@@ -457,13 +494,7 @@ Error Region::ReplaceInKernel(PageRange range, const MapOptions& options, Claim&
       error = shared_.kernel->Protect(range, options.protection);
     }
   }
-  if (error.ok() && options.lock != os::MemoryLock::kNone) error = LockInKernel(range, options.lock);
-  // Free pages must be clean again; what the kernel has now of mapped ones is left to it.
-  if (!error.ok() && !claim.occupied) {
-    claim.spoiled = !ReplaceForeign(range).ok() ||
-                    (is_heap() && !shared_.kernel->Protect(range, os::Protection::kReadWrite).ok());
-  }
-  return error;
+  return error.ok() && options.lock != os::MemoryLock::kNone ? LockInKernel(range, options.lock) : error;
 }
 
 // Before the content of what is mapped in `range` goes.

@@ -58,6 +58,7 @@ class PagerBacking final : public Backing {
   Error Install(os::Kernel& kernel, PageRange range, std::uint64_t page, os::Protection protection,
                 bool occupied) override;
   void Flush(os::Kernel& kernel, PageRange range, std::uint64_t page) override;
+  BackingDescription Describe() const override { return {.name = "[pager]"}; }
 
   // ---- The pager; exceptions end here ----
   Result<Pages> Read(std::uint64_t page, absl::Span<std::byte> into);

@@ -48,12 +48,12 @@ void FaultService::FreePiece(Piece* piece) {
 
 // ---- Finding mappings ----
 
-Result<FaultService::Target> FaultService::FindTarget(PageRange range, PageRange& found) {
+Result<FaultService::Target> FaultService::FindTarget(PageRange range, PageRange& found, VmaState also) {
   const sync::EpochDomain::ReadGuard reader(space_.epochs());
   VmaState state;
   const VmaInfo extent = space_.RegionOf(range.first)->LookupExtent(range.first, state);
   found = extent.range.Intersect(range);
-  if (state != VmaState::kMapped) return ErrorCode::kNotMapped;
+  if (state != VmaState::kMapped && state != also) return ErrorCode::kNotMapped;
   if (extent.backing == nullptr || !extent.backing->paged()) return ErrorCode::kUnsupported;
   auto* backing = static_cast<PagerBacking*>(extent.backing);
   backing->Pin();
@@ -292,6 +292,7 @@ Error FaultService::DropPart(const Target& target, PageRange part, Drop drop, Pi
     if (drop == Drop::kWrittenBack) {
       if (const Error error = Collect(backing, part, pages, piece); !error.ok()) return error;
     }
+    if (!space_.notifiers_.empty()) space_.notifiers_.Invalidate(part, Invalidation::kDiscard);
     if (const Error error = DropInKernel(backing, part, guard); !error.ok()) {
       if (drop == Drop::kWrittenBack) MarkDirty(backing, piece);
       return error;

@@ -19,6 +19,7 @@ Error Region::Protect(PageRange part, os::Protection protection) {
   const Result<bool> differs = ProtectionDiffers(first, end, protection);
   if (!differs.ok()) return differs.error();
   if (!*differs) return Error::Ok();
+  if (!shared_.notifiers->empty()) Invalidate(part, Invalidation::kProtect, guard);
   if (const Error error = MakeBusy(first, end); !error.ok()) return error;
   const Error error = shared_.kernel->Protect(part, protection);
   if (error.ok()) {
@@ -47,27 +48,32 @@ Result<bool> Region::ProtectionDiffers(RegionPage first, RegionPage end, os::Pro
   return differs;
 }
 
-// Ends SetBusyLocked when it has come to the end.
 void Region::RecordProtection(RegionPage first, RegionPage end, os::Protection protection) {
-  const bool kernel_vma =
-      is_heap() ? protection != os::Protection::kReadWrite : protection != os::Protection::kNone;
   for (RegionPage page = first; page < end;) {
     sync::SpinLockHolder holder(tree_lock_);
-    const RegionPage from = page;
-    for (int visits = 0; page < end && visits < kExtentsPerHold; ++visits) {
-      Vma* vma = tree_.Find(page).vma();
-      page = vma->end_page();
-      VmaWriter(*vma).SetProtection(protection);
-      // In the mapping zone, content stays behind a protection of kNone: it needs a reset like any other.
-      vma->kernel_vma = kernel_vma || !is_heap();
-    }
-    if (page >= end) {
-      SetBusyLocked(first, end, false);
-      if (is_heap() && kernel_vma) heap_splits_.Add(1);
-      MergeMappedLocked(first, first + 1);
-    }
-    MergeMappedLocked(from, std::min(page, end));
+    RecordProtectionLocked(first, end, protection, page);
   }
+}
+
+// Up to kExtentsPerHold extents from `page` on. Ends SetBusyLocked when it has come to the end.
+void Region::RecordProtectionLocked(RegionPage first, RegionPage end, os::Protection protection, RegionPage& page) {
+  const bool kernel_vma =
+      is_heap() ? protection != os::Protection::kReadWrite : protection != os::Protection::kNone;
+  const RegionPage from = page;
+  for (int visits = 0; page < end && visits < kExtentsPerHold; ++visits) {
+    Vma* vma = tree_.Find(page).vma();
+    page = vma->end_page();
+    VmaWriter(*vma).SetProtection(protection);
+    changes_.Add(1);
+    // In the mapping zone, content stays behind a protection of kNone: it needs a reset like any other.
+    vma->kernel_vma = kernel_vma || !is_heap();
+  }
+  if (page >= end) {
+    SetBusyLocked(first, end, false);
+    if (is_heap() && kernel_vma) heap_splits_.Add(1);
+    MergeMappedLocked(first, first + 1);
+  }
+  MergeMappedLocked(from, std::min(page, end));
 }
 
 }  // namespace freehold::vm

@@ -247,6 +247,7 @@ void Region::PublishLocked(Vma* vma, RegionPage count, const VmaAttributes& attr
     writer.SetState(VmaState::kMapped);
     writer.SetAttributes(attributes);
   }
+  changes_.Add(1);
   mapped_pages_.Add(count);
   vmas_.Add(1);
   maps_.Add(1);
@@ -312,6 +313,7 @@ void Region::AddStats(AddressSpaceStats& stats) const {
   stats.vmas += vmas_.get();
   stats.maps += maps_.get();
   stats.unmaps += unmaps_.get();
+  stats.deferred_unmaps += deferred_extents_.get();
   stats.reuses += reuses_.get();
   stats.zeroed_pages += zeroed_pages_.get();
   stats.heap_splits += heap_splits_.get();
@@ -332,6 +334,7 @@ void Region::CheckInvariants() const {
   std::size_t cached = 0;
   std::uint64_t mapped = 0;
   std::uint64_t vmas = 0;
+  std::uint64_t deferred = 0;
   bool previous_free = false;
   VmaTree::Path path = tree_.Find(0);
   do {
@@ -340,7 +343,9 @@ void Region::CheckInvariants() const {
     FREEHOLD_CHECK(!(free && previous_free));
     FREEHOLD_CHECK(!free || vma->knowledge == Knowledge::kClean);
     FREEHOLD_CHECK(!free || vma->is_zones_own());
-    FREEHOLD_CHECK(free || vma->Is(VmaState::kCached) || vma->Is(VmaState::kMapped));
+    const bool waits = vma->Is(VmaState::kDeferred);
+    FREEHOLD_CHECK(free || waits || vma->Is(VmaState::kCached) || vma->Is(VmaState::kMapped));
+    if (waits) ++deferred;
     previous_free = free;
     if (vma->Is(VmaState::kCached)) ++cached;
     if (vma->Is(VmaState::kMapped)) {
@@ -351,6 +356,7 @@ void Region::CheckInvariants() const {
   FREEHOLD_CHECK(cached == free_.extents());
   FREEHOLD_CHECK(mapped == mapped_pages_.get());
   FREEHOLD_CHECK(vmas == vmas_.get());
+  FREEHOLD_CHECK(deferred == deferred_extents_.get());
 }
 
 }  // namespace freehold::vm

@@ -8,7 +8,8 @@
 // Invariants:    G1. Extents tile the region (T1-T3 in vma_tree.h).
 //                G2. A kPending extent belongs to the one Map that set its generation. Whoever holds its range
 //                    exclusively may take it away, which changes the generation.
-//                G3. A kDetached extent lies under a range guard of the Unmap that detached it.
+//                G3. A kDetached extent lies under a range guard of the Unmap that detached it; a kDeferred one is
+//                    neither cut nor merged.
 //                G4. A verb visits at most kExtentsPerHold extents in one hold of tree_lock_. One over more of them
 //                    goes on in further holds, under its range lock; between, lookups find part of it done.
 //                G5. A free extent of a heap zone has the zone's own protection; one of the mapping zone is
@@ -22,12 +23,15 @@
 
 #include "absl/base/thread_annotations.h"
 #include "vm/address_space.h"
+#include "vm/backing.h"
 #include "vm/free_ranges.h"
 #include "vm/metadata_arena.h"
+#include "vm/notifier.h"
 #include "vm/page_range.h"
 #include "vm/purge_stage.h"
 #include "vm/result.h"
 #include "vm/sync/range_lock.h"
+#include "vm/sync/request_tree.h"
 #include "vm/sync/spin_lock.h"
 #include "vm/vma.h"
 #include "vm/vma_tree.h"
@@ -40,10 +44,14 @@ class RegionCounter {
   void Add(std::uint64_t n) { value_.store(get() + n, std::memory_order_relaxed); }
   void Subtract(std::uint64_t n) { value_.store(get() - n, std::memory_order_relaxed); }
   std::uint64_t get() const { return value_.load(std::memory_order_relaxed); }
+  // What the caller does next comes after this.
+  std::uint64_t get_acquire() const { return value_.load(std::memory_order_acquire); }
 
  private:
   std::atomic<std::uint64_t> value_{0};
 };
+
+class Pin;
 
 class alignas(kCacheLineSize) Region {
  public:
@@ -56,6 +64,8 @@ class alignas(kCacheLineSize) Region {
     PurgeStage* purge_stage;
     const AddressSpaceOptions* options;
     std::atomic<std::uint32_t>* clock;  // coarse ticks, see AddressSpace::Tick
+    NotifierList* notifiers;
+    const std::atomic<FaultHooks*>* fault_hooks;
   };
 
   // `range_lock` may be shared with other regions (LockPolicy::kCoarse).
@@ -102,6 +112,12 @@ class alignas(kCacheLineSize) Region {
   // Copies up to `capacity` of the next mapped VMAs from `from` on, in order, and no page below it; returns how
   // many, and in `from` where to go on: the end of the region when it has seen all.
   std::size_t CopyVmas(PageNumber& from, VmaInfo* out, std::size_t capacity) const;
+  // pin.cc
+  // Error: kNotMapped.
+  Error Enter(Pin& pin);
+  void Leave(Pin& pin);
+  // Unmaps what could not be unmapped when its last pin went.
+  void RetryDeferred();
   // purge.cc
   // Gives cached extents freed at or before `until` back, the oldest first, until at most `keep` pages of
   // possibly resident memory are left in the bins. Returns the pages given back.
@@ -115,10 +131,74 @@ class alignas(kCacheLineSize) Region {
   PageRange range() const { return range_; }
   sync::RangeLock& range_lock() const { return range_lock_; }
   bool is_heap() const { return zone_ != Zone::kMapping; }
+  // How often something that lookups see has changed; splits and merges change nothing.
+  std::uint64_t changes() const { return changes_.get_acquire(); }
   void AddStats(AddressSpaceStats& stats) const;
   // Nothing unless AddressSpaceOptions::record_tree_lock_holds asked for it.
   sync::HoldHistogram TreeLockHolds() const;
   void CheckInvariants() const;
+
+  // What a fixed map finds in its range.
+  struct Claim {
+    RegionPage first = 0;
+    RegionPage end = 0;
+    Placement placement = Placement::kFixed;
+    RegionPage next = 0;               // everything below is claimed; the two outermost extents from the start
+    std::uint64_t generation = 0;  // of the mapping to be; 0 until the range was cut out
+    // Of what is claimed so far:
+    bool clean = true;    // no page was used since it was last zero
+    bool locked = false;  // the kernel has some of it locked
+    bool foreign = false;  // some of it came by Remap
+    bool backed = false;   // some of it has a backing, or the remains of one
+    bool occupied = false; // some of it is mapped
+    // The kernel may have something of a backing that it refused in what is claimed.
+    bool spoiled = false;
+  };
+  // What is left of an Unmap to take away from lookups, and what that has found.
+  struct Detachment {
+    RegionPage next = 0;
+    RegionPage end = 0;
+    std::uint64_t newest = 0;  // generation: later mappings came into holes of the range and stay
+    bool pinned = false;   // all of it waits for pins: see pin.cc
+    bool notified = false; // it must not be used again before OnClose
+    bool zap = false;      // some of it needs kernel work
+    bool backed = false;   // some of it has a backing
+    bool reset = false;    // in the mapping zone: some of it was ever accessible
+  };
+  // transaction.cc
+  // A step of a Transaction on its way.
+  struct Change {
+    PageRange range;
+    Claim claim;            // of a map
+    Detachment detachment;  // of an unmap
+    bool closes = false;    // something that was mapped is not any more
+  };
+  // What can be undone, by the Cancel of the same name. Errors: as the verbs, and kUnsupported.
+  Error PrepareMap(Change& change, const MapOptions& options, const Guard& guard);
+  Error PrepareUnmap(Change& change, const Guard& guard);
+  Error PrepareProtect(Change& change, os::Protection protection, const Guard& guard);
+  // Drops the content that is mapped over. Error: kSystem.
+  Error PrepareContent(Change& change, const MapOptions& options);
+  void CancelMap(Change& change, const MapOptions& options, const Guard& guard);
+  void CancelUnmap(Change& change);
+  void CancelProtect(Change& change, const Guard& guard);
+  // REQUIRES: a Hidden of this region.
+  void PublishMap(Change& change, const MapOptions& options);
+  void PublishUnmap(Change& change);
+  void PublishProtect(Change& change, os::Protection protection);
+  void FinishChange(Change& change, const Guard& guard);
+  // Holds the tree lock, and lets no lookup begin, while in scope.
+  class Hidden {
+   public:
+    explicit Hidden(Region& region);
+    ~Hidden();
+    Hidden(const Hidden&) = delete;
+    Hidden& operator=(const Hidden&) = delete;
+
+   private:
+    VmaTree& tree_;
+    sync::SpinLockHolder holder_;
+  };
 
  private:
   using Mode = sync::RangeLock::Mode;
@@ -240,25 +320,11 @@ class alignas(kCacheLineSize) Region {
   Result<PageRange> MapOnce(RegionPage count, const MapOptions& options, const Guard* held);
   Result<PageRange> Finish(const Preparation& preparation, const Guard& guard);
   Error Prepare(const Preparation& preparation);
-  // What MapFixed finds in its range.
-  enum class ClaimResult : std::uint8_t { kClaimed, kMore, kOverlap, kPurging, kNoMetadata };
-  struct Claim {
-    RegionPage first;
-    RegionPage end;
-    Placement placement;
-    RegionPage next;               // everything below is claimed; the two outermost extents from the start
-    std::uint64_t generation = 0;  // of the mapping to be; 0 until the range was cut out
-    // Of what is claimed so far:
-    bool clean = true;    // no page was used since it was last zero
-    bool locked = false;  // the kernel has some of it locked
-    bool foreign = false;  // some of it came by Remap
-    bool backed = false;   // some of it has a backing, or the remains of one
-    bool occupied = false; // some of it is mapped
-    // The kernel may have something of a backing that it refused in what is claimed.
-    bool spoiled = false;
-  };
+  enum class ClaimResult : std::uint8_t { kClaimed, kMore, kOverlap, kPinned, kPurging, kNoMetadata };
   Result<Claim> ClaimFixed(RegionPage first, RegionPage end, Placement placement);
   ClaimResult ClaimLocked(Claim& claim) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // Whether a fixed map of this placement takes what `vma` has, or why not.
+  static bool MayClaim(const Vma& vma, Placement placement, ClaimResult& refusal);
   bool StartClaimLocked(Claim& claim, ClaimResult& refusal) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   Vma* ClaimExtentLocked(RegionPage page, Claim& claim) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   void Unclaim(const Claim& claim);
@@ -266,8 +332,13 @@ class alignas(kCacheLineSize) Region {
   Result<PageRange> MapHeld(PageRange range, const MapOptions& options, std::uint64_t generation,
                             const Guard& guard);
   void PublishFixed(const Claim& claim, const MapOptions& options, std::uint64_t continued);
+  void PublishFixedLocked(const Claim& claim, const MapOptions& options, std::uint64_t continued, RegionPage& page,
+                          DroppedPages<kExtentsPerHold>& replaced) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   Error PrepareFixed(PageRange range, const MapOptions& options, Claim& claim, const Guard& guard);
-  Error ReplaceInKernel(PageRange range, const MapOptions& options, Claim& claim);
+  Error PrepareAccess(PageRange range, const MapOptions& options, Claim& claim, const Guard& guard);
+  Error PrepareContent(PageRange range, const MapOptions& options, const Claim& claim);
+  void UndoAccess(PageRange range, const MapOptions& options, Claim& claim, const Guard& guard);
+  Error ReplaceInKernel(PageRange range, const MapOptions& options, const Claim& claim);
   void FlushBackings(PageRange range, const Guard& guard);
   // Fills with zeroes: by memset where that is cheaper than faults, else by a discard.
   Error MakeZero(PageRange range, bool writable);
@@ -289,6 +360,8 @@ class alignas(kCacheLineSize) Region {
   void RestoreLocks(PageRange range, const Guard& guard);
 
   // unmap.cc
+  // Tells the notifiers about what is mapped in `range`.
+  void Invalidate(PageRange range, Invalidation what, const Guard& guard);
   // Unmaps `part` without its range lock, if nobody has that and RetireWholeLocked does it.
   bool UnmapWhole(PageRange part, bool& over_limit);
   // Heap zones: puts the zone's own kernel VMA in the place of another, without access.
@@ -297,19 +370,13 @@ class alignas(kCacheLineSize) Region {
   bool RetireWholeLocked(PageRange part, std::size_t sampled) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Whether a border of `part` goes through a mapped extent.
   bool IsCutLocked(PageRange part) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
-  // What is left of an Unmap to take away from lookups, and what that has found.
-  struct Detachment {
-    RegionPage next = 0;
-    RegionPage end = 0;
-    std::uint64_t newest = 0;  // generation: later mappings came into holes of the range and stay
-    bool zap = false;      // some of it needs kernel work
-    bool backed = false;   // some of it has a backing
-    bool reset = false;    // in the mapping zone: some of it was ever accessible
-  };
   // Cuts mapped extents at the borders of `part`.
-  Detachment StartDetachLocked(PageRange part) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  Detachment StartDetachLocked(PageRange part, bool pinned, bool notified) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Takes up to kExtentsPerHold extents away from lookups; true when that was all.
   bool DetachLocked(Detachment& detachment) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // Whether an extent that is unmapped gives the kernel work.
+  bool NeedsZap(const Vma& vma) const;
+  void NoteDetached(const Vma& vma, Detachment& detachment) const;
   void RetireLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   Error ZapDetached(PageRange part, const Detachment& detachment, const Guard& guard);
   bool Trap(PageRange range);
@@ -320,10 +387,25 @@ class alignas(kCacheLineSize) Region {
   static constexpr std::size_t kNoSample = SIZE_MAX;
   std::size_t SampleResidency(PageRange part);
 
+  // transaction.cc
+  // Error kUnsupported: more than one hold of the tree lock visits.
+  Error CheckExtentCount(PageRange range) const;
+  void SetBordersBusyLocked(PageRange range, bool busy) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+
   // protect.cc
   // Whether something in [first, end) has another protection; kNotMapped where something is not mapped.
   Result<bool> ProtectionDiffers(RegionPage first, RegionPage end, os::Protection protection) const;
   void RecordProtection(RegionPage first, RegionPage end, os::Protection protection);
+  void RecordProtectionLocked(RegionPage first, RegionPage end, os::Protection protection, RegionPage& page)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+
+  // pin.cc
+  bool IsPinnedLocked(PageRange range) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  void DeferLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  void RetryLaterLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // Finishes an Unmap that found `extent` pinned.
+  void FinishDeferred(PageRange extent);
+  void FinishDeferredHeld(PageRange extent);
 
   // purge.cc
   bool OverFreeLimit() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
@@ -350,18 +432,24 @@ class alignas(kCacheLineSize) Region {
 
   // Held over mprotect. Only under a range guard, so that fork finds it free.
   sync::SpinLock commit_lock_{sync::LockRank::kPurge};
-  mutable sync::RecordedSpinLock tree_lock_{sync::LockRank::kRegion};
+  // Several at once by a fork or a Transaction only, in address order.
+  mutable sync::RecordedSpinLock tree_lock_{sync::LockRank::kRegion, sync::SameRank::kAscendingAddress};
   VmaTree tree_;  // changed under tree_lock_; Lookup is lock-free
   FreeRanges free_ ABSL_GUARDED_BY(tree_lock_);
   Vma* spare_vmas_ ABSL_GUARDED_BY(tree_lock_) = nullptr;
   std::size_t spare_vma_count_ ABSL_GUARDED_BY(tree_lock_) = 0;
   std::uint64_t last_generation_ ABSL_GUARDED_BY(tree_lock_);
+  sync::RequestTree pins_ ABSL_GUARDED_BY(tree_lock_);
+  std::uint32_t forks_ ABSL_GUARDED_BY(tree_lock_) = 0;         // in how many generations of children this lives
+  Vma* unfinished_ ABSL_GUARDED_BY(tree_lock_) = nullptr;  // deferred extents that no pin will finish
   std::atomic<std::uint32_t> purges_in_flight_{0};  // extents in kPurging; changed under tree_lock_
 
+  RegionCounter changes_;  // see snapshot.cc
   RegionCounter mapped_pages_;
   RegionCounter vmas_;
   RegionCounter maps_;
   RegionCounter unmaps_;
+  RegionCounter deferred_extents_;
   RegionCounter reuses_;
   RegionCounter zeroed_pages_;
   RegionCounter heap_splits_;

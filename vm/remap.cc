@@ -36,6 +36,7 @@ Result<PageRange> AddressSpace::Remap(PageRange range, Pages count, const RemapO
   if (count.value == 0) return ErrorCode::kEmpty;
   if (count >= reservation_.count()) return ErrorCode::kNoRoom;
   const bool moves = options.may_move || options.placement != Placement::kAnywhere;
+  if (options.placement == Placement::kHint) return ErrorCode::kUnsupported;
   if (options.keep_source && (!moves || count != range.count())) return ErrorCode::kUnsupported;
   for (int attempt = 0; attempt < kMaxAttempts; ++attempt) {
     const Result<VmaInfo> vma = Lookup(range.first);
@@ -60,6 +61,7 @@ Result<PageRange> AddressSpace::RemapVma(const VmaInfo& vma, PageRange range, Pa
     return wanted;
   }
   const Result<PageRange> grown = RegionOf(range.first)->Grow(range, count, vma);
+  if (grown.ok() && !notifiers_.empty()) notifiers_.Map({range.end, grown->end});
   if (grown.ok() || grown.error().code != ErrorCode::kNoRoom || !options.may_move) return grown;
   return MoveVma(vma, range, count, options);
 }
@@ -88,6 +90,7 @@ Result<PageRange> AddressSpace::MoveVma(const VmaInfo& vma, PageRange range, Pag
   if (as_mapped) error = MoveInto(vma, range, *target_vma, *target, options);
   if (error.ok()) {
     remap_moves_.fetch_add(1, std::memory_order_relaxed);
+    if (!notifiers_.empty()) notifiers_.Map(*target);
     return target;
   }
   (void)Unmap(*target);
@@ -208,6 +211,11 @@ Result<PageRange> Region::Grow(PageRange part, Pages count, const VmaInfo& vma) 
 Error Region::Isolate(PageRange part, const VmaInfo& vma, const Guard& guard) {
   FREEHOLD_DCHECK(guard.Covers(part, Mode::kExclusive));
   if (!IsStill(part, vma, guard)) return {ErrorCode::kReplaced};
+  {
+    sync::SpinLockHolder holder(tree_lock_);
+    if (IsPinnedLocked(part)) return {ErrorCode::kPinned};
+  }
+  if (!shared_.notifiers->empty()) Invalidate(part, Invalidation::kMove, guard);
   if (const Error error = MakeBusy(ToRegion(part.first), ToRegion(part.end)); !error.ok()) return error;
   sync::SpinLockHolder holder(tree_lock_);
   // It may become readable for the copy: then it needs a reset.
@@ -224,18 +232,27 @@ void Region::Join(PageRange part, const Guard& guard) {
 Error Region::UnmapIsolated(PageRange part, const Guard& guard) {
   FREEHOLD_DCHECK(guard.Covers(part, Mode::kExclusive));
   Detachment detachment;
+  const bool notified = !shared_.notifiers->empty();
   {
     sync::SpinLockHolder holder(tree_lock_);
     SetBusyLocked(ToRegion(part.first), ToRegion(part.end), false);
     // What is resident of it now, nobody has counted.
     tree_.Find(ToRegion(part.first)).vma()->knowledge = Knowledge::kUnknown;
     unmaps_.Add(1);
-    if (RetireWholeLocked(part, kNoSample)) return Error::Ok();
+    // Pinned since Isolate has looked.
+    const bool pinned = IsPinnedLocked(part);
+    if (!pinned && !notified && RetireWholeLocked(part, kNoSample)) return Error::Ok();
     // It is one extent, and so one hold; nothing is left to cut.
-    detachment = StartDetachLocked(part);
+    detachment = StartDetachLocked(part, pinned, notified);
     FREEHOLD_CHECK(DetachLocked(detachment));
   }
-  return detachment.zap ? ZapDetached(part, detachment, guard) : Error::Ok();
+  if (!detachment.zap) return Error::Ok();
+  if (notified) shared_.notifiers->Close(part);
+  const Error error = ZapDetached(part, detachment, guard);
+  if (error.ok()) return error;
+  RemapDetached(part);
+  if (notified) shared_.notifiers->Map(part);
+  return error;
 }
 
 Error Region::PrepareTarget(PageRange part, const VmaInfo& vma, const Guard& guard) {
@@ -263,6 +280,7 @@ void Region::Adopt(PageRange part, std::uint64_t generation, const Guard& guard)
   // It may come from a region that has seen more: an Unmap spares what is newer than itself (Detachment::newest).
   RaiseGenerationLocked(generation);
   VmaWriter(*tree_.Find(ToRegion(part.first)).vma()).SetGeneration(generation);
+  changes_.Add(1);
   MergeMappedLocked(ToRegion(part.first), ToRegion(part.end));
 }
 

@@ -17,6 +17,7 @@ enum class ErrorCode : std::uint8_t {
   kOverflow,            // address + length wraps, or the length cannot be represented
   kOutsideReservation,  // the range is not inside this address space, or crosses a zone's region
   kDenied,              // more access than the backing of a mapping allows
+  kPinned,              // a pin keeps what would have to go
   kOverlap,             // a fixed mapping meets an existing one and may not replace it
   kNoRoom,              // no free range is large enough
   kNotMapped,           // part of the range is not mapped, and the verb needs all of it
@@ -52,6 +53,7 @@ constexpr int ToErrno(Error error) {
     case ErrorCode::kNotMapped:
     case ErrorCode::kNoMetadata: return ENOMEM;
     case ErrorCode::kDenied: return EACCES;
+    case ErrorCode::kPinned: return EBUSY;
     case ErrorCode::kOverlap: return EEXIST;
     case ErrorCode::kDeadline: return ETIMEDOUT;
     case ErrorCode::kCancelled: return ECANCELED;
@@ -71,6 +73,7 @@ constexpr const char* ToString(ErrorCode code) {
     case ErrorCode::kOverflow: return "range wraps or is too large";
     case ErrorCode::kOutsideReservation: return "outside the reservation";
     case ErrorCode::kDenied: return "more access than the backing allows";
+    case ErrorCode::kPinned: return "pinned";
     case ErrorCode::kOverlap: return "overlaps an existing mapping";
     case ErrorCode::kNoRoom: return "no room in the address space";
     case ErrorCode::kNotMapped: return "not mapped";

@@ -21,17 +21,22 @@ constexpr std::size_t kSamplePages = 512;
 Error Region::Unmap(PageRange part) {
   bool over_limit = false;
   const bool sample = WantsSample(part);
-  if (sample || !UnmapWhole(part, over_limit)) {
+  const bool notified = !shared_.notifiers->empty();
+  if (sample || notified || !UnmapWhole(part, over_limit)) {
     Guard guard(range_lock_, part, Mode::kExclusive, sync::Operation::kUnmap);
+    if (notified) Invalidate(part, Invalidation::kUnmap, guard);
     const std::size_t sampled = sample ? SampleResidency(part) : kNoSample;
     Detachment detachment;
+    bool pinned = false;
     for (bool started = false, done = false; !done;) {
       {
         sync::SpinLockHolder holder(tree_lock_);
         if (!started) {
-          done = RetireWholeLocked(part, sampled);
+          // No pin comes while the range is held exclusively.
+          pinned = IsPinnedLocked(part);
+          done = !pinned && !notified && RetireWholeLocked(part, sampled);
           started = done || HasMetadataLocked() || !IsCutLocked(part);
-          if (started && !done) detachment = StartDetachLocked(part);
+          if (started && !done) detachment = StartDetachLocked(part, pinned, notified);
         }
         if (started && !done) done = DetachLocked(detachment);
         over_limit = OverFreeLimit();
@@ -41,8 +46,13 @@ Error Region::Unmap(PageRange part) {
       if (const Error error = Refill(); !error.ok()) return error;
     }
     if (detachment.zap) {
+      if (notified) shared_.notifiers->Close(part);
       guard.Downgrade();
-      if (const Error error = ZapDetached(part, detachment, guard); !error.ok()) return error;
+      if (const Error error = ZapDetached(part, detachment, guard); !error.ok()) {
+        RemapDetached(part);
+        if (notified) shared_.notifiers->Map(part);
+        return error;
+      }
     }
   }
   if (over_limit) {
@@ -55,7 +65,7 @@ Error Region::Unmap(PageRange part) {
 // the lock makes the holder visible here; if it comes after, it finds nothing mapped.
 bool Region::UnmapWhole(PageRange part, bool& over_limit) {
   sync::SpinLockHolder holder(tree_lock_);
-  if (range_lock_.MayBeHeld(part) || !RetireWholeLocked(part, kNoSample)) return false;
+  if (range_lock_.MayBeHeld(part) || IsPinnedLocked(part) || !RetireWholeLocked(part, kNoSample)) return false;
   unmaps_.Add(1);
   over_limit = OverFreeLimit();
   return true;
@@ -89,6 +99,7 @@ bool Region::RetireWholeLocked(PageRange part, std::size_t sampled) {
 }
 
 void Region::RetireLocked(Vma* vma) {
+  changes_.Add(1);
   mapped_pages_.Subtract(vma->page_count());
   vmas_.Subtract(1);
   CacheLocked(vma, vma->knowledge == Knowledge::kResident ? Knowledge::kResident : Knowledge::kUnknown);
@@ -106,7 +117,7 @@ bool Region::IsCutLocked(PageRange part) const {
 //   before   |  A  |  hole  |  B     |        A, B mapped
 //               part.first      part.end
 //   after    | A|d |  hole  | d |  B |        d: detached, or free at once
-Region::Detachment Region::StartDetachLocked(PageRange part) {
+Region::Detachment Region::StartDetachLocked(PageRange part, bool pinned, bool notified) {
   const RegionPage first = ToRegion(part.first);
   const RegionPage end = ToRegion(part.end);
   // Free extents that cross the borders stay as they are.
@@ -115,7 +126,7 @@ Region::Detachment Region::StartDetachLocked(PageRange part) {
     Vma* vma = tree_.Find(border).vma();
     if (vma->Is(VmaState::kMapped) && vma->first_page() < border) SplitLocked(vma, border);
   }
-  return {.next = first, .end = end, .newest = last_generation_};
+  return {.next = first, .end = end, .newest = last_generation_, .pinned = pinned, .notified = notified};
 }
 
 // Whoever maps in a hole of the range needs no range lock (MapOnce): such a mapping has a newer generation.
@@ -128,16 +139,19 @@ bool Region::DetachLocked(Detachment& detachment) {
       continue;
     }
     vma->busy = false;
-    if (is_heap() && vma->is_zones_own() && !shared_.options->strict_unmap) {
+    if (!detachment.pinned && !detachment.notified && !NeedsZap(*vma)) {
       RetireLocked(vma);
       continue;
     }
+    changes_.Add(1);
     mapped_pages_.Subtract(vma->page_count());
     vmas_.Subtract(1);
+    if (detachment.pinned) {
+      DeferLocked(vma);
+      continue;
+    }
     SetStateLocked(vma, VmaState::kDetached);
-    detachment.zap = true;
-    detachment.backed = detachment.backed || vma->attributes().backing != nullptr;
-    detachment.reset = detachment.reset || (!is_heap() && !vma->is_zones_own());
+    NoteDetached(*vma, detachment);
   }
   detachment.next = page;
   if (page >= detachment.end) return true;
@@ -149,17 +163,33 @@ bool Region::DetachLocked(Detachment& detachment) {
   return false;
 }
 
+void Region::Invalidate(PageRange range, Invalidation what, const Guard& guard) {
+  FREEHOLD_DCHECK(guard.Covers(range, Mode::kShared));
+  for (PageNumber page = range.first; page < range.end;) {
+    VmaState state;
+    const PageRange extent = LookupExtent(page, state).range;
+    if (state == VmaState::kMapped) shared_.notifiers->Invalidate(extent.Intersect(range), what);
+    page = extent.end;
+  }
+}
+
+bool Region::NeedsZap(const Vma& vma) const {
+  return !is_heap() || !vma.is_zones_own() || shared_.options->strict_unmap;
+}
+
+void Region::NoteDetached(const Vma& vma, Detachment& detachment) const {
+  detachment.zap = true;
+  detachment.backed = detachment.backed || vma.attributes().backing != nullptr;
+  detachment.reset = detachment.reset || (!is_heap() && !vma.is_zones_own());
+}
+
 Error Region::ZapDetached(PageRange part, const Detachment& detachment, const Guard& guard) {
   FREEHOLD_DCHECK(guard.Covers(part, Mode::kShared));
-  // In the mapping zone one call resets all of the part, or fails, and then all of it is mapped again. Nothing
-  // but this verb's own extents has pages or protections in the part: others map under the range. Without
+  // In the mapping zone one call resets all of the part, or fails, and then nothing is lost. Nothing but this verb's own extents has pages or protections in the part: others map under the range. Without
   // anything that was ever accessible there is no call.
   if (detachment.backed) FlushBackings(part, guard);
   if (detachment.reset) {
-    if (const Error error = shared_.kernel->Reset(part); !error.ok()) {
-      RemapDetached(part);
-      return error;
-    }
+    if (const Error error = shared_.kernel->Reset(part); !error.ok()) return error;
   }
   for (PageNumber page = part.first; page < part.end;) {
     VmaState state;
@@ -169,16 +199,18 @@ Error Region::ZapDetached(PageRange part, const Detachment& detachment, const Gu
     if (state != VmaState::kDetached) continue;
     Vma* vma;
     bool foreign;
+    bool needs_zap;
     {
       sync::SpinLockHolder holder(tree_lock_);
       vma = tree_.Find(ToRegion(extent.first)).vma();
       foreign = vma->foreign;
+      needs_zap = NeedsZap(*vma);
     }
     // A reset drops content and locks: that of the whole part, or the extent's own.
     bool clean = !is_heap();
     bool restored = true;
     bool unlocked = true;
-    if (is_heap()) {
+    if (needs_zap && is_heap()) {
       const bool replaced = foreign && ReplaceForeign(extent).ok();
       foreign = foreign && !replaced;
       clean = replaced;
@@ -229,6 +261,7 @@ void Region::RemapDetached(PageRange part) {
       page = vma->end_page();
       if (!vma->Is(VmaState::kDetached)) continue;
       SetStateLocked(vma, VmaState::kMapped);
+      changes_.Add(1);
       mapped_pages_.Add(vma->page_count());
       vmas_.Add(1);
     }

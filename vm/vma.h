@@ -21,6 +21,7 @@ enum class VmaState : std::uint8_t {
   kPending,   // chosen by a Map that is still preparing it; invisible to lookups
   kMapped,    // handed out; the only state that lookups report
   kDetached,  // unmapped, its pages are being zapped; held under a range lock
+  kDeferred,  // unmapped while pinned: nobody touches it before the last pin goes
   kPurging,   // free, its pages are being given back; Region::purges_in_flight counts it
 };
 

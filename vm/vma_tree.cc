@@ -77,7 +77,7 @@ bool VmaTree::Fits(const Vma& vma, const GapRequest& request) {
 Vma* VmaTree::Path::vma() const { return Leaf(*node_[depth_ - 1], slot_[depth_ - 1]); }
 
 void VmaTree::Init(Vma* all) {
-  FREEHOLD_DCHECK(root_.load(std::memory_order_relaxed) == nullptr);
+  FREEHOLD_DCHECK(root_ == nullptr);
   Node* root = TakeNode();
   {
     NodeWriter writer(*root);
@@ -87,7 +87,7 @@ void VmaTree::Init(Vma* all) {
   }
   depth_ = 1;
   size_ = 1;
-  root_.store(root, std::memory_order_release);  // Pairs with the acquire in Lookup.
+  SetRoot(root);
 }
 
 // The last slot whose key is at most `page`, or -1. All keys are compared at once: a search by halves waits for five
@@ -132,9 +132,10 @@ static inline void Prefetch(const Node* node) {
 
 bool VmaTree::Lookup(RegionPage page, View& view) const {
   for (int attempt = 0; attempt < kLookupAttempts; ++attempt) {
-    const Node* node = root_.load(std::memory_order_acquire);
+    const Node* node = visible_root_.load(std::memory_order_acquire);
+    if (ABSL_PREDICT_FALSE(node == nullptr)) return false;
     std::uint32_t version = node->version.load(std::memory_order_acquire);
-    if ((version & 1) != 0 || root_.load(std::memory_order_acquire) != node) continue;
+    if ((version & 1) != 0 || visible_root_.load(std::memory_order_acquire) != node) continue;
     const Vma* vma = nullptr;
     for (;;) {
       const int height = node->height.load(std::memory_order_acquire);
@@ -178,7 +179,7 @@ bool VmaTree::Lookup(RegionPage page, View& view) const {
 
 VmaTree::Path VmaTree::Find(RegionPage page) const {
   Path path;
-  Node* node = root_.load(std::memory_order_relaxed);
+  Node* node = root_;
   for (int level = 0;; ++level) {
     const int slot = SlotOf(*node, page);
     FREEHOLD_DCHECK(slot >= 0);
@@ -222,7 +223,7 @@ bool VmaTree::FindGap(RegionPage count, std::uint64_t alignment, std::uint64_t o
 
 bool VmaTree::FindGapBelow(int level, RegionPage at_least, const GapRequest& request,
                            Path& path) const {
-  Node* node = level == 0 ? root_.load(std::memory_order_relaxed)
+  Node* node = level == 0 ? root_
                           : Child(*path.node_[level - 1], path.slot_[level - 1]);
   path.node_[level] = node;
   for (int slot = 0, size = Count(*node); slot < size; ++slot) {
@@ -236,7 +237,7 @@ bool VmaTree::FindGapBelow(int level, RegionPage at_least, const GapRequest& req
   return false;
 }
 
-RegionPage VmaTree::LargestGap() const { return MaxGap(*root_.load(std::memory_order_relaxed)); }
+RegionPage VmaTree::LargestGap() const { return MaxGap(*root_); }
 
 RegionPage VmaTree::MaxGap(const Node& node) {
   RegionPage max = 0;
@@ -283,7 +284,7 @@ void VmaTree::GrowRoot(Node* left, Node* right) {
     SetCount(*root, 2);
   }
   ++depth_;
-  root_.store(root, std::memory_order_release);  // Pairs with the acquire in Lookup.
+  SetRoot(root);
 }
 
 void VmaTree::InsertAfter(const Path& path, Vma* vma) {
@@ -329,10 +330,10 @@ void VmaTree::Erase(const Path& path) {
     --level;
   }
   PropagateGap(path, level);
-  Node* root = root_.load(std::memory_order_relaxed);
+  Node* root = root_;
   while (Height(*root) > 0 && Count(*root) == 1) {
     Node* child = Child(*root, 0);
-    root_.store(child, std::memory_order_release);  // Pairs with the acquire in Lookup.
+    SetRoot(child);
     { NodeWriter writer(*root); }                   // Readers that started there start over.
     AddNode(root);
     --depth_;
@@ -416,7 +417,7 @@ VmaTree::Node* VmaTree::TakeNode() {
 void VmaTree::CheckInvariants(RegionPage pages) const {
   RegionPage next = 0;
   std::size_t extents = 0;
-  CheckNode(root_.load(std::memory_order_relaxed), depth_ - 1, next, extents);
+  CheckNode(root_, depth_ - 1, next, extents);
   FREEHOLD_CHECK(next == pages);
   FREEHOLD_CHECK(extents == size_);
 }

@@ -94,6 +94,17 @@ class VmaTree {
   bool NeedsNodes() const { return pool_size_ < 3 * (static_cast<std::size_t>(depth_) + 1); }
   void AddNode(Node* node);
 
+  // Between the two, lookups that begin fail, and so wait for the lock of whoever changes the tree: for changes that
+  // must be seen together.
+  void Hide() {
+    hidden_ = true;
+    visible_root_.store(nullptr, std::memory_order_release);
+  }
+  void Show() {
+    hidden_ = false;
+    SetRoot(root_);
+  }
+
   // The pages that `vma` offers to gap searches.
   static RegionPage GapOf(const Vma& vma) { return vma.Is(VmaState::kFree) ? vma.page_count() : 0; }
 
@@ -123,9 +134,16 @@ class VmaTree {
   void PropagateKey(const Path& path, int level);
   bool MergeWithNeighbour(const Path& path, int level);
   Node* TakeNode();
+  void SetRoot(Node* root) {
+    root_ = root;
+    if (!hidden_) visible_root_.store(root, std::memory_order_release);
+  }
   void CheckNode(const Node* node, int height, RegionPage& next, std::size_t& extents) const;
 
-  std::atomic<Node*> root_{nullptr};
+  Node* root_ = nullptr;
+  bool hidden_ = false;
+  // What lookups start from: the root, or null while it is hidden. Release pairs with their acquire.
+  std::atomic<Node*> visible_root_{nullptr};
   int depth_ = 0;
   std::size_t size_ = 0;
   Node* pool_ = nullptr;

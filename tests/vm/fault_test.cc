@@ -8,8 +8,11 @@
 #include <optional>
 
 #include "tests/vm/pager_fixture.h"
+#include "vm/notifier.h"
 #include "vm/os/linux_kernel.h"
 #include "vm/os/userfault.h"
+#include "vm/pin.h"
+#include "vm/transaction.h"
 
 namespace freehold::vm {
 namespace {
@@ -378,6 +381,54 @@ TEST_P(FaultTest, APagerMayUseTheSpace) {
   EXPECT_TRUE(service_->Evict(Part(range, 0, 32)).ok());
   EXPECT_TRUE(space_->Unmap(range).ok());
   EXPECT_EQ(pager_.StoredWord(60), 60u);
+}
+
+TEST_P(FaultTest, PinnedPagesAreWrittenBackWhenTheyGo) {
+  const PageRange range = MustMapPager(pager_, 8);
+  WriteWord(PageAt(range, 3), 3);
+  {
+    const Pin pin(*space_, range);
+    ASSERT_TRUE(pin.ok());
+    ASSERT_TRUE(space_->Unmap(range).ok());
+    EXPECT_EQ(pager_.StoredWord(3), 3u) << "before it is out of reach";
+    WriteWord(PageAt(range, 3), 4);  // as a device may
+    EXPECT_EQ(ReadWord(PageAt(range, 3)), 4u);
+    EXPECT_TRUE(pager_.released().empty());
+  }
+  EXPECT_EQ(pager_.StoredWord(3), 4u);
+  EXPECT_TRUE(Eventually([&] {
+    space_->epochs().Poll();
+    return pager_.released().size() == 1;
+  }));
+}
+
+TEST_P(FaultTest, TransactionsWriteBack) {
+  const PageRange range = MustMapPager(pager_, 8);
+  const PageRange other = MustMapPager(pager_, 8, {}, 100);
+  WriteWord(PageAt(range, 3), 3);
+  WriteWord(PageAt(other, 3), 4);
+  Transaction both(*space_);
+  both.Unmap(range);
+  both.Unmap(Part(other, 0, 4));
+  ASSERT_TRUE(both.Commit().ok());
+  EXPECT_EQ(pager_.StoredWord(3), 3u);
+  EXPECT_EQ(pager_.StoredWord(103), 4u);
+  EXPECT_EQ(ReadWord(PageAt(other, 4)), WordOf(104, 0));
+}
+
+TEST_P(FaultTest, NotifiersHearOfEviction) {
+  struct Listener final : Notifier {
+    void OnInvalidate(PageRange range, Invalidation what) override {
+      if (what == Invalidation::kDiscard) discarded.push_back(range);
+    }
+    std::vector<PageRange> discarded;
+  };
+  const PageRange range = MustMapPager(pager_, 8);
+  Listener listener;
+  const NotifierRegistration registration(*space_, range, listener);
+  ASSERT_TRUE(service_->Evict(Part(range, 2, 4)).ok());
+  ASSERT_EQ(listener.discarded.size(), 1u);
+  EXPECT_EQ(listener.discarded[0], Part(range, 2, 4));
 }
 
 // ---- Failures ----

@@ -12,12 +12,15 @@
 #include "tests/vm/space_fixture.h"
 #include "vm/address_space.h"
 #include "vm/os/fake_kernel.h"
+#include "vm/os/linux_kernel.h"
+#include "vm/pin.h"
 
 namespace freehold::vm {
 namespace {
 
 using namespace test;  // NOLINT: the fixture's words
 using os::FakeKernel;
+using os::LinuxKernel;
 using os::Protection;
 
 constexpr Protection kUnusual[] = {Protection::kNone,     Protection::kRead,     Protection::kWrite,
@@ -678,6 +681,61 @@ TEST_P(MapTest, ServesUnderAStrictLimit) {
 
 FREEHOLD_INSTANTIATE_POLICIES(MapTest);
 FREEHOLD_INSTANTIATE_POLICIES(MapRoomTest);
+
+// ---- Hints ----
+
+class MapHintTest : public testing::Test {
+ protected:
+  Result<PageRange> Hint(Pages count, const void* address, Protection protection = Protection::kReadWrite) {
+    MapOptions options;
+    options.placement = Placement::kHint;
+    options.address = const_cast<void*>(address);
+    options.protection = protection;
+    return space_->Map(count, options);
+  }
+
+  LinuxKernel kernel_;
+  TestSpace space_{kernel_};
+};
+
+TEST_F(MapHintTest, IsFollowedWhereThereIsRoom) {
+  const PageRange wanted = Part(ZoneRange(*space_, Zone::kPlain), 500, 4);
+  EXPECT_EQ(*Hint({4}, wanted.first.address()), wanted);
+  EXPECT_TRUE(IsZero(wanted));
+  // Rounded down to a page.
+  const PageRange next = Part(ZoneRange(*space_, Zone::kPlain), 600, 4);
+  EXPECT_EQ(*Hint({4}, next.first.address() + 123), next);
+  const PageRange mapping = Part(ZoneRange(*space_, Zone::kMapping), 500, 4);
+  EXPECT_EQ(*Hint({4}, mapping.first.address(), Protection::kRead), mapping);
+}
+
+TEST_F(MapHintTest, IsDroppedWhereItCannotBeFollowed) {
+  const PageRange taken = MustMap(*space_, 4);
+  const auto expect_elsewhere = [&](const char* what, const void* address, Protection protection) {
+    SCOPED_TRACE(what);
+    const Result<PageRange> mapped = Hint({4}, address, protection);
+    ASSERT_TRUE(mapped.ok());
+    EXPECT_NE(mapped->first, PageNumber::Of(address));
+    const bool heap = protection == Protection::kReadWrite;
+    EXPECT_EQ(ZoneRange(*space_, Zone::kMapping).Contains(*mapped), !heap);
+  };
+  expect_elsewhere("taken", (taken.first + Pages{2}).address(), Protection::kReadWrite);
+  expect_elsewhere("null", nullptr, Protection::kReadWrite);
+  expect_elsewhere("outside", space_->reservation().end.address(), Protection::kReadWrite);
+  expect_elsewhere("across a border", (ZoneRange(*space_, Zone::kPlain).end - Pages{2}).address(),
+                   Protection::kReadWrite);
+  expect_elsewhere("another kind", Part(ZoneRange(*space_, Zone::kPlain), 900, 1).address(), Protection::kRead);
+  expect_elsewhere("another kind", Part(ZoneRange(*space_, Zone::kMapping), 900, 1).address(), Protection::kReadWrite);
+  {
+    const PageRange pinned = MustMap(*space_, 4);
+    const Pin pin(*space_, pinned);
+    ASSERT_TRUE(space_->Unmap(pinned).ok());
+    expect_elsewhere("pinned", pinned.first.address(), Protection::kReadWrite);
+  }
+  RemapOptions remap;
+  remap.placement = Placement::kHint;
+  EXPECT_EQ(space_->Remap(taken, {4}, remap).error().code, ErrorCode::kUnsupported);
+}
 
 }  // namespace
 }  // namespace freehold::vm

@@ -111,7 +111,8 @@ class ABSL_LOCKABLE SpinLock {
 // cache line. Holds that span a fork are not recorded.
 class ABSL_LOCKABLE RecordedSpinLock : public SpinLock {
  public:
-  explicit constexpr RecordedSpinLock(LockRank rank) : SpinLock(rank) {}
+  explicit constexpr RecordedSpinLock(LockRank rank, SameRank same_rank = SameRank::kRefused)
+      : SpinLock(rank, same_rank) {}
 
   // REQUIRES: no other thread uses the lock yet; `recorder` records no other lock and outlives this one.
   void InstallRecorder(HoldRecorder* recorder) { recorder_ = recorder; }
