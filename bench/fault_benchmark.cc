@@ -312,7 +312,7 @@ bool RegisterCases() {
     vm::os::LinuxUserfault userfault;
     available = userfault.Open().ok();
   }
-  if (!available) NoteLeftOut("*/freehold", "this process may not use userfaultfd");
+  if (!available) NoteLeftOut("faults/freehold", "this process may not use userfaultfd");
   if (available) Register("file_sequential/freehold", SequentialFreehold, options);
   Register("file_sequential/pread", [](benchmark::State& state) { SequentialPread(state, false); }, options);
   Register("file_sequential/pread_reused", [](benchmark::State& state) { SequentialPread(state, true); }, options);

@@ -25,6 +25,7 @@
 #include <csignal>
 #include <cstring>
 #include <new>
+#include <utility>
 
 #include "vm/os/check.h"
 #include "vm/os/thread_id.h"
@@ -52,9 +53,10 @@ FaultService::FaultService(AddressSpace& space, os::Userfault& userfault, const 
 }
 
 FaultService::~FaultService() {
-  if (dead_.load(std::memory_order_relaxed)) return;
   UnmapAll();
   space_.SetFaultHooks(nullptr);
+  // Its threads are the parent's, and so is what they left behind.
+  if (dead_.load(std::memory_order_relaxed)) return;
   Handler* parked;
   {
     sync::SpinLockHolder holder(lock_);
@@ -63,6 +65,8 @@ FaultService::~FaultService() {
     parked_ = nullptr;
   }
   if (available_) userfault_.Stop();
+  // From here on nobody begins to start a thread; who has begun is one.
+  while (IsSpawning()) os::YieldCpu();
   while (parked != nullptr) {
     Handler* next = parked->next_parked;
     parked->parker.Unpark();
@@ -72,6 +76,16 @@ FaultService::~FaultService() {
     if (!handler.used) continue;
     pthread_join(handler.thread, nullptr);
     FreePiece(handler.piece);
+  }
+  Piece* pieces;
+  {
+    sync::SpinLockHolder holder(lock_);
+    pieces = std::exchange(free_pieces_, nullptr);
+  }
+  while (pieces != nullptr) {
+    Piece* next = pieces->next;
+    (void)kernel_.Release(PageRange(pieces->memory));
+    pieces = next;
   }
   // No thread can pin a backing any more; what is deferred drops the last references.
   space_.epochs().Barrier();
@@ -119,8 +133,9 @@ Error FaultService::Spawn(Handler& handler) {
       error = Error::System(refused);
     }
   }
-  if (error.ok()) return error;
   sync::SpinLockHolder holder(lock_);
+  --spawning_;
+  if (error.ok()) return error;
   handler.used = false;
   --waiting_;
   --threads_;
@@ -134,7 +149,13 @@ FaultService::Handler* FaultService::TakeSlotLocked() {
   handler->used = true;
   ++threads_;
   ++waiting_;
+  ++spawning_;
   return handler;
+}
+
+bool FaultService::IsSpawning() const {
+  sync::SpinLockHolder holder(lock_);
+  return spawning_ > 0;
 }
 
 void* FaultService::RunHandler(void* handler) {

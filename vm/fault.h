@@ -87,7 +87,8 @@ class FaultService final : private FaultHooks {
  public:
   // `space` and `userfault` outlive the service; `userfault` serves it alone. REQUIRES: the space has no other one.
   FaultService(AddressSpace& space, os::Userfault& userfault, const FaultOptions& options = {});
-  // Unmaps what is still mapped by pagers, so that threads which wait for it get SIGSEGV, and waits for the pagers' calls.
+  // Unmaps what is still mapped by pagers, so that threads which wait for it get SIGSEGV, and waits for the pagers'
+  // calls.
   // REQUIRES: nobody calls it, nor maps through it, any more; nothing that pagers back is pinned.
   ~FaultService();
   FaultService(const FaultService&) = delete;
@@ -130,6 +131,8 @@ class FaultService final : private FaultHooks {
   // Of the threads that have nothing to do, two wait for faults, so that one is left when the other takes one; the
   // rest is parked, or all of them would wake up for each fault.
   static constexpr unsigned kWaiting = 2;
+  // Pieces that are kept for the next verbs.
+  static constexpr unsigned kMaxFreePieces = 4;
   static constexpr Pages kPiecePages = {MiB(2).value / kPageSize};
   // Read and copied at once; the reader goes on when the first of a window is there.
   static constexpr Pages kChunkPages = {64};
@@ -155,8 +158,8 @@ class FaultService final : private FaultHooks {
   // Room for content between memory and a pager: a header, and kPiecePages behind it.
   struct Piece {
     PageRange memory;
-    // Saved by Flush:
-    Piece* next = nullptr;
+    Piece* next = nullptr;  // saved by Flush, or free
+    // Of one that Flush saved:
     PagerBacking* backing = nullptr;
     std::uint32_t thread = 0;
     // What it holds: of `pages`, those set in `saved`.
@@ -193,6 +196,7 @@ class FaultService final : private FaultHooks {
   Error Spawn(Handler& handler);
   // A handler without a thread, with a place among the waiting; null if all have one.
   Handler* TakeSlotLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
+  bool IsSpawning() const;
   void KeepSomebodyWaiting();
   // Parks until the thread may wait for faults; false when the service ends.
   bool AwaitTurn(Handler& self);
@@ -220,10 +224,11 @@ class FaultService final : private FaultHooks {
 
   Result<Piece*> NewPiece();
   void FreePiece(Piece* piece);
-  // The part of `range` in the VMA at its start, which is `found`: pinned; kNotMapped, kUnsupported when no pager backs it.
-  // What waits for pins to go (`also`) is no longer mapped, but faults all the same.
+  // The part of `range` in the VMA at its start, which is `found`: pinned; kNotMapped, or kUnsupported when no pager
+  // backs it. What waits for pins to go (`also`) is no longer mapped, but faults all the same.
   Result<Target> FindTarget(PageRange range, PageRange& found, VmaState also = VmaState::kMapped);
-  // Calls `verb(target)` for every part of `range` that a pager backs; again if it says kReplaced. Returns the first error.
+  // Calls `verb(target)` for every part of `range` that a pager backs, again if it says kReplaced; returns the first
+  // error.
   template <typename Verb>
   Error ForEachTarget(PageRange range, Holes holes, Verb verb);
   // The same with a piece, `verb(target, piece)`, after a check of the range.
@@ -269,9 +274,12 @@ class FaultService final : private FaultHooks {
   Handler handlers_[kMaxThreads];
   unsigned threads_ ABSL_GUARDED_BY(lock_) = 0;
   unsigned waiting_ ABSL_GUARDED_BY(lock_) = 0;  // for faults, or about to
+  unsigned spawning_ ABSL_GUARDED_BY(lock_) = 0;  // of these, being started
   bool stopping_ ABSL_GUARDED_BY(lock_) = false;
   Handler* parked_ ABSL_GUARDED_BY(lock_) = nullptr;
   Piece* saved_ ABSL_GUARDED_BY(lock_) = nullptr;  // by Flush, for the verb's end
+  Piece* free_pieces_ ABSL_GUARDED_BY(lock_) = nullptr;
+  unsigned free_piece_count_ ABSL_GUARDED_BY(lock_) = 0;
 
   std::atomic<std::uint64_t> faults_{0};
   std::atomic<std::uint64_t> pages_read_{0};

@@ -41,7 +41,7 @@ Result<PagerBacking*> PagerBacking::Create(FaultService& service, Pager& pager, 
     (void)service.kernel_.Release(*memory);
     return error;
   }
-  service.backings_.fetch_add(1, std::memory_order_relaxed);
+  service.backings_.fetch_add(1, std::memory_order_acquire);
   return new (memory->address()) PagerBacking(service, pager, pager_page, capacity, options, *memory);
 }
 
@@ -70,12 +70,13 @@ void PagerBacking::Destroy() {
       return Error::Ok();
     });
   }
-  FaultService& service = service_;
+  os::Kernel& kernel = service_.kernel_;
+  std::atomic<std::uint64_t>& backings = service_.backings_;
   const PageRange memory = memory_;
   this->~PagerBacking();
-  (void)service.kernel_.Release(memory);
-  // Release: pairs with the acquire of the service's end.
-  service.backings_.fetch_sub(1, std::memory_order_release);
+  // Release: pairs with the acquires of the service's end, and of who gets the same memory in Create.
+  backings.fetch_sub(1, std::memory_order_release);
+  (void)kernel.Release(memory);
 }
 
 // Those that came by a lookup before may still pin it.

@@ -30,19 +30,39 @@ namespace freehold::vm {
 // ---- Pieces ----
 
 Result<FaultService::Piece*> FaultService::NewPiece() {
+  {
+    sync::SpinLockHolder holder(lock_);
+    if (Piece* piece = free_pieces_; piece != nullptr) {
+      free_pieces_ = piece->next;
+      --free_piece_count_;
+      return piece;
+    }
+  }
   const Result<PageRange> memory = kernel_.Reserve(Pages{1} + kPiecePages, {1});
   if (!memory.ok()) return memory.error();
   if (const Error error = kernel_.Protect(*memory, os::Protection::kReadWrite); !error.ok()) {
     (void)kernel_.Release(*memory);
     return error;
   }
-  Piece* piece = new (memory->address()) Piece;
+  Piece* piece = reinterpret_cast<Piece*>(memory->address());
+  // Another piece may have been here: with the lock, what was done to that came before.
+  { sync::SpinLockHolder holder(lock_); }
+  new (piece) Piece;
   piece->memory = *memory;
   return piece;
 }
 
 void FaultService::FreePiece(Piece* piece) {
   const PageRange memory = piece->memory;
+  {
+    sync::SpinLockHolder holder(lock_);
+    if (free_piece_count_ < kMaxFreePieces) {
+      piece->next = free_pieces_;
+      free_pieces_ = piece;
+      ++free_piece_count_;
+      return;
+    }
+  }
   (void)kernel_.Release(memory);
 }
 
@@ -167,7 +187,8 @@ Error FaultService::Populate(PageRange range, std::uint64_t generation) {
     const PageSpan all = target.PagesOf(target.range);
     PageBitmap& present = target.backing->present();
     for (std::uint64_t page = present.FindClear(all.first, all.end); page < all.end;) {
-      const std::uint64_t end = std::min(present.FindSet(page, all.end), page + kChunkPages.value);
+      // A fault may bring the page meanwhile: never nothing.
+      const std::uint64_t end = std::min(present.FindSet(page + 1, all.end), page + kChunkPages.value);
       const Result<Pages> filled = Fill(target, target.RangeOf({page, end}), nullptr, piece);
       if (!filled.ok()) return filled.error();
       page = present.FindClear(page + filled->value, all.end);

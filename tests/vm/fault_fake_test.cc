@@ -90,6 +90,7 @@ TEST_F(FakeFaultTest, PagesThatCameOtherwiseAreKept) {
   ASSERT_TRUE(userfault_.Copy(Part(range, 5, 1), other, os::WriteTracking::kOff).ok());
   Fault(PageAt(range, 5));
   EXPECT_EQ(ReadWord(PageAt(range, 5)), 0u);
+  EXPECT_TRUE(Eventually([&] { return userfault_.At(PageAt(range, 15)) == Status::kProtected; }));
   EXPECT_EQ(ReadWord(PageAt(range, 15)), WordOf(15, 0));
 }
 
@@ -136,6 +137,10 @@ TEST_F(FakeFaultTest, VerbsWhoseCallsFailChangeNothing) {
   const PageRange range = MustMapPager(16);
   Fault(PageAt(range, 2), /*write=*/true);
   WriteWord(PageAt(range, 2), 22);
+  for (const auto operation : {FakeKernel::Operation::kReserve, FakeKernel::Operation::kProtect}) {
+    kernel_.FailNth(operation, 1, ENOMEM);
+    EXPECT_EQ(service_.Writeback(range), Error::System(ENOMEM)) << "no room to copy to";
+  }
   userfault_.FailNext(Call::kWriteProtect, 1, Error::System(ENOMEM));
   EXPECT_EQ(service_.Writeback(range), Error::System(ENOMEM));
   userfault_.FailNext(Call::kWriteProtect, 1, Error::System(ENOMEM));
@@ -146,10 +151,6 @@ TEST_F(FakeFaultTest, VerbsWhoseCallsFailChangeNothing) {
   EXPECT_EQ(service_.Invalidate(range), Error::System(ENOMEM));
   EXPECT_TRUE(pager_.writes().empty());
   EXPECT_EQ(ReadWord(PageAt(range, 2)), 22u);
-  for (const auto operation : {FakeKernel::Operation::kReserve, FakeKernel::Operation::kProtect}) {
-    kernel_.FailNth(operation, 1, ENOMEM);
-    EXPECT_EQ(service_.Writeback(range), Error::System(ENOMEM)) << "no room to copy to";
-  }
   ASSERT_TRUE(service_.Writeback(range).ok());
   EXPECT_EQ(pager_.StoredWord(2), 22u);
 }
@@ -175,15 +176,20 @@ TEST_F(FakeFaultTest, AFailedUnmapKeepsTheMappingAndWhatWasWritten) {
 }
 
 TEST_F(FakeFaultTest, AnUnmapThatCannotSaveSaysSo) {
-  const PageRange range = MustMapPager(16);
-  Fault(PageAt(range, 2), /*write=*/true);
+  const PageRange range = MustMapPager(1200);
+  for (const std::size_t page : {2u, 600u, 1199u}) Fault(PageAt(range, page), /*write=*/true);
   pager_.SetRefusesWrites(true);
-  // By then the first write-back has its room.
-  pager_.SetWriteHook([&](std::uint64_t) { kernel_.FailNth(FakeKernel::Operation::kReserve, 1, ENOMEM); });
+  // The first write-back has room, which is kept for the first that is saved; another cannot be saved for want of
+  // room, and the third cannot be protected.
+  pager_.SetWriteHook([&](std::uint64_t page) {
+    if (page != 1199) return;
+    kernel_.FailNth(FakeKernel::Operation::kReserve, 1, ENOMEM);
+    userfault_.FailNext(Call::kWriteProtect, 1, Error::System(ENOMEM));
+  });
   testing::internal::CaptureStderr();
   EXPECT_TRUE(space_->Unmap(range).ok());
   EXPECT_NE(testing::internal::GetCapturedStderr().find("did not take back"), std::string::npos);
-  EXPECT_EQ(service_.Stats().pages_lost, 1u);
+  EXPECT_EQ(service_.Stats().pages_lost, 3u);
 }
 
 TEST_F(FakeFaultTest, MapPagerFailsAsAWhole) {

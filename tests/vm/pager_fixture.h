@@ -228,21 +228,25 @@ __attribute__((noinline, no_sanitize("thread"))) Access TryAccess(Touch touch) {
   return {.word = word};
 }
 
+// Atomic, since several threads may use one page.
+inline std::uint64_t ReadWord(PageNumber page) {
+  return reinterpret_cast<std::atomic<std::uint64_t>*>(page.address())->load(std::memory_order_relaxed);
+}
+inline void WriteWord(PageNumber page, std::uint64_t word) {
+  reinterpret_cast<std::atomic<std::uint64_t>*>(page.address())->store(word, std::memory_order_relaxed);
+}
+
 inline Access TryRead(PageNumber page) {
-  return TryAccess([page] { return *reinterpret_cast<volatile std::uint64_t*>(page.address()); });
+  return TryAccess([page] { return ReadWord(page); });
 }
 
 inline Access TryWrite(PageNumber page, std::uint64_t word) {
   return TryAccess([page, word] {
-    *reinterpret_cast<volatile std::uint64_t*>(page.address()) = word;
+    WriteWord(page, word);
     return word;
   });
 }
 
-inline std::uint64_t ReadWord(PageNumber page) { return *reinterpret_cast<volatile std::uint64_t*>(page.address()); }
-inline void WriteWord(PageNumber page, std::uint64_t word) {
-  *reinterpret_cast<volatile std::uint64_t*>(page.address()) = word;
-}
 inline PageNumber PageAt(PageRange range, std::size_t page) { return range.first + Pages{page}; }
 
 }  // namespace freehold::vm::test
