@@ -107,7 +107,8 @@ class FaultService final : private FaultHooks {
   Result<PageRange> MapPager(Pager& pager, std::uint64_t page, Pages count, const PagerMapOptions& options = {});
 
   // Hands what was written to in `range` back to its pagers. What is written meanwhile may or may not be part of it;
-  // then it still counts as written to. Ranges of no pager are passed over. Waits for the pager. Errors: kEmpty,
+  // then it still counts as written to. What another thread is handing back at this time may still be on its way. Ranges
+  // of no pager are passed over. Waits for the pager. Errors: kEmpty,
   // kOverflow, kOutsideReservation, kNotMapped, kUnsupported, kSystem (no memory), the pager's; it goes on after an
   // error and returns the first.
   Error Writeback(PageRange range);

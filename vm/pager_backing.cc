@@ -127,13 +127,12 @@ Error PagerBacking::Writeback(std::uint64_t page, absl::Span<const std::byte> fr
 
 PageSpan PagerBacking::NextDirty(std::uint64_t first, std::uint64_t end) const {
   if (!Writable(max_protection())) return {end, end};
-  if (!tracks_writes()) {
-    const std::uint64_t from = present_.FindSet(first, end);
-    return {from, present_.FindClear(from, end)};
-  }
-  std::uint64_t from = dirty_.FindSet(first, end);
-  while (from < end && !present_.Test(from)) from = dirty_.FindSet(from + 1, end);
-  return {from, std::min(dirty_.FindClear(from, end), present_.FindClear(from, end))};
+  const PageBitmap& written = tracks_writes() ? dirty_ : present_;
+  std::uint64_t from = written.FindSet(first, end);
+  while (from < end && !present_.Test(from)) from = written.FindSet(from + 1, end);
+  if (from == end) return {end, end};
+  // Never nothing, though bits change meanwhile: that would look like the end.
+  return {from, std::min(written.FindClear(from + 1, end), present_.FindClear(from + 1, end))};
 }
 
 PageSpan PagerBacking::AbsentAround(std::uint64_t page, PageSpan bounds, std::uint64_t max_pages) const {

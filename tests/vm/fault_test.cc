@@ -56,6 +56,7 @@ class FaultTest : public PolicyTest {
   std::optional<LinuxUserfault> userfault_;
   TestPager pager_;
   std::vector<std::unique_ptr<TestPager>> more_pagers_;
+  Gate gate_;  // outlives the threads that pass it
   TrapScope traps_;
   std::unique_ptr<FaultService> service_;
 };
@@ -258,12 +259,11 @@ TEST_P(FaultTest, WritesBackWhatCannotBeRead) {
 TEST_P(FaultTest, WritingDuringAWriteBackCounts) {
   const PageRange range = MustMapPager(pager_, 4);
   WriteWord(PageAt(range, 0), 1);
-  Gate gate;
-  pager_.SetWriteHook([&](std::uint64_t) { gate.Pass(); });
+  pager_.SetWriteHook([this](std::uint64_t) { gate_.Pass(); });
   std::thread writer([&] { EXPECT_TRUE(service_->Writeback(range).ok()); });
-  ASSERT_TRUE(gate.AwaitArrival());
+  ASSERT_TRUE(gate_.AwaitArrival());
   WriteWord(PageAt(range, 0), 2);  // waits for no pager
-  gate.Open();
+  gate_.Open();
   writer.join();
   EXPECT_EQ(pager_.StoredWord(0), 1u);
   ASSERT_TRUE(service_->Writeback(range).ok());
@@ -544,12 +544,11 @@ TEST_P(FaultTest, NeighboursInMemoryAreNotReadAgain) {
 TEST_P(FaultTest, ABlockedPagerStallsOnlyItsRange) {
   constexpr std::size_t kBlocked = 6;
   constexpr std::size_t kReaders = 6;  // each, more than threads_per_mapping
-  Gate gate;
   std::vector<TestPager*> pagers;
   std::vector<PageRange> ranges;
   for (std::size_t i = 0; i < kBlocked; ++i) {
     pagers.push_back(&MakePager(i));
-    pagers.back()->SetReadHook([&](std::uint64_t) { gate.Pass(); });
+    pagers.back()->SetReadHook([this](std::uint64_t) { gate_.Pass(); });
     ranges.push_back(MustMapPager(*pagers.back(), 1024));
   }
   const PageRange free = MustMapPager(pager_, 1024);
@@ -566,15 +565,14 @@ TEST_P(FaultTest, ABlockedPagerStallsOnlyItsRange) {
   EXPECT_TRUE(space_->Unmap(free).ok());
   EXPECT_TRUE(Eventually([&] { return service_->Stats().postponed >= kBlocked; }));
   for (const auto& reader : readers) EXPECT_FALSE(reader->done());
-  gate.Open();
+  gate_.Open();
   for (const auto& reader : readers) reader->Join();
   // The blocked ones, and some more that wait, or see that a fault has to be postponed.
   EXPECT_LT(service_->Stats().threads, FaultOptions().max_threads);
 }
 
 TEST_P(FaultTest, FaultsOnOnePageAreReadOnce) {
-  Gate gate;
-  pager_.SetReadHook([&](std::uint64_t) { gate.Pass(); });
+  pager_.SetReadHook([this](std::uint64_t) { gate_.Pass(); });
   const PageRange range = MustMapPager(pager_, 16);
   std::vector<std::unique_ptr<WatchedThread>> readers;
   for (std::size_t i = 0; i < 8; ++i) {
@@ -583,24 +581,23 @@ TEST_P(FaultTest, FaultsOnOnePageAreReadOnce) {
   }
   for (const auto& reader : readers) ASSERT_TRUE(reader->AwaitSleep());
   EXPECT_TRUE(Eventually([&] { return service_->Stats().joined == 7; }));
-  gate.Open();
+  gate_.Open();
   for (const auto& reader : readers) reader->Join();
   EXPECT_EQ(pager_.reads().size(), 1u);
 }
 
 TEST_P(FaultTest, WhenAllThreadsAreBusyOthersWaitAndThenGoOn) {
   Restart({.min_threads = 1, .max_threads = 1});
-  Gate gate;
-  pager_.SetReadHook([&](std::uint64_t) { gate.Pass(); });
+  pager_.SetReadHook([this](std::uint64_t) { gate_.Pass(); });
   const PageRange range = MustMapPager(pager_, 16);
   TestPager& other = MakePager(1);
   const PageRange waiting = MustMapPager(other, 16);
   WatchedThread first([&] { EXPECT_EQ(ReadWord(range.first), WordOf(0, 0)); });
-  ASSERT_TRUE(gate.AwaitArrival());
+  ASSERT_TRUE(gate_.AwaitArrival());
   WatchedThread second([&] { EXPECT_EQ(ReadWord(waiting.first), WordOf(0, 1)); });
   ASSERT_TRUE(second.AwaitSleep());
   EXPECT_TRUE(other.reads().empty());
-  gate.Open();
+  gate_.Open();
   first.Join();
   second.Join();
   EXPECT_EQ(service_->Stats().threads, 1u);
@@ -618,7 +615,6 @@ class RaceTest : public FaultTest {
     ASSERT_TRUE(gate_.AwaitArrival());
   }
 
-  Gate gate_;
   PageRange range_;
   Access access_;
   std::unique_ptr<WatchedThread> reader_;
