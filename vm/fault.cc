@@ -234,6 +234,8 @@ bool FaultService::Admit(Handler& self, Target& target, PageNumber page) {
   const std::uint64_t wanted = target.PagesOf(PageRange::Of(page, {1})).first;
   // Around the page, of what is not in memory and nobody reads.
   PageRange free = target.RangeOf(backing.AbsentAround(wanted, target.PagesOf(target.vma), max));
+  // It came between the event and now, most likely; a read of the page alone finds out.
+  const bool came = backing.present().Test(wanted);
   sync::SpinLockHolder holder(lock_);
   for (unsigned i = 0; i < options_.max_threads; ++i) {
     Handler& other = handlers_[i];
@@ -257,7 +259,8 @@ bool FaultService::Admit(Handler& self, Target& target, PageNumber page) {
     Count(postponed_);
     return false;
   }
-  target.range = target.RangeOf(backing.ChooseWindow(wanted, target.PagesOf(free), max));
+  target.range = came ? PageRange::Of(page, {1})
+                      : target.RangeOf(backing.ChooseWindow(wanted, target.PagesOf(free), max));
   ++backing.fills;
   self.backing = &backing;
   self.filling = target.range;
