@@ -99,12 +99,12 @@ class Space {
 // ---- The histograms side by side. ----------------------------------------------------------------
 
 // All repetitions of a case together, by verb and size.
-std::map<std::string, std::map<std::string, vm::sync::HoldHistogram>> histograms;
+std::map<std::string, std::map<std::string, vm::sync::TimeHistogram>> histograms;
 
 // A column for each verb and size, a row for each bucket that anything fell into: shares of the holds in percent.
 void PrintTable(std::FILE* out, const char* what, const std::vector<std::string>& verbs,
                 const std::vector<std::string>& sizes) {
-  std::vector<const vm::sync::HoldHistogram*> columns;
+  std::vector<const vm::sync::TimeHistogram*> columns;
   std::string heading = absl::StrFormat("%-10s", "");
   std::string names = absl::StrFormat("%-10s", "ns, up to");
   for (const std::string& verb : verbs) {
@@ -116,8 +116,8 @@ void PrintTable(std::FILE* out, const char* what, const std::vector<std::string>
     names += " ";
   }
   absl::FPrintF(out, "\nHolds of tree locks, %s: how many of a hundred.\n%s\n%s\n", what, heading, names);
-  for (std::size_t bucket = 0; bucket < vm::sync::HoldHistogram::kBuckets; ++bucket) {
-    std::string row = absl::StrFormat("%-10d", vm::sync::HoldHistogram::LastOf(bucket).value);
+  for (std::size_t bucket = 0; bucket < vm::sync::TimeHistogram::kBuckets; ++bucket) {
+    std::string row = absl::StrFormat("%-10d", vm::sync::TimeHistogram::LastOf(bucket).value);
     bool any = false;
     for (std::size_t i = 0; i < columns.size(); ++i) {
       const std::uint64_t holds = columns[i]->count(bucket);

@@ -84,6 +84,13 @@ def system_libraries():
         package = "nlohmann-json3-dev",
     )
     _system_library(
+        name = "lz4",
+        build_file = "//third_party:lz4.BUILD",
+        headers = ["lz4.h"],
+        libraries = ["liblz4.a"],
+        package = "liblz4-dev",
+    )
+    _system_library(
         name = "mimalloc",
         build_file = "//third_party:mimalloc.BUILD",
         headers = ["mimalloc.h"],

@@ -102,7 +102,7 @@ Error AddressSpace::Init(PageRange reservation, MetadataArena* arena) {
     for (std::size_t i = 0; i < lock_count; ++i) range_locks_[i].lock.InstallRecorder(lock_times_);
   }
 
-  const Region::Shared shared{kernel_, arena_, purge_stage_, &options_, &clock_, &notifiers_};
+  const Region::Shared shared{kernel_, arena_, purge_stage_, &options_, &clock_, &notifiers_, &fault_hooks_};
   const Pages region_pages = {std::size_t{1} << region_shift_};
   for (std::size_t i = 0; i < region_count_; ++i) {
     const Zone zone = i < zone_begin_[1] ? Zone::kPlain : i < zone_begin_[2] ? Zone::kDense : Zone::kMapping;
@@ -237,7 +237,12 @@ Result<PageRange> AddressSpace::MapAt(Pages count, const MapOptions& options) {
   if (const Error error = CheckRange(range); !error.ok()) return error;
   Region* region = RegionOf(range.first);
   if (!region->range().Contains(range)) return ErrorCode::kOutsideReservation;
-  return region->MapFixed(range, options);
+  FaultHooks* hooks = options.placement == Placement::kReplace ? HooksFor(range) : nullptr;
+  if (hooks == nullptr) return region->MapFixed(range, options);
+  hooks->BeforeDrop(range);
+  const Result<PageRange> mapped = region->MapFixed(range, options);
+  hooks->AfterDrop(range);
+  return mapped;
 }
 
 // The hint is followed where memory of this kind lives, if all of it is free.
@@ -263,6 +268,15 @@ Result<PageRange> AddressSpace::MapNear(Pages count, const MapOptions& options) 
 
 Error AddressSpace::Unmap(PageRange range) {
   if (const Error error = CheckRange(range); !error.ok()) return error;
+  FaultHooks* hooks = HooksFor(range);
+  if (ABSL_PREDICT_TRUE(hooks == nullptr)) return UnmapParts(range);
+  hooks->BeforeDrop(range);
+  const Error error = UnmapParts(range);
+  hooks->AfterDrop(range);
+  return error;
+}
+
+Error AddressSpace::UnmapParts(PageRange range) {
   for (PageNumber page = range.first; page < range.end;) {
     Region* region = RegionOf(page);
     const PageRange part = region->range().Intersect(range);
@@ -270,6 +284,18 @@ Error AddressSpace::Unmap(PageRange range) {
     page = part.end;
   }
   return Error::Ok();
+}
+
+// Pagers map in the mapping zone only, which is the last one.
+FaultHooks* AddressSpace::HooksFor(PageRange range) const {
+  FaultHooks* hooks = fault_hooks_.load(std::memory_order_acquire);
+  if (ABSL_PREDICT_TRUE(hooks == nullptr)) return nullptr;
+  return RegionOf(range.end - Pages{1})->zone() == Zone::kMapping ? hooks : nullptr;
+}
+
+void AddressSpace::SetFaultHooks(FaultHooks* hooks) {
+  FREEHOLD_CHECK((hooks == nullptr) != (fault_hooks_.load(std::memory_order_relaxed) == nullptr));
+  fault_hooks_.store(hooks, std::memory_order_release);
 }
 
 Error AddressSpace::Protect(PageRange range, os::Protection protection) {

@@ -210,6 +210,22 @@ struct AddressSpaceStats {
   std::uint64_t ignored_advice = 0; // VMAs that were advised about huge pages against their zone
 };
 
+// What the verbs of a space ask of the service that fills its mappings on demand (vm/fault.h). Called with no lock held.
+class FaultHooks {
+ public:
+  // What is mapped in `range` is about to be dropped.
+  virtual void BeforeDrop(PageRange range) = 0;
+  // It has been, or could not be.
+  virtual void AfterDrop(PageRange range) = 0;
+  // Makes the pages of `range` present, all of the mapping `generation`. Errors: kReplaced, and others.
+  virtual Error Populate(PageRange range, std::uint64_t generation) = 0;
+  // In the child, when the space can be used there.
+  virtual void ChildAfterFork() = 0;
+
+ protected:
+  ~FaultHooks() = default;
+};
+
 class AddressSpace {
  public:
   // Reserves and builds a space; kernel VMAs: a few per zone and region. Errors: kSystem (the last
@@ -361,6 +377,7 @@ class AddressSpace {
   void CheckInvariants() const;
 
  private:
+  friend class FaultService;
   friend class Pin;
   friend class Transaction;
 
@@ -400,6 +417,13 @@ class AddressSpace {
   // file_mapping.cc
   Result<PageRange> TakeWindow(const FileKey& key);
   Result<PageRange> MapFileAnew(const os::FileInfo& info, const FileKey& key, const FileMapOptions& options);
+  Error UnmapParts(PageRange range);
+  // Whether a FaultService fills the VMA of `page`, for now.
+  bool IsPaged(PageNumber page);
+  // The service that is asked before and after `range` is dropped; null when nothing there can be paged.
+  FaultHooks* HooksFor(PageRange range) const;
+  // REQUIRES: no mapping is paged.
+  void SetFaultHooks(FaultHooks* hooks);
   // Map without populating.
   Result<PageRange> Place(Pages count, const MapOptions& options);
   Result<PageRange> RemapVma(const VmaInfo& vma, PageRange range, Pages count, const RemapOptions& options);
@@ -445,6 +469,7 @@ class AddressSpace {
   unsigned region_shift_ = 0;  // log2 of pages per region
   // Of new mappings; relaxed, any thread. Beside what every Map reads and nobody writes.
   std::atomic<os::MemoryLock> future_lock_{os::MemoryLock::kNone};
+  std::atomic<FaultHooks*> fault_hooks_{nullptr};  // release and acquire
   sync::EpochDomain epochs_;
   NotifierList notifiers_{epochs_};
   sync::SpinLock fork_lock_{sync::LockRank::kFork};

@@ -7,6 +7,7 @@
 #include <cerrno>
 
 #include "vm/address_space.h"
+#include "vm/backing.h"
 #include "vm/purge_stage.h"
 #include "vm/region.h"
 
@@ -57,6 +58,8 @@ Error AddressSpace::AdvisePart(PageRange part, std::uint64_t generation, Advice 
   const Result<VmaInfo> vma = LookupHeld(part.first, guard);
   if (!vma.ok() || vma->generation != generation || !vma->range.Contains(part)) return {ErrorCode::kReplaced};
   if (vma->lock != os::MemoryLock::kNone) return Error::System(EINVAL);
+  const bool drops = advice == Advice::kDontNeed || advice == Advice::kFree;
+  if (drops && vma->backing != nullptr && vma->backing->paged()) return {ErrorCode::kUnsupported};
   if (!notifiers_.empty() && advice != Advice::kCold && advice != Advice::kPageOut) {
     notifiers_.Invalidate(part, Invalidation::kDiscard);
   }

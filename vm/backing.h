@@ -23,6 +23,10 @@ namespace freehold::vm {
 
 class FileBacking;
 
+// Whether accesses to pages that are not there yet wait for a FaultService (vm/fault.h), and so for whoever holds their
+// range. Such pages are not touched with the range held, nor dropped behind the service's back.
+enum class Paging : bool { kNone, kOnDemand };
+
 // For humans: what /proc/PID/maps says about a mapping.
 struct BackingDescription {
   bool shared = false;
@@ -67,6 +71,9 @@ class Backing {
     return (static_cast<unsigned>(protection) & ~static_cast<unsigned>(max_protection_)) == 0;
   }
 
+  // True for a PagerBacking, and for nothing else.
+  bool paged() const { return paging_ == Paging::kOnDemand; }
+
   // Release and acquire: what was done with a backing happens before OnUnused.
   void AddPages(std::uint64_t count) { pages_.fetch_add(count, std::memory_order_relaxed); }
   void DropPages(std::uint64_t count) {
@@ -75,7 +82,8 @@ class Backing {
   std::uint64_t pages() const { return pages_.load(std::memory_order_relaxed); }
 
  protected:
-  explicit Backing(os::Protection max_protection) : max_protection_(max_protection) {}
+  explicit Backing(os::Protection max_protection, Paging paging = Paging::kNone)
+      : max_protection_(max_protection), paging_(paging) {}
   // Never deleted through this interface.
   ~Backing() = default;
 
@@ -85,6 +93,7 @@ class Backing {
  private:
   std::atomic<std::uint64_t> pages_{0};
   const os::Protection max_protection_;
+  const Paging paging_;
 };
 
 // Up to `kCapacity` times pages that go with the scope: declared before the lock under which they are found.

@@ -4,6 +4,7 @@
 #include <new>
 
 #include "vm/address_space.h"
+#include "vm/backing.h"
 #include "vm/purge_stage.h"
 #include "vm/region.h"
 
@@ -59,6 +60,8 @@ Error AddressSpace::CheckDiscard(PageRange range, const Guard* guard) const {
   for (PageNumber page = range.first; page < range.end;) {
     const Result<VmaInfo> vma = guard == nullptr ? Lookup(page) : LookupHeld(page, *guard);
     if (!vma.ok()) return vma.error();
+    // A backing is looked at with its range held.
+    if (guard != nullptr && vma->backing != nullptr && vma->backing->paged()) return {ErrorCode::kUnsupported};
     page = vma->range.end;
   }
   return Error::Ok();

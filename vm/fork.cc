@@ -73,6 +73,7 @@ void AddressSpace::ChildAfterFork() ABSL_NO_THREAD_SAFETY_ANALYSIS {
   fork_guards_->Clear();
   epochs_.ReinitAfterFork();
   fork_lock_.UnlockAfterFork();
+  if (FaultHooks* hooks = fault_hooks_.load(std::memory_order_relaxed); hooks != nullptr) hooks->ChildAfterFork();
 }
 
 void Region::PrepareFork() ABSL_NO_THREAD_SAFETY_ANALYSIS { tree_lock_.LockForFork(); }

@@ -90,6 +90,12 @@ void Region::RetryLaterLocked(Vma* vma) {
 
 // Does nothing if a pin is left, or somebody else was faster. Deferred extents are never cut or merged.
 void Region::FinishDeferred(PageRange extent) {
+  FinishDeferredHeld(extent);
+  FaultHooks* hooks = is_heap() ? nullptr : shared_.fault_hooks->load(std::memory_order_acquire);
+  if (hooks != nullptr) hooks->AfterDrop(extent);
+}
+
+void Region::FinishDeferredHeld(PageRange extent) {
   const Guard guard(range_lock_, extent, Mode::kExclusive, sync::Operation::kUnmap);
   Detachment detachment;
   {

@@ -56,10 +56,17 @@ Error AddressSpace::PopulatePiece(PageRange piece, const VmaInfo& vma) {
   return Error::Ok();
 }
 
+bool AddressSpace::IsPaged(PageNumber page) {
+  const sync::EpochDomain::ReadGuard reader(epochs_);
+  const Result<VmaInfo> vma = Lookup(page);
+  return vma.ok() && vma->backing != nullptr && vma->backing->paged();
+}
+
 // Populates `part` as long as it belongs to the mapping `generation`. `before`: pages done earlier.
 Result<Pages> AddressSpace::PopulateVma(PageRange part, std::uint64_t generation,
                                         const PopulateOptions& options, Pages before) {
   Region* region = RegionOf(part.first);
+  const bool paged = IsPaged(part.first);
   Pages done;
   while (done < part.count()) {
     if (options.cancel != nullptr && options.cancel->load(std::memory_order_relaxed)) {
@@ -67,7 +74,11 @@ Result<Pages> AddressSpace::PopulateVma(PageRange part, std::uint64_t generation
     }
     if (options.deadline.value != 0 && kernel_->Now() >= options.deadline) return ErrorCode::kDeadline;
     const PageRange chunk = FirstChunk({part.first + done, part.end});
-    {
+    if (paged) {
+      FaultHooks* hooks = fault_hooks_.load(std::memory_order_acquire);
+      if (hooks == nullptr) return ErrorCode::kReplaced;
+      if (const Error error = hooks->Populate(chunk, generation); !error.ok()) return error;
+    } else {
       const Guard guard(region->range_lock(), chunk, Mode::kShared, sync::Operation::kPopulate);
       // Nobody unmaps, replaces or protects these pages while the guard lives; parts of a VMA that was
       // split keep its generation.

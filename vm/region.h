@@ -66,6 +66,7 @@ class alignas(kCacheLineSize) Region {
     const AddressSpaceOptions* options;
     std::atomic<std::uint32_t>* clock;  // coarse ticks, see AddressSpace::Tick
     NotifierList* notifiers;
+    const std::atomic<FaultHooks*>* fault_hooks;
   };
 
   // `range_lock` may be shared with other regions (LockPolicy::kCoarse).
@@ -436,6 +437,7 @@ class alignas(kCacheLineSize) Region {
   void RetryLaterLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Finishes an Unmap that found `extent` pinned.
   void FinishDeferred(PageRange extent);
+  void FinishDeferredHeld(PageRange extent);
 
   // purge.cc
   bool OverFreeLimit() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);

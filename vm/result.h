@@ -25,6 +25,7 @@ enum class ErrorCode : std::uint8_t {
   kDeadline,            // the deadline passed before the lock or the work was done
   kCancelled,           // the caller asked for it
   kReplaced,            // the VMA was replaced or unmapped while the verb ran without locks
+  kThrew,               // a user's pager left by an exception
   kUnsupported,         // this kernel or this configuration cannot do it
   kSystem,              // a system call failed: see sys_errno
 };
@@ -57,6 +58,7 @@ constexpr int ToErrno(Error error) {
     case ErrorCode::kDeadline: return ETIMEDOUT;
     case ErrorCode::kCancelled: return ECANCELED;
     case ErrorCode::kReplaced: return ENOMEM;
+    case ErrorCode::kThrew: return EIO;
     case ErrorCode::kUnsupported: return EOPNOTSUPP;
     case ErrorCode::kSystem: return error.sys_errno;
   }
@@ -79,6 +81,7 @@ constexpr const char* ToString(ErrorCode code) {
     case ErrorCode::kDeadline: return "deadline exceeded";
     case ErrorCode::kCancelled: return "cancelled";
     case ErrorCode::kReplaced: return "mapping was replaced meanwhile";
+    case ErrorCode::kThrew: return "a pager threw";
     case ErrorCode::kUnsupported: return "not supported here";
     case ErrorCode::kSystem: return "system call failed";
   }

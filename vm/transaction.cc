@@ -53,6 +53,10 @@ class Transaction::Run {
   // The lock is held for all the ranges of a region together: who waits for one while it holds another of the same
   // lock may be waited for by a request for both.
   const Guard& GuardOf(std::size_t i) const { return *guards_[guard_of_[i]]; }
+  // Pages of pagers are only unmapped here: no Map replaces a backing.
+  FaultHooks* HooksOf(std::size_t i) const {
+    return steps_[i].verb == Verb::kUnmap ? space_.HooksFor(steps_[i].range) : nullptr;
+  }
   void LockRanges();
   Error Prepare();
   Error PrepareStep(std::size_t i);
@@ -143,6 +147,9 @@ Error Transaction::Run::Commit() {
   for (std::size_t i = 0; i < size_; ++i) {
     if (steps_[i].options.backing != nullptr) steps_[i].options.backing->AddPages(steps_[i].range.count().value);
   }
+  for (std::size_t i = 0; i < size_; ++i) {
+    if (FaultHooks* hooks = HooksOf(i); hooks != nullptr) hooks->BeforeDrop(steps_[i].range);
+  }
   LockRanges();
   const Error error = Prepare();
   if (error.ok()) {
@@ -154,6 +161,7 @@ Error Transaction::Run::Commit() {
     // What lies beside pinned extents waits for nobody.
     if (changes_[i].detachment.pinned) RegionOf(i).RetryDeferred();
     const Step& step = steps_[i];
+    if (FaultHooks* hooks = HooksOf(i); hooks != nullptr) hooks->AfterDrop(step.range);
     if (step.verb != Verb::kMap) continue;
     if (!error.ok()) {
       if (step.options.backing != nullptr) step.options.backing->DropPages(step.range.count().value);

@@ -64,6 +64,15 @@ def vma_tree_names():
         *(names(template, INDEXES, (1,)) for template in operations))
 
 
+PAGED = {"file_sequential/freehold", "cold_fault/freehold/64KiB", "fault_isolation/freehold/10ms"}
+
+
+def fault_names():
+    peers = {"file_sequential/pread", "file_sequential/pread_reused", "file_sequential/kernel",
+             "cold_fault/pread/64KiB", "cold_fault/kernel/64KiB"}
+    return {f"{name}/threads:1" for name in PAGED | peers}
+
+
 def hold_names():
     verbs = [f"{verb}_{size}" for verb in ("populate", "protect", "unmap") for size in ("4KiB", "4GiB")]
     verbs += [f"{verb}_{count}vmas" for verb in ("protect", "unmap", "replace") for count in (1, 100000)]
@@ -93,6 +102,7 @@ OPTIONAL = {
     "populate_stall with huge pages": {"populate_stall/kernel/touch_huge",
                                        "populate_stall/freehold/populate_huge"},
     "populate/kernel": {"populate/kernel/2MiB", "populate/kernel/64MiB"},
+    "faults/freehold": PAGED,
     "lookup/kernel": {"lookup/kernel/1000"},
     "tree_lock_hold/4GiB": {f"tree_lock_hold/freehold/{verb}_4GiB"
                             for verb in ("populate", "protect", "unmap")},
@@ -175,6 +185,14 @@ class BenchmarksSmokeTest(unittest.TestCase):
         for run in document["benchmarks"]:
             if run["name"].startswith("vma_lookup/"):
                 self.assertLessEqual({"bytes_per_vma", "lookup_ns"}, set(run), run["name"])
+
+    def test_fault_benchmark(self):
+        document = self.run_benchmark("fault_benchmark", fault_names())
+        for run in document["benchmarks"]:
+            if run["name"].startswith("cold_fault/"):
+                self.assertLessEqual(run["p50_us"], run["p99_us"], run["name"])
+            if run["name"].startswith("fault_isolation/"):
+                self.assertGreater(run["p99_ratio"], 0)
 
     def test_file_mapping_benchmark(self):
         document = self.run_benchmark("file_mapping_benchmark", file_mapping_names())

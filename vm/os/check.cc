@@ -13,6 +13,14 @@ class Line {
   void Append(const char* text) {
     while (*text != '\0' && size_ < sizeof(text_) - 1) text_[size_++] = *text++;
   }
+  void Append(const CheckValue* values, std::size_t count) {
+    for (std::size_t i = 0; i < count; ++i) {
+      Append(" ");
+      Append(values[i].name);
+      Append("=0x");
+      AppendNumber(values[i].value, 16);
+    }
+  }
   void AppendNumber(std::uint64_t value, unsigned base) {
     char digits[20];
     std::size_t count = 0;
@@ -47,14 +55,17 @@ void CheckFailed(const char* file, int line, const char* message, const CheckVal
   out.AppendNumber(static_cast<std::uint64_t>(line), 10);
   out.Append(": ");
   out.Append(message);
-  for (std::size_t i = 0; i < count; ++i) {
-    out.Append(" ");
-    out.Append(values[i].name);
-    out.Append("=0x");
-    out.AppendNumber(values[i].value, 16);
-  }
+  out.Append(values, count);
   out.Write();
   std::abort();
+}
+
+void Report(const char* message, const CheckValue* values, std::size_t count) {
+  Line out;
+  out.Append("freehold: ");
+  out.Append(message);
+  out.Append(values, count);
+  out.Write();
 }
 
 }  // namespace freehold::vm

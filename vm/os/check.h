@@ -21,6 +21,10 @@ struct CheckValue {
 [[noreturn]] void CheckFailed(const char* file, int line, const char* message,
                               const CheckValue* values = nullptr, std::size_t count = 0);
 
+// Prints "freehold: MESSAGE name=0x.." to standard error and goes on: for what nobody can return as an error.
+// Async-signal-safe.
+void Report(const char* message, const CheckValue* values = nullptr, std::size_t count = 0);
+
 }  // namespace freehold::vm
 
 #define FREEHOLD_CHECK(condition) \

@@ -9,6 +9,7 @@ namespace freehold::vm::sync {
 
 const char* ToString(LockRank rank) {
   switch (rank) {
+    case LockRank::kPager: return "kPager";
     case LockRank::kRuntime: return "kRuntime";
     case LockRank::kHeap: return "kHeap";
     case LockRank::kHeapShard: return "kHeapShard";
@@ -146,8 +147,9 @@ HeldLock Lock(LockRank rank, const void* lock, AcquisitionSite site) {
   return {.id = lock, .lock = lock, .range = {}, .rank = rank, .site = site};
 }
 
-HeldLock Range(const void* lock, const void* holder, PageRange range, AcquisitionSite site) {
-  return {.id = holder, .lock = lock, .range = range, .rank = LockRank::kRange, .site = site};
+HeldLock Range(LockRank rank, const void* lock, const void* holder, PageRange range,
+               AcquisitionSite site) {
+  return {.id = holder, .lock = lock, .range = range, .rank = rank, .site = site};
 }
 
 }  // namespace
@@ -160,12 +162,14 @@ void RecordRank(LockRank rank, const void* lock, AcquisitionSite site) {
   Record(Lock(rank, lock, site));
 }
 
-void CheckRangeRank(const void* lock, const void* holder, PageRange range, AcquisitionSite site) {
-  Check(Range(lock, holder, range, site), RankCheck::kOrdered);
+void CheckRangeRank(LockRank rank, const void* lock, const void* holder, PageRange range,
+                    AcquisitionSite site) {
+  Check(Range(rank, lock, holder, range, site), RankCheck::kOrdered);
 }
 
-void RecordRangeRank(const void* lock, const void* holder, PageRange range, AcquisitionSite site) {
-  Record(Range(lock, holder, range, site));
+void RecordRangeRank(LockRank rank, const void* lock, const void* holder, PageRange range,
+                     AcquisitionSite site) {
+  Record(Range(rank, lock, holder, range, site));
 }
 
 void ReleaseRank(const void* lock) {

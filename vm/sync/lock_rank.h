@@ -20,6 +20,7 @@ namespace freehold::vm::sync {
 
 // In acquisition order: earlier is outer. See README.md for what each rank guards.
 enum class LockRank : std::uint8_t {
+  kPager,
   kRuntime,
   kHeap,
   kHeapShard,
@@ -89,11 +90,13 @@ inline void AcquireRank(LockRank rank, const void* lock, RankCheck check, Acquis
   RecordRank(rank, lock, site);
 }
 
-// The same for `holder`, a guard of `range` in the range lock `lock`, of rank kRange: other guards
-// of this thread, in whichever range lock, must end at or before range.first: pages have one order
-// however many locks divide them.
-void CheckRangeRank(const void* lock, const void* holder, PageRange range, AcquisitionSite site);
-void RecordRangeRank(const void* lock, const void* holder, PageRange range, AcquisitionSite site);
+// The same for `holder`, a guard of `range` in the range lock `lock`: this thread's other guards of
+// that rank, in whichever range lock, must end at or before range.first: pages have one order however
+// many locks divide them.
+void CheckRangeRank(LockRank rank, const void* lock, const void* holder, PageRange range,
+                    AcquisitionSite site);
+void RecordRangeRank(LockRank rank, const void* lock, const void* holder, PageRange range,
+                     AcquisitionSite site);
 
 // Forgets `lock`, or `holder` of a range lock. Any order of release is fine. REQUIRES: recorded.
 void ReleaseRank(const void* lock);
@@ -119,8 +122,8 @@ void SetRankViolationHandlerForTest(RankViolationHandler handler);
 inline void CheckRank(LockRank, const void*, RankCheck, AcquisitionSite) {}
 inline void RecordRank(LockRank, const void*, AcquisitionSite) {}
 inline void AcquireRank(LockRank, const void*, RankCheck, AcquisitionSite) {}
-inline void CheckRangeRank(const void*, const void*, PageRange, AcquisitionSite) {}
-inline void RecordRangeRank(const void*, const void*, PageRange, AcquisitionSite) {}
+inline void CheckRangeRank(LockRank, const void*, const void*, PageRange, AcquisitionSite) {}
+inline void RecordRangeRank(LockRank, const void*, const void*, PageRange, AcquisitionSite) {}
 inline void ReleaseRank(const void*) {}
 inline void AcquireRankForFork(LockRank, AcquisitionSite) {}
 inline void ReleaseRankForFork(LockRank) {}

@@ -10,7 +10,7 @@
 // function that needs a range held takes either kind of guard and asks guard.Covers(range, mode).
 //
 // Thread safety: thread-safe; not async-signal-safe. A guard belongs to the thread that made it.
-// Lock order:    LockRank::kRange; guards of one thread in ascending order of their ranges, of one
+// Lock order:    the rank given at construction, kRange for pages of memory; guards of one thread in ascending order of their ranges, of one
 //                lock. Where another thread may lock ranges that span two of them, only the first
 //                may wait and the others try: that request may have come in between (R2). Under
 //                kCoarse the first one must be kExclusive if a later one is: there is no upgrade.
@@ -143,8 +143,8 @@ class RangeLock {
     RangeRequest request_;
   };
 
-  explicit constexpr RangeLock(LockPolicy policy)
-      : policy_(policy), takes_words_(policy == LockPolicy::kAdaptive) {}
+  explicit constexpr RangeLock(LockPolicy policy, LockRank rank = LockRank::kRange)
+      : policy_(policy), rank_(rank), takes_words_(policy == LockPolicy::kAdaptive) {}
   RangeLock(const RangeLock&) = delete;
   RangeLock& operator=(const RangeLock&) = delete;
 
@@ -182,6 +182,7 @@ class RangeLock {
   Guard* FindStrongestHeld() const;
 
   const LockPolicy policy_;
+  const LockRank rank_;
   // Constant once threads use the lock.
   bool takes_words_;  // kAdaptive without a recorder: the fast path; everything else goes through AcquireSlow
   LockTimesRecorder* recorder_ = nullptr;
@@ -197,11 +198,11 @@ ABSL_ATTRIBUTE_ALWAYS_INLINE inline RangeLock::Guard::Guard(RangeLock& lock, Pag
                                                             AcquisitionSite site)
     : lock_(lock), request_(range, mode, operation, os::CurrentThreadId()) {
   FREEHOLD_DCHECK(!range.empty());
-  if (waits != Waits::kNever) CheckRangeRank(&lock, this, range, site);
+  if (waits != Waits::kNever) CheckRangeRank(lock.rank_, &lock, this, range, site);
   held_ = (ABSL_PREDICT_TRUE(lock.takes_words_) && ABSL_PREDICT_TRUE(lock.adaptive_.TryAcquireFast(request_))) ||
           AcquireSlow(waits, deadline);
   if (!held_) return;
-  RecordRangeRank(&lock, this, range, site);
+  RecordRangeRank(lock.rank_, &lock, this, range, site);
   LinkHeld();
 }
 

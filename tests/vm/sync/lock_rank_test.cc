@@ -113,6 +113,20 @@ TEST_F(LockRankTest, RangesOfTwoLocksAscendToo) {
   EXPECT_TRUE(Violated("ranges not ascending")) << violation;
 }
 
+TEST_F(LockRankTest, PagesOfAPagerComeBeforeEverything) {
+  RangeLock pages(LockPolicy::kAdaptive, LockRank::kPager);
+  {
+    const Guard pager(pages, Range(100, 108), LockMode::kShared, Operation::kTest);
+    SpinLockHolder heap(heap_);
+    const Guard memory(ranges_, Range(0, 8), LockMode::kExclusive, Operation::kTest);
+    EXPECT_EQ(violation, "") << "their numbers have nothing to do with those of memory";
+  }
+  const Guard memory(ranges_, Range(0, 8), LockMode::kExclusive, Operation::kTest);
+  const Guard pager(pages, Range(100, 108), LockMode::kShared, Operation::kTest);
+  EXPECT_TRUE(Violated("acquiring kPager")) << violation;
+  EXPECT_TRUE(Violated("rank out of order")) << violation;
+}
+
 TEST_F(LockRankTest, TryMayGoAgainstTheOrderButIsRemembered) {
   SpinLockHolder region(region_);
   const Guard guard = Guard::Try(ranges_, Range(0, 4), LockMode::kShared, Operation::kTest);
