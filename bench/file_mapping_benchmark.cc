@@ -1,5 +1,6 @@
 // Windows of a file: mapping a part of it, reading some pages, unmapping it. The kernel's mmap and munmap (`kernel`)
-// against AddressSpace::MapFile (`freehold`) and the same under one lock for the whole space (`coarse`).
+// against AddressSpace::MapFile (`freehold`) the same under one lock for the whole space (`coarse`), and
+// with an interval tree of held ranges (`tree`).
 //
 //   file_window/IMPL/SIZE   the same window again and again, as a database or a reader of an index does: map, read
 //                           from up to 16 pages, unmap
@@ -120,6 +121,7 @@ void RegisterOne(const char* operation, std::size_t bytes, std::size_t step) {
 void RegisterForAll(const char* operation, std::size_t bytes, std::size_t step) {
   RegisterOne<FreeholdSpace>(operation, bytes, step);
   RegisterOne<CoarseSpace>(operation, bytes, step);
+  RegisterOne<TreeSpace>(operation, bytes, step);
   RegisterOne<KernelSpace>(operation, bytes, step);
 }
 
