@@ -1,5 +1,5 @@
 // Windows of a file: mapping a part of it, reading some pages, unmapping it. The kernel's mmap and munmap (`kernel`)
-// against AddressSpace::MapFile (`freehold`) the same under one lock for the whole space (`coarse`), and
+// against AddressSpace::MapFile (`freehold`), the same under one lock for the whole space (`coarse`), and
 // with an interval tree of held ranges (`tree`).
 //
 //   file_window/IMPL/SIZE   the same window again and again, as a database or a reader of an index does: map, read

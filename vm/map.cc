@@ -509,7 +509,7 @@ Error Region::ReplaceInKernel(PageRange range, const MapOptions& options, Claim&
 }
 
 // The way back from a replacement. Free pages must be clean again. `lost`: what was mapped there is gone from the kernel;
-// backings show theirs again, and anonymous memory has lost its content.
+// backings show theirs again, as far as they can, and anonymous memory has lost its content.
 void Region::RestoreContent(PageRange range, bool lost) {
   for (PageNumber page = range.first; page < range.end;) {
     VmaState state;
@@ -518,7 +518,8 @@ void Region::RestoreContent(PageRange range, bool lost) {
     page = part.end;
     const bool mapped = state == VmaState::kMapped;
     if (mapped && !lost) continue;
-    if (mapped && extent.backing != nullptr) {
+    // A file's descriptor is its owner's again: what shows it is lost as well.
+    if (mapped && extent.backing != nullptr && extent.backing->AsFile() == nullptr) {
       const std::uint64_t first = extent.backing_page + (part.first - extent.range.first).value;
       (void)extent.backing->Install(*shared_.kernel, part, first, extent.protection, /*occupied=*/false);
       continue;
@@ -528,7 +529,7 @@ void Region::RestoreContent(PageRange range, bool lost) {
     // The borders of the range are borders of extents.
     sync::SpinLockHolder holder(tree_lock_);
     Vma* vma = tree_.Find(ToRegion(part.first)).vma();
-    vma->foreign = !own;
+    vma->foreign = !own || extent.backing != nullptr;
     vma->kernel_vma = vma->kernel_vma || !own;
   }
 }
