@@ -163,12 +163,12 @@ void IsRefused() {
 }
 
 // FREEHOLD_KEEPER=0.
+// For as long as it takes to start one many times over.
 void NoKeeper() {
-  Burst();
-  REQUIRE(!Eventually([] {
+  for (int i = 0; i < 100; ++i) {
     Burst();
-    return HasKeeper();
-  }));
+    REQUIRE(!HasKeeper());
+  }
 }
 
 }  // namespace
