@@ -31,16 +31,7 @@ class PinTest : public testing::TestWithParam<sync::LockPolicy> {
   TestSpace space_{kernel_, SmallOptions(GetParam())};
 };
 
-INSTANTIATE_TEST_SUITE_P(Policies, PinTest,
-                         testing::Values(sync::LockPolicy::kAdaptive, sync::LockPolicy::kTree,
-                                         sync::LockPolicy::kCoarse),
-                         [](const auto& tested) -> std::string {
-                           switch (tested.param) {
-                             case sync::LockPolicy::kAdaptive: return "adaptive";
-                             case sync::LockPolicy::kTree: return "tree";
-                             default: return "coarse";
-                           }
-                         });
+FREEHOLD_INSTANTIATE_POLICIES(PinTest);
 
 TEST_P(PinTest, RefusesWhatCannotBePinned) {
   const PageRange range = MustMap(*space_, 4);

@@ -59,16 +59,7 @@ class TransactionTest : public testing::TestWithParam<sync::LockPolicy> {
   const PageRange mapping_ = Part(ZoneRange(*space_, Zone::kMapping), 100, 100);
 };
 
-INSTANTIATE_TEST_SUITE_P(Policies, TransactionTest,
-                         testing::Values(sync::LockPolicy::kAdaptive, sync::LockPolicy::kTree,
-                                         sync::LockPolicy::kCoarse),
-                         [](const auto& tested) -> std::string {
-                           switch (tested.param) {
-                             case sync::LockPolicy::kAdaptive: return "adaptive";
-                             case sync::LockPolicy::kTree: return "tree";
-                             default: return "coarse";
-                           }
-                         });
+FREEHOLD_INSTANTIATE_POLICIES(TransactionTest);
 
 TEST_P(TransactionTest, MakesAllStepsInAnyOrder) {
   MustMapAt(*space_, Part(plain_, 0, 10));
