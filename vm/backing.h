@@ -53,7 +53,7 @@ class Backing {
   // Makes the pages of `range`, at most 2 MiB, present, as far as that goes; a mapping of `protection` that
   // refuses answers with an error. The range is held, at least shared.
   virtual Error Populate(os::Kernel& kernel, PageRange range, os::Protection protection) {
-    if ((static_cast<unsigned>(protection) & static_cast<unsigned>(os::Protection::kWrite)) == 0) {
+    if (!Has(protection, os::Protection::kWrite)) {
       return {ErrorCode::kUnsupported};
     }
     kernel.TouchForWrite(range);

@@ -21,10 +21,6 @@ using os::Protection;
 
 constexpr std::size_t kBackingsPerRefill = 16;
 
-constexpr bool Has(Protection protection, Protection access) {
-  return (static_cast<unsigned>(protection) & static_cast<unsigned>(access)) != 0;
-}
-
 }  // namespace
 
 // ---- FileBacking ----

@@ -1,9 +1,10 @@
 // fork(2): the child's copy of the space must be consistent, whatever other threads were doing.
 //
-// PrepareFork takes the fork lock (one thread forks at a time), keeps deferred callbacks from running, then takes every range exclusively, so that no verb is
-// between its tree change and its kernel work, then the turn of the purge stage, then every tree lock and the pool of file backings. What is
-// left half-done belongs to threads that hold no range yet: kPending extents whose Map still waits, and kPurging
-// extents on their way to or from the stage. The parent's threads go on; the child takes those extents back.
+// PrepareFork takes the fork lock (one thread forks at a time), keeps deferred callbacks from running, then takes
+// every range exclusively, so that no verb is between its tree change and its kernel work, then the turn of the purge
+// stage, then every tree lock, the pool of file backings and the list of notifiers. What is left half-done belongs to
+// threads that hold no range yet: kPending extents whose Map still waits, and kPurging extents on their way to or from
+// the stage. The parent's threads go on; the child takes those extents back.
 #include "absl/base/thread_annotations.h"
 #include "vm/address_space.h"
 #include "vm/file_mapping.h"

@@ -36,10 +36,6 @@ void TellGeneration(const MapOptions& options, std::uint64_t generation) {
   if (ABSL_PREDICT_FALSE(options.generation != nullptr)) *options.generation = generation;
 }
 
-constexpr bool Writable(os::Protection protection) {
-  return (static_cast<unsigned>(protection) & static_cast<unsigned>(os::Protection::kWrite)) != 0;
-}
-
 // Up to this size a memset is cheaper than dropping and faulting, however little of it was resident.
 constexpr std::size_t kMemsetPages = FreeRanges::kExactPages;
 
@@ -225,7 +221,7 @@ Error Region::Prepare(const Preparation& preparation) {
     if (const Error error = LockInKernel(range, attributes.lock); !error.ok()) return error;
   }
   // Zeroing writes: the pages must be writable, then get the protection asked for.
-  const bool zero_by_discard = preparation.zero && !Writable(attributes.protection);
+  const bool zero_by_discard = preparation.zero && !Has(attributes.protection, os::Protection::kWrite);
   if (preparation.protect) {
     if (const Error error = shared_.kernel->Protect(range, attributes.protection); !error.ok()) {
       return error;
@@ -458,7 +454,7 @@ Error Region::PrepareContent(PageRange range, const MapOptions& options, const C
   if (claim.clean || claim.backed || options.backing != nullptr || options.content == Content::kAnything) {
     return Error::Ok();
   }
-  return MakeZero(range, Writable(options.protection));
+  return MakeZero(range, Has(options.protection, os::Protection::kWrite));
 }
 
 // Can be undone, but for what a backing replaces, or is replaced by.

@@ -12,10 +12,6 @@ namespace {
 
 constexpr std::uint64_t kCluster = kClusterPages.value;
 
-constexpr bool Writable(os::Protection protection) {
-  return (static_cast<unsigned>(protection) & static_cast<unsigned>(os::Protection::kWrite)) != 0;
-}
-
 // A user's code may throw, and nothing above these frames expects it.
 template <typename Call>
 auto CatchAll(Call call) -> decltype(call()) {
@@ -126,7 +122,7 @@ Error PagerBacking::Writeback(std::uint64_t page, absl::Span<const std::byte> fr
 }
 
 PageSpan PagerBacking::NextDirty(std::uint64_t first, std::uint64_t end) const {
-  if (!Writable(max_protection())) return {end, end};
+  if (!Has(max_protection(), os::Protection::kWrite)) return {end, end};
   const PageBitmap& written = tracks_writes() ? dirty_ : present_;
   std::uint64_t from = written.FindSet(first, end);
   while (from < end && !present_.Test(from)) from = written.FindSet(from + 1, end);

@@ -134,8 +134,7 @@ Result<PageRange> FaultService::MapPager(Pager& pager, std::uint64_t page, Pages
       PageNumber::Of(options.address) < space_.RegionsOf(Zone::kMapping)[0]->range().first) {
     return ErrorCode::kOutsideReservation;
   }
-  const bool writable = (static_cast<unsigned>(options.max_protection) &
-                         static_cast<unsigned>(os::Protection::kWrite)) != 0;
+  const bool writable = Has(options.max_protection, os::Protection::kWrite);
   const Result<PagerBacking*> created = PagerBacking::Create(
       *this, pager, page, capacity,
       {.max_protection = options.max_protection,

@@ -14,10 +14,6 @@ namespace {
 using Guard = sync::RangeLock::Guard;
 using Mode = sync::RangeLock::Mode;
 
-constexpr bool Writable(os::Protection protection) {
-  return (static_cast<unsigned>(protection) & static_cast<unsigned>(os::Protection::kWrite)) != 0;
-}
-
 // The part of `range` up to the next 2 MiB border.
 PageRange FirstChunk(PageRange range) {
   const PageNumber border{(range.first.value / kPagesPerHugePage + 1) * kPagesPerHugePage};
@@ -32,7 +28,7 @@ Result<Pages> AddressSpace::Populate(PageRange range, const PopulateOptions& opt
   for (PageNumber page = range.first; page < range.end;) {
     const Result<VmaInfo> vma = Lookup(page);
     if (!vma.ok()) return vma.error();
-    if (vma->backing == nullptr && !Writable(vma->protection)) return ErrorCode::kUnsupported;
+    if (vma->backing == nullptr && !Has(vma->protection, os::Protection::kWrite)) return ErrorCode::kUnsupported;
     page = vma->range.end;
   }
   Pages done;
@@ -51,7 +47,7 @@ Result<Pages> AddressSpace::Populate(PageRange range, const PopulateOptions& opt
 // One VMA's part of a chunk, with its range held.
 Error AddressSpace::PopulatePiece(PageRange piece, const VmaInfo& vma) {
   if (vma.backing != nullptr) return vma.backing->Populate(*kernel_, piece, vma.protection);
-  if (!Writable(vma.protection)) return {ErrorCode::kReplaced};
+  if (!Has(vma.protection, os::Protection::kWrite)) return {ErrorCode::kReplaced};
   kernel_->TouchForWrite(piece);
   return Error::Ok();
 }

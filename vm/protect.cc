@@ -33,7 +33,7 @@ Error Region::Protect(PageRange part, os::Protection protection) {
 }
 
 Result<bool> Region::ProtectionDiffers(RegionPage first, RegionPage end, os::Protection protection) const {
-  const bool writable = (static_cast<unsigned>(protection) & static_cast<unsigned>(os::Protection::kWrite)) != 0;
+  const bool writable = Has(protection, os::Protection::kWrite);
   bool differs = false;
   const Error error = LookAtMapped(first, end, [&](const Vma& vma) {
     const VmaAttributes now = vma.attributes();

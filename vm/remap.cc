@@ -26,10 +26,6 @@ using Mode = sync::RangeLock::Mode;
 constexpr int kMaxAttempts = 3;
 constexpr Pages kCopyPages = {KiB(256).value / kPageSize};
 
-constexpr bool Has(os::Protection protection, os::Protection access) {
-  return (static_cast<unsigned>(protection) & static_cast<unsigned>(access)) != 0;
-}
-
 }  // namespace
 
 Result<PageRange> AddressSpace::Remap(PageRange range, Pages count, const RemapOptions& options) {

@@ -57,10 +57,6 @@ std::string_view NameOf(Zone zone) {
   return "";
 }
 
-bool Has(os::Protection protection, os::Protection access) {
-  return (static_cast<unsigned>(protection) & static_cast<unsigned>(access)) != 0;
-}
-
 // The columns of the kernel: where names begin.
 constexpr std::size_t kNameColumn = 73;
 

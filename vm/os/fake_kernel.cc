@@ -20,10 +20,6 @@ bool CanFail(FakeKernel::Operation operation) {
          operation != FakeKernel::Operation::kCopy;
 }
 
-bool Allows(Protection protection, Protection access) {
-  return (static_cast<unsigned>(protection) & static_cast<unsigned>(access)) != 0;
-}
-
 Features Common(Features a, Features b) {
   return {.guard_regions = a.guard_regions && b.guard_regions,
           .vectored_discard = a.vectored_discard && b.vectored_discard,
@@ -106,7 +102,7 @@ Error FakeKernel::Protect(PageRange range, Protection protection) {
 }
 
 Error FakeKernel::ProtectLocked(PageRange range, Protection protection) {
-  const bool commits = Allows(protection, Protection::kWrite);
+  const bool commits = Has(protection, Protection::kWrite);
   if (commits && commit_limit_.has_value()) {
     const auto committed = [](const PageState& page) { return page.committed; };
     const Pages added = range.count() - model_.CountIf(range, committed);
@@ -465,7 +461,7 @@ void FakeKernel::RequireWritableLocked(Operation operation, PageRange range) con
   const auto guarded = [](const PageState& page) { return page.guard; };
   const auto file = [](const PageState& page) { return page.file != 0; };
   const auto writable = [](const PageState& page) {
-    return Allows(page.protection, Protection::kWrite);
+    return Has(page.protection, Protection::kWrite);
   };
   if (model_.CountIf(range, guarded) != Pages{0}) Misuse(operation, "guarded pages", range);
   if (model_.CountIf(range, file) != Pages{0}) Misuse(operation, "pages of a file", range);

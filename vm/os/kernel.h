@@ -32,6 +32,11 @@ enum class Protection : std::uint8_t {
   kReadWriteExec = 7,
 };
 
+// Whether `protection` allows `access`, or any part of it.
+constexpr bool Has(Protection protection, Protection access) {
+  return (static_cast<unsigned>(protection) & static_cast<unsigned>(access)) != 0;
+}
+
 enum class HugePages : bool { kAvoid, kPrefer };
 
 // What may happen to pages when memory is short; see AdviseReclaim.
