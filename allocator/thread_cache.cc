@@ -289,8 +289,12 @@ void ThreadCache::EmptyStashLocked() {
   while (stash_size_ > 0) heap_->page_heap_.Free(stash_[--stash_size_]->start, 1);
 }
 
+// Of what the span's thread wrote without a lock, `carved` and the tags count. It may have been stopped before it wrote
+// the limit of what it had carved, and what is not carved it may have used.
 std::uint32_t ThreadCache::RebuildLocked(Span* span) {
   std::uint32_t used = span->carved;
+  span->SetLimit(used * InfoOf(span).excess);
+  span->clean = false;
   span->free = code_.end();
   for (std::uint32_t i = span->carved; i > 0; --i) {
     FreeObject* object = ObjectAt(span, i - 1);
@@ -558,9 +562,10 @@ void ThreadCache::Freeze() {
   state_.store(State::kFrozen, std::memory_order_relaxed);
 }
 
-// What other threads sent since FinishSlowPath may have come through half, and what is gathered for them they
-// will know by its tags.
+// Since FinishSlowPath, another thread may have taken the lock, to count or to find out that it must wait. What others
+// sent since then may have come through half, and what is gathered for them they will know by its tags.
 void ThreadCache::ForgetOthers() {
+  lock_.ReinitAfterFork();
   inbox_.store(code_.end(), std::memory_order_relaxed);
   strays_ = code_.end();
   remote_frees_.Forget();

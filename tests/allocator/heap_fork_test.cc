@@ -3,7 +3,9 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstdio>
+#include <semaphore>
 #include <string>
 #include <thread>
 #include <vector>
@@ -11,6 +13,7 @@
 #include "gtest/gtest.h"
 #include "tests/allocator/heap_fixture.h"
 #include "tests/allocator/heap_model.h"
+#include "tests/allocator/single_step.h"
 
 namespace freehold::allocator {
 namespace {
@@ -21,12 +24,18 @@ constexpr int kForks = 15;
 constexpr int kForks = 60;
 #endif
 
-// What the process runtime does around fork(). Runs `child` in the child, whose exit status is 0 if it returns
-// an empty string.
-template <typename Child>
-void ForkAndRun(TestHeap& heap, ThreadCache* own, Child child) {
+// What the process runtime does around fork(). `child` runs in the child, whose exit status is 0 if it returns an empty
+// string.
+void PrepareFork(TestHeap& heap, ThreadCache* own) {
   heap->PrepareFork(own);
   heap.space().PrepareFork();
+}
+void ParentAfterFork(TestHeap& heap, ThreadCache* own) {
+  heap.space().ParentAfterFork();
+  heap->ParentAfterFork(own);
+}
+template <typename Child>
+pid_t Fork(TestHeap& heap, ThreadCache* own, Child child) {
   const pid_t pid = fork();
   if (pid == 0) {
     heap.space().ChildAfterFork();
@@ -35,12 +44,21 @@ void ForkAndRun(TestHeap& heap, ThreadCache* own, Child child) {
     if (!error.empty()) std::fprintf(stderr, "in the child: %s\n", error.c_str());
     _exit(error.empty() ? 0 : 1);
   }
-  heap.space().ParentAfterFork();
-  heap->ParentAfterFork(own);
+  return pid;
+}
+void ExpectSuccess(pid_t pid) {
   ASSERT_GT(pid, 0);
   int status = -1;
   ASSERT_EQ(waitpid(pid, &status, 0), pid);
   ASSERT_EQ(status, 0);
+}
+
+template <typename Child>
+void ForkAndRun(TestHeap& heap, ThreadCache* own, Child child) {
+  PrepareFork(heap, own);
+  const pid_t pid = Fork(heap, own, child);
+  ParentAfterFork(heap, own);
+  ExpectSuccess(pid);
 }
 
 TEST(HeapForkTest, WithoutOtherThreads) {
@@ -119,6 +137,146 @@ TEST(HeapForkTest, CachesOfOtherThreadsAreAdopted) {
   heap->DetachThread(other);
   heap->CheckInvariants();
 }
+
+// A page of objects may be copied later than the record that tells how many there are.
+TEST(HeapForkTest, WhatAnotherThreadCarvesMeanwhileIsNotZero) {
+  constexpr std::size_t kSize = 4096;
+  TestHeap heap;
+  ThreadCache* other = heap->AttachThread();
+  AttachedThread cache(*heap);
+  auto* first = static_cast<char*>(other->Allocate(kSize));
+  ForkAndRun(heap, cache.get(), [&]() -> std::string {
+    Fill(first + kSize, kUnitSize - kSize, 5);
+    AttachedThread heir(*heap);
+    if (heir.get() != other) return "not adopted";
+    for (int i = 0; i < 15; ++i) {
+      const void* p = heir->AllocateZeroed(kSize);
+      if (AddressOf(p) - AddressOf(first) >= kUnitSize) return "another span";
+      if (!IsZero(p, kSize)) return "not zero";
+    }
+    return {};
+  });
+  heap->DetachThread(other);
+}
+
+#if defined(FREEHOLD_SINGLE_STEP)
+// Whatever another thread does without a lock, and however far it came: the child finds none of its free objects
+// damaged, and gives none of its objects away.
+class HeapForkStepTest : public testing::TestWithParam<std::size_t> {
+ protected:
+  struct Held {
+    void* p;
+    std::uint64_t seed;
+  };
+
+  void SetUp() override {
+    for (int i = 0; i < 3; ++i) Hold(other_->Allocate(size_));
+  }
+  void Hold(void* p) {
+    held_.push_back({p, ++last_seed_});
+    Fill(p, size_, last_seed_);
+  }
+  void* LetGo() {
+    void* p = held_.back().p;
+    held_.pop_back();
+    return p;
+  }
+  // Forks after each instruction of `work`, which the other thread does.
+  template <typename Work>
+  void ForkIn(Work work) {
+    const std::size_t forks = SingleStep::Run(work, [&] {
+      ForkAndRun(heap_, cache_.get(), [&] { return UseAll(); });
+      return !HasFailure();
+    });
+    EXPECT_GE(forks, 10u);
+  }
+  std::string UseAll() {
+    AttachedThread heir(*heap_);
+    if (heir.get() != other_) return "not adopted";
+    std::vector<Held> made;
+    for (int i = 0; i < 200; ++i) {
+      made.push_back({(i % 4 == 0 ? cache_ : heir)->Allocate(size_), ++last_seed_});
+      Fill(made.back().p, size_, last_seed_);
+    }
+    made.insert(made.end(), held_.begin(), held_.end());
+    for (const Held& object : made) {
+      if (!HasContent(object.p, size_, object.seed)) return "an object was given away";
+      heir->Free(object.p);
+    }
+    heap_->CheckInvariants();
+    return {};
+  }
+
+  const std::size_t size_ = GetParam();
+  TestHeap heap_;
+  ThreadCache* const other_ = heap_->AttachThread();
+  AttachedThread cache_{*heap_};
+  std::vector<Held> held_;
+  std::uint64_t last_seed_ = 0;
+};
+
+TEST_P(HeapForkStepTest, Allocate) {
+  // Objects that are made, until the span's list has ended and more are carved.
+  for (int i = 0; i < 6; ++i) {
+    void* p = nullptr;
+    ForkIn([&] { p = other_->Allocate(size_); });
+    Hold(p);
+    if (HasFailure()) return;
+  }
+}
+
+TEST_P(HeapForkStepTest, Free) {
+  for (int i = 0; i < 2; ++i) {
+    void* p = LetGo();
+    ForkIn([&] { other_->Free(p); });
+  }
+}
+
+TEST_P(HeapForkStepTest, FreeOfTheForkingThreadsObject) {
+  for (int i = 0; i < 5; ++i) Hold(cache_->Allocate(size_));
+  for (int i = 0; i < 2; ++i) {
+    void* p = LetGo();
+    ForkIn([&] { heap_->Free(p); });
+  }
+}
+
+// One of the fast path's sizes, and one beyond.
+INSTANTIATE_TEST_SUITE_P(Sizes, HeapForkStepTest, testing::Values(1024, 4096));
+
+// Another thread takes the lock of the forking thread's cache, finds that it must wait for the fork, and lets go.
+TEST(HeapForkTest, WhileAnotherThreadFindsOutThatItMustWait) {
+  TestHeap heap;
+  AttachedThread cache(*heap);
+  std::counting_semaphore<> stopped(0);
+  std::counting_semaphore<> go_on(0);
+  std::atomic<bool> steps = true;
+  PrepareFork(heap, cache.get());
+  std::thread other([&] {
+    SingleStep::Run([&] { heap->Trim(); },
+                    [&] {
+                      if (!steps.load()) return false;
+                      stopped.release();
+                      go_on.acquire();
+                      return true;
+                    });
+  });
+  int forks = 0;
+  // Until it sleeps.
+  while (!HasFailure() && stopped.try_acquire_for(std::chrono::milliseconds(500))) {
+    ++forks;
+    ExpectSuccess(Fork(heap, cache.get(), [&]() -> std::string {
+      alarm(20);
+      return cache->Allocate(2000) != nullptr ? "" : "null";
+    }));
+    go_on.release();
+  }
+  EXPECT_GE(forks, 10);
+  steps = false;
+  go_on.release();
+  ParentAfterFork(heap, cache.get());
+  other.join();
+}
+#endif
 
 TEST(HeapForkTest, WhileOtherThreadsAllocate) {
   constexpr int kThreads = 3;
