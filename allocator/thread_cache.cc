@@ -394,9 +394,11 @@ void ThreadCache::Receive(FreeObject* first, FreeObject* last) {
   if (ABSL_PREDICT_FALSE(state_.load(std::memory_order_seq_cst) == State::kOrphan)) DrainIfOrphan();
 }
 
+// In this order: who sees that the cache is not frozen any more sees which spans ThawLocked made suspect. Pairs with
+// the release in BecomeAttached.
 bool ThreadCache::NeedsLockToFree(const Span* span) const {
-  return span->kind.load(std::memory_order_relaxed) == SpanKind::kSuspect ||
-         state_.load(std::memory_order_relaxed) == State::kFrozen;
+  return state_.load(std::memory_order_acquire) == State::kFrozen ||
+         span->kind.load(std::memory_order_relaxed) == SpanKind::kSuspect;
 }
 
 bool ThreadCache::FreeSuspect(Span* span, FreeObject* object) {
@@ -512,7 +514,7 @@ void ThreadCache::BecomeAttached() {
   InSlowPath([&] {
     lock_.AssertHeld();
     if (state_.load(std::memory_order_relaxed) == State::kFrozen) ThawLocked();
-    state_.store(State::kAttached, std::memory_order_relaxed);
+    state_.store(State::kAttached, std::memory_order_release);
   });
 }
 
@@ -594,7 +596,8 @@ Span* ThreadCache::GiveAvailable(SizeClass size_class, ThreadCache* heir) {
   RemoveLocked(bin.available, span);
   --bin.spans;
   if (bin.available.empty()) UpdateOrphanClassesLocked();
-  span->owner.store(heir, std::memory_order_relaxed);
+  // Pairs with the acquire in ObjectHeap::FreeSuspect: who sees the heir sees that the span is suspect.
+  span->owner.store(heir, std::memory_order_release);
   return span;
 }
 

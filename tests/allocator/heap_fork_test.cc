@@ -1,11 +1,14 @@
 // fork with other threads in the heap: parent and child go on.
+#include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <semaphore>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
@@ -276,6 +279,130 @@ TEST(HeapForkTest, WhileAnotherThreadFindsOutThatItMustWait) {
   ParentAfterFork(heap, cache.get());
   other.join();
 }
+
+// In a child with threads, something happens to a span that came through the fork while a thread is at each instruction
+// of freeing one of its objects; and the span is allocated from as soon as that object looks free.
+enum class Event { kCacheIsAdopted, kSpanIsInherited };
+
+class HeapForkFreeTest : public testing::TestWithParam<Event> {
+ protected:
+  static constexpr std::size_t kSize = 2048;
+  static constexpr std::size_t kPerSpan = kUnitSize / kSize;
+  static constexpr auto kPause = std::chrono::milliseconds(2);  // long enough, unless the stopped thread holds a lock
+
+  // A thread that frees `freed_` and stops twice: after `first` instructions, and when the object's tag changes. At the
+  // end of the call if it comes to that before.
+  class FreeingThread {
+   public:
+    FreeingThread(HeapForkFreeTest& test, int first) : thread_([this, &test, first] { Run(test, first); }) {}
+    void WaitFor(int stop) { stopped_[stop].acquire(); }
+    void GoOnAfter(int stop) { go_on_[stop].release(); }
+    // Returns whether the call was longer than `first` instructions.
+    bool Join() {
+      thread_.join();
+      return came_to_first_;
+    }
+
+   private:
+    void Run(HeapForkFreeTest& test, int first) {
+      const volatile std::uint64_t& tag = static_cast<FreeObject*>(test.freed_)->tag;
+      const std::uint64_t before = tag;
+      int steps = 0;
+      SingleStep::Run([&] { test.heap_->Free(test.freed_); },
+                      [&] {
+                        if (++steps == first) Stop();
+                        if (stops_ == 1 && tag != before) Stop();
+                        return stops_ < 2;
+                      });
+      came_to_first_ = stops_ > 0;
+      while (stops_ < 2) Stop();
+    }
+    void Stop() {
+      stopped_[stops_].release();
+      static_cast<void>(go_on_[stops_].try_acquire_for(kPause));
+      ++stops_;
+    }
+
+    std::array<std::counting_semaphore<>, 2> stopped_ = {std::counting_semaphore<>(0), std::counting_semaphore<>(0)};
+    std::array<std::counting_semaphore<>, 2> go_on_ = {std::counting_semaphore<>(0), std::counting_semaphore<>(0)};
+    int stops_ = 0;
+    bool came_to_first_ = false;
+    std::thread thread_;  // the last one: it uses the others
+  };
+
+  void SetUp() override {
+    // More full spans than one allocation looks through: what `rich_` inherits in the child it does not use at once.
+    for (std::size_t i = 0; i < 20 * kPerSpan; ++i) ASSERT_NE(rich_->Allocate(kSize), nullptr);
+    for (std::size_t i = 0; i < kPerSpan / 2; ++i) freed_ = poor_->Allocate(kSize);
+    Fill(freed_, kSize, 1);
+  }
+  // Attaches threads to both caches.
+  bool Adopt() {
+    const std::set<ThreadCache*> heirs = {heap_->AttachThread(), heap_->AttachThread()};
+    return heirs == std::set<ThreadCache*>{poor_, rich_};
+  }
+  void Make(ThreadCache* cache, std::size_t count) {
+    for (std::size_t i = 0; i < count; ++i) {
+      made_.push_back(cache->Allocate(kSize));
+      Fill(made_.back(), kSize, made_.size());
+    }
+  }
+  // In the child.
+  std::string FreeAndStopAt(int first) {
+    const bool inherits = GetParam() == Event::kSpanIsInherited;
+    ThreadCache* heir = inherits ? rich_ : poor_;
+    bool adopted = true;
+    if (inherits) {
+      adopted = Adopt();
+      heap_->DetachThread(poor_);
+    }
+    FreeingThread freeing(*this, first);
+    freeing.WaitFor(0);
+    if (inherits) {
+      Make(heir, 1);
+    } else {
+      adopted = Adopt();
+    }
+    freeing.GoOnAfter(0);
+    freeing.WaitFor(1);
+    Make(heir, 2 * kPerSpan);
+    freeing.GoOnAfter(1);
+    if (!freeing.Join()) done_->store(true);
+    if (!adopted) return "not adopted";
+    Make(heir, 2 * kPerSpan);
+    for (std::size_t i = 0; i < made_.size(); ++i) {
+      if (!HasContent(made_[i], kSize, i + 1)) return "an object was given away";
+      heir->Free(made_[i]);
+    }
+    heap_->CheckInvariants();
+    return {};
+  }
+
+  TestHeap heap_;
+  ThreadCache* const poor_ = heap_->AttachThread();
+  ThreadCache* const rich_ = heap_->AttachThread();
+  AttachedThread cache_{*heap_};
+  void* freed_ = nullptr;
+  std::vector<void*> made_;
+  // Shared with children.
+  std::atomic<bool>* const done_ = static_cast<std::atomic<bool>*>(
+      mmap(nullptr, vm::kPageSize, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
+};
+
+TEST_P(HeapForkFreeTest, AtEveryInstruction) {
+  ASSERT_NE(done_, MAP_FAILED);
+  int stops = 0;
+  while (!done_->load() && !HasFailure()) {
+    ++stops;
+    ForkAndRun(heap_, cache_.get(), [&] { return FreeAndStopAt(stops); });
+  }
+  EXPECT_GE(stops, 20);
+  munmap(done_, vm::kPageSize);
+}
+INSTANTIATE_TEST_SUITE_P(Events, HeapForkFreeTest, testing::Values(Event::kCacheIsAdopted, Event::kSpanIsInherited),
+                         [](const auto& info) {
+                           return info.param == Event::kCacheIsAdopted ? "CacheIsAdopted" : "SpanIsInherited";
+                         });
 #endif
 
 TEST(HeapForkTest, WhileOtherThreadsAllocate) {
