@@ -1,0 +1,296 @@
+/* Freehold's C API: address spaces with their own mappings, range locks and populate. C99 and C++.
+ *
+ * A program gets it with libfreehold.so, which serves its malloc too, or with the static library. Programs in C++ may
+ * use vm/address_space.h instead, which says more about every verb.
+ *
+ * Units:          bytes, nanoseconds of CLOCK_MONOTONIC. Addresses and offsets are multiples of FREEHOLD_PAGE_SIZE;
+ *                 lengths are rounded up to it, and are not 0.
+ * Errors:         0, or an errno value; errno itself is left alone. A call that fails leaves the space as it was, and
+ *                 what it would have returned through pointers too. Every call may return
+ *                   EINVAL      a null space or result, a range that is empty, unaligned or wraps, a constant that is
+ *                               not one of this header, an options' `size` that is none
+ *                   E2BIG       options from a newer header ask for something that this library does not know
+ *                   EOPNOTSUPP  a space of one's own in the child of a fork
+ *                   ENOMEM      a range outside the space, or where nothing is mapped; no room; no memory
+ *                 and what it names itself. Other values are the kernel's.
+ * Thread safety:  thread-safe. Two calls wait for each other only over the same pages. Not async-signal-safe.
+ * Options:        structs with `size`, the sizeof that the caller was compiled with; all other fields zero are the
+ *                 defaults. A null pointer stands for the defaults too:
+ *                   freehold_map_options options = {.size = sizeof(options)};
+ * Callbacks:      called with no lock held, so they may call everything here; they return, and do not throw.
+ * fork:           the child has the process's space as the parent had it, but for pins and locks. Of spaces of one's
+ *                 own it has the memory, and nothing else.
+ */
+#ifndef FREEHOLD_RUNTIME_FREEHOLD_H_
+#define FREEHOLD_RUNTIME_FREEHOLD_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define FREEHOLD_PAGE_SIZE 4096
+
+/* "0.1.0": the library's that runs. */
+const char* freehold_version(void);
+
+/* ---- Spaces ---- */
+
+typedef struct freehold_space freehold_space;
+
+/* The space that malloc of this process comes from. Null if libc serves malloc (FREEHOLD_MALLOC=libc, or the kernel
+ * granted no address space). It lives as long as the process. A program unmaps and changes what it mapped itself, and
+ * nothing else in it. */
+freehold_space* freehold_process_space(void);
+
+/* For limits of which 0 means the default: none at all. */
+#define FREEHOLD_NONE UINT64_MAX
+
+enum freehold_lock_policy {
+  FREEHOLD_LOCK_ADAPTIVE = 0,
+  FREEHOLD_LOCK_TREE = 1,
+  FREEHOLD_LOCK_COARSE = 2 /* one lock for the whole space, the kernel's model: for comparison */
+};
+
+typedef struct freehold_space_options {
+  size_t size;
+  uint64_t reserve;             /* address space; 0: 16 TiB. Halved until the kernel grants it */
+  uint64_t min_reserve;         /* but not below; 0: 64 GiB, or `reserve` if that is less */
+  uint64_t free_resident_limit; /* unmapped memory that stays resident, per region; 0: 256 MiB */
+  uint64_t window_limit;        /* windows of unmapped files that are kept, per region; 0: 256 MiB */
+  uint64_t decay;               /* how long both stay before freehold_tick gives them back; 0: 1 s */
+  unsigned regions_per_zone;    /* 0: by the number of processors */
+  int lock_policy;
+  int strict_unmap; /* not 0: unmapped memory traps at once; slow */
+} freehold_space_options;
+
+/* Makes a space of one's own. It needs somebody to call freehold_tick. */
+int freehold_space_create(const freehold_space_options* options, freehold_space** space);
+
+/* Unmaps everything and gives it back. REQUIRES: nobody uses it, its memory, or pins of it any more. EINVAL: the
+ * process's space. */
+int freehold_space_destroy(freehold_space* space);
+
+/* 1 if `address` is in the range that the space has reserved, mapped or not; else 0. */
+int freehold_space_contains(const freehold_space* space, const void* address);
+
+/* Gives back what was unmapped longer ago than the space's decay. To be called a few times a second; for the process's
+ * space the runtime does. */
+int freehold_tick(freehold_space* space);
+
+/* Gives back all that is unmapped. `bytes`, unless null, gets how much. */
+int freehold_purge(freehold_space* space, size_t* bytes);
+
+/* ---- Mapping ---- */
+
+enum freehold_protection {
+  FREEHOLD_READ = 1,
+  FREEHOLD_WRITE = 2,
+  FREEHOLD_EXECUTE = 4,
+  FREEHOLD_NO_ACCESS = 8 /* alone */
+};
+
+enum freehold_placement {
+  FREEHOLD_ANYWHERE = 0,
+  FREEHOLD_HINT = 1,   /* at `address` if that is free, else anywhere */
+  FREEHOLD_FIXED = 2,  /* at `address`; EEXIST if something is mapped there */
+  FREEHOLD_REPLACE = 3 /* at `address`; what is mapped there is unmapped. EBUSY if it is pinned */
+};
+
+enum freehold_memory_lock {
+  FREEHOLD_UNLOCKED = 0,
+  FREEHOLD_LOCKED = 1,         /* as mlock(2); populates */
+  FREEHOLD_LOCKED_ON_FAULT = 2 /* as mlock2(2) with MLOCK_ONFAULT */
+};
+
+enum freehold_content {
+  FREEHOLD_ZEROED = 0,
+  FREEHOLD_ANY_CONTENT = 1 /* may be old data of this process; spares the zeroing of what is overwritten anyway */
+};
+
+typedef struct freehold_map_options {
+  size_t size;
+  void* address;
+  size_t alignment; /* of the start: 0, or a power of two of at least a page. FREEHOLD_ANYWHERE only */
+  int placement;
+  int protection; /* 0: FREEHOLD_READ | FREEHOLD_WRITE */
+  int lock;
+  int content;
+  int huge_pages; /* not 0: among memory in huge pages */
+  int populate;   /* not 0: all pages are there when the call returns, as far as there is memory */
+} freehold_map_options;
+
+/* Maps `bytes` of anonymous memory at `*address`. EPERM: to be locked, and may not. */
+int freehold_map(freehold_space* space, size_t bytes, const freehold_map_options* options, void** address);
+
+typedef struct freehold_file_options {
+  size_t size;
+  void* address;
+  int placement;
+  int protection; /* 0: FREEHOLD_READ */
+  int lock;
+  int shared;   /* not 0: writes reach the file */
+  int populate; /* not 0: the pages that the file has are there when the call returns */
+} freehold_file_options;
+
+/* Maps `bytes` of the open file `descriptor` from `offset` on, as mmap(2) does; the descriptor may be closed afterwards.
+ * EACCES, EBADF, ENODEV, EOVERFLOW as mmap; EOPNOTSUPP on hugetlbfs. What is unmapped may stay in the kernel for a
+ * decay, and with it the open file; see AddressSpace::MapFile. */
+int freehold_map_file(freehold_space* space, size_t bytes, int descriptor, uint64_t offset,
+                      const freehold_file_options* options, void** address);
+
+/* Stores what was written to the shared files mapped in the range, as msync(2) with MS_SYNC. EIO. */
+int freehold_sync(freehold_space* space, void* address, size_t bytes);
+
+/* Unmaps whatever is mapped in the range, holes or not. What is pinned goes with its last pin. */
+int freehold_unmap(freehold_space* space, void* address, size_t bytes);
+
+/* Changes the protection of a range that is mapped throughout. EACCES: more than a file was opened for. */
+int freehold_protect(freehold_space* space, void* address, size_t bytes, int protection);
+
+typedef struct freehold_remap_options {
+  size_t size;
+  void* address;
+  int placement;   /* FREEHOLD_ANYWHERE, FREEHOLD_FIXED or FREEHOLD_REPLACE */
+  int may_move;    /* not 0: with FREEHOLD_ANYWHERE, where it does not fit it moves; else ENOMEM */
+  int keep_source; /* not 0: the old range stays mapped and reads as zero. Same size, and it moves; else EOPNOTSUPP */
+} freehold_remap_options;
+
+/* Makes the range `new_bytes` long, as mremap(2), and tells where it is. The range lies in one mapping. EEXIST, EBUSY:
+ * as for placements. */
+int freehold_remap(freehold_space* space, void* address, size_t bytes, size_t new_bytes,
+                   const freehold_remap_options* options, void** new_address);
+
+enum freehold_advice {
+  FREEHOLD_DONT_NEED = 1, /* the content is dropped: reads as zero, or as the file */
+  FREEHOLD_FREE = 2,      /* the content may be dropped until it is written to again */
+  FREEHOLD_WILL_NEED = 3,
+  FREEHOLD_HUGE_PAGES = 4,
+  FREEHOLD_NO_HUGE_PAGES = 5,
+  FREEHOLD_COLD = 6,
+  FREEHOLD_PAGE_OUT = 7
+};
+
+/* As madvise(2). EINVAL also for memory that is locked and would be dropped. */
+int freehold_advise(freehold_space* space, void* address, size_t bytes, int advice);
+
+/* Drops the content of a range that is mapped throughout and may be written: it reads as zero afterwards and takes no
+ * memory. */
+int freehold_discard(freehold_space* space, void* address, size_t bytes);
+
+/* mlock2(2), or munlock(2) for FREEHOLD_UNLOCKED, of a range that is mapped throughout. EPERM. */
+int freehold_lock_memory(freehold_space* space, void* address, size_t bytes, int lock);
+
+/* ---- Populating ---- */
+
+/* Zero at first. */
+typedef struct freehold_cancel {
+  unsigned char requested;
+} freehold_cancel;
+
+/* Stops the calls of freehold_populate that were given `cancel`; by any thread, and from a signal handler too. */
+void freehold_cancel_request(freehold_cancel* cancel);
+
+typedef struct freehold_populate_options {
+  size_t size;
+  uint64_t deadline; /* on CLOCK_MONOTONIC; 0: none */
+  const freehold_cancel* cancel;
+  void (*progress)(void* context, size_t done); /* after each chunk of at most 2 MiB; may be null */
+  void* progress_context;
+} freehold_populate_options;
+
+/* Makes the pages of the range present, so that touching them waits for nothing. Holds no lock over more than a chunk.
+ * `done`, unless null, gets how far it came, on these errors too: ETIMEDOUT, ECANCELED, ENOMEM (what was there is mapped
+ * no more), EFAULT (the file ends there), EOPNOTSUPP (memory that may not be written). */
+int freehold_populate(freehold_space* space, void* address, size_t bytes, const freehold_populate_options* options,
+                      size_t* done);
+
+/* `resident[i]` becomes 1 if the i-th page of the range is in memory, else 0. The range is mapped throughout. */
+int freehold_residency(const freehold_space* space, const void* address, size_t bytes, unsigned char* resident);
+
+/* ---- Pins ---- */
+
+/* The caller's, and not to be moved or copied while it pins. Zero at first. */
+typedef struct freehold_pin {
+  uint64_t opaque[32];
+} freehold_pin;
+
+/* Keeps the range where it is, for a device or I/O in flight: until freehold_unpin nothing takes its place, also if it
+ * is unmapped meanwhile. It is mapped throughout. EINVAL also if `pin` pins already. */
+int freehold_pin_range(freehold_space* space, void* address, size_t bytes, freehold_pin* pin);
+
+/* By any thread. EINVAL: it does not pin. */
+int freehold_unpin(freehold_pin* pin);
+
+/* ---- Looking ---- */
+
+typedef struct freehold_mapping {
+  size_t size; /* set by the caller of freehold_lookup; see freehold_statistics */
+  void* address;
+  size_t bytes;
+  int protection; /* of freehold_protection; never 0 */
+  int lock;
+  int huge_pages;      /* 1: among memory in huge pages */
+  int backed;          /* 1: a file or a pager; 0: anonymous memory */
+  uint64_t generation; /* unique to a mapping; parts of one that was split have the same */
+  uint64_t offset;     /* in what it is backed by */
+} freehold_mapping;
+
+/* The mapping that holds `address`, as it is at some moment of the call. Takes no lock. */
+int freehold_lookup(const freehold_space* space, const void* address, freehold_mapping* mapping);
+
+/* Calls visit for every mapping, upwards. */
+int freehold_for_each_mapping(const freehold_space* space,
+                              void (*visit)(void* context, const freehold_mapping* mapping), void* context);
+
+/* Results have a `size` too, which the caller sets: the library fills in that much, with zero for what it does not
+ * know. A hint while others use the space. */
+typedef struct freehold_statistics {
+  size_t size;
+  uint64_t reserved; /* bytes, as all up to `metadata` */
+  uint64_t committed;
+  uint64_t mapped;
+  uint64_t free_resident; /* unmapped, possibly resident */
+  uint64_t metadata;
+  uint64_t mappings;
+  uint64_t maps; /* calls, since the start */
+  uint64_t unmaps;
+  uint64_t deferred_unmaps; /* that wait for pins */
+  uint64_t reuses;          /* maps served from memory that was still resident */
+  uint64_t purged_pages;    /* given back to the kernel */
+  uint64_t remap_moves;
+  uint64_t windows; /* of files, kept for re-use */
+  uint64_t window_hits;
+} freehold_statistics;
+
+int freehold_get_statistics(const freehold_space* space, freehold_statistics* statistics);
+
+typedef struct freehold_heap_statistics {
+  size_t size;
+  uint64_t allocated; /* bytes in objects, as all up to `large` */
+  uint64_t active;    /* in spans that hold an object */
+  uint64_t free_resident;
+  uint64_t free_returned; /* free, not resident */
+  uint64_t mapped;
+  uint64_t metadata;
+  uint64_t large; /* in objects above 128 KiB */
+  uint64_t large_objects;
+  uint64_t threads;
+  uint64_t purged_pages;
+} freehold_heap_statistics;
+
+/* Of malloc. EOPNOTSUPP: libc serves it. */
+int freehold_get_heap_statistics(freehold_heap_statistics* statistics);
+
+/* Writes a report for humans, line by line, each with its newline and not terminated by a null character: every counter
+ * as "NAME VALUE", the heap's too if the space is the process's, an empty line, and the mappings as /proc/PID/maps has
+ * them. */
+int freehold_print(freehold_space* space, void (*write)(void* context, const char* line, size_t length), void* context);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* FREEHOLD_RUNTIME_FREEHOLD_H_ */
