@@ -2,9 +2,8 @@
 #ifndef FREEHOLD_TESTS_RUNTIME_C_API_NAMES_H_
 #define FREEHOLD_TESTS_RUNTIME_C_API_NAMES_H_
 
+#include <cstddef>
 #include <fstream>
-#include <iterator>
-#include <regex>
 #include <set>
 #include <string>
 
@@ -12,14 +11,17 @@
 
 namespace freehold::testing {
 
-// A declaration begins at the start of a line, and what it returns is a word or two.
+// A declaration begins at the start of a line, where no other line has a parenthesis behind a name of ours.
 inline std::set<std::string> CApiFunctions() {
-  std::ifstream file(BuiltFile("runtime/freehold.h"));
-  const std::string header{std::istreambuf_iterator<char>(file), {}};
-  static const std::regex kDeclaration("\n[a-z_]+[a-z_ *]* \\*?(freehold_[a-z_]+)\\(");
+  constexpr char kNameLetters[] = "abcdefghijklmnopqrstuvwxyz_";
+  std::ifstream header(BuiltFile("runtime/freehold.h"));
   std::set<std::string> names;
-  for (std::sregex_iterator match(header.begin(), header.end(), kDeclaration), end; match != end; ++match) {
-    names.insert((*match)[1]);
+  for (std::string line; std::getline(header, line);) {
+    const std::size_t end = line.find('(');
+    if (end == line.npos || line[0] < 'a' || line[0] > 'z') continue;
+    const std::string before = line.substr(0, end);
+    const std::size_t separator = before.find_last_not_of(kNameLetters);
+    if (before.compare(separator + 1, 9, "freehold_") == 0) names.insert(before.substr(separator + 1));
   }
   return names;
 }
