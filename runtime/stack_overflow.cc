@@ -31,7 +31,7 @@ void Report(const StackSlot& slot, const void* address) {
   RawSyscall(SYS_prctl, PR_GET_NAME, name);
   const auto fault = reinterpret_cast<std::uintptr_t>(address);
   const auto low = reinterpret_cast<std::uintptr_t>(slot.stack().address());
-  const auto high = reinterpret_cast<std::uintptr_t>(slot.stack().end.address());
+  const auto high = reinterpret_cast<std::uintptr_t>(slot.stack().end.address()) - kAlternateStack.value;
   Message message;
   message.Append("thread ").AppendNumber(static_cast<std::uint64_t>(RawSyscall(SYS_gettid)));
   message.Append(" \"").Append({name, std::strlen(name)}).Append("\" overflowed its stack [").AppendHex(low);

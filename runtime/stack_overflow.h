@@ -21,7 +21,8 @@ namespace freehold::runtime {
 inline constexpr vm::Bytes kAlternateStack = vm::KiB(64);
 
 // From now on, an access to the guard of a stack of `pool` is reported. False, and nothing changed, if the program
-// handles SIGSEGV itself, or ignores it. Once; `pool` is never destroyed.
+// handles SIGSEGV itself, or ignores it. The highest kAlternateStack of each stack is for UseAlternateStack. Once; `pool`
+// is never destroyed.
 bool ReportOverflows(const StackPool& pool);
 
 // Gives the calling thread the alternate stack [low, low + kAlternateStack), if the handler is still in place.

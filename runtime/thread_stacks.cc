@@ -105,6 +105,10 @@ std::byte* ThreadStacks::TopOf(const StackSlot* slot) const {
   return slot->stack().end.address() - alternate_stack_.value;
 }
 
+std::byte* ThreadStacks::LowOf(const StackSlot* slot, std::size_t size) const {
+  return vm::PageNumber::Of(TopOf(slot) - size).address();
+}
+
 StackSlot* ThreadStacks::AcquireFor(const Shape& shape) {
   // What libc refuses, it shall refuse itself.
   constexpr std::size_t kMost = SIZE_MAX / 4;
@@ -141,7 +145,7 @@ int ThreadStacks::Create(pthread_t* thread, const pthread_attr_t* attributes, vo
     slot = AcquireFor(shape);
   }
   int error = 0;
-  if (slot == nullptr || pthread_attr_setstack(&own, TopOf(slot) - shape.size, shape.size) != 0) {
+  if (slot == nullptr || pthread_attr_setstack(&own, LowOf(slot, shape.size), shape.size) != 0) {
     if (slot != nullptr) pool()->Release(slot, Residue::kNone);
     error = libc_.create(thread, attributes, start, argument);
   } else {

@@ -127,6 +127,8 @@ class ThreadStacks {
   StackSlot* AcquireFor(const Shape& shape);
   // Where the thread's stack ends, and its alternate stack begins.
   std::byte* TopOf(const StackSlot* slot) const;
+  // Where a thread's stack of `size` bytes begins: at a page, as libc's do.
+  std::byte* LowOf(const StackSlot* slot, std::size_t size) const;
   void NoteEnd(StackSlot* slot);
   void Retire(StackSlot* slot);
   StackSlot* NextExiting();
