@@ -26,6 +26,11 @@ struct KernelSigaction {
 // Written once, before the handler is installed.
 constinit std::atomic<const StackPool*> watched_pool{nullptr};
 
+// Threads that started; relaxed. Every kLookEvery-th looks whether the handler is still ours.
+constinit std::atomic<std::uint32_t> starts{0};
+constexpr std::uint32_t kLookEvery = 16;
+constinit std::atomic<bool> handler_was_ours{true};  // when somebody looked; relaxed
+
 void Report(const StackSlot& slot, const void* address) {
   char name[17] = {};
   RawSyscall(SYS_prctl, PR_GET_NAME, name);
@@ -75,7 +80,10 @@ bool ReportOverflows(const StackPool& pool) {
 }
 
 void UseAlternateStack(std::byte* low) {
-  if (!HandlerIsOurs()) return;
+  if (starts.fetch_add(1, std::memory_order_relaxed) % kLookEvery == 0) {
+    handler_was_ours.store(HandlerIsOurs(), std::memory_order_relaxed);
+  }
+  if (!handler_was_ours.load(std::memory_order_relaxed)) return;
   stack_t stack = {};
   stack.ss_sp = low;
   stack.ss_size = kAlternateStack.value;

@@ -3,8 +3,8 @@
 //
 // The report is made by a signal handler on an alternate stack of the thread's own. It is there only where it takes
 // nothing from the program: a handler is installed if SIGSEGV still has its default action when the first thread is
-// created, and a thread gets an alternate stack if, when it starts, the handler is still in place. A program that
-// installs a handler of its own, before or after, is left alone and gets no report. What it may notice: sigaction(2)
+// created, and threads get an alternate stack as long as the handler is found in place, which every sixteenth looks
+// after. A program that installs a handler of its own, before or after, is left alone and gets no report. What it may notice: sigaction(2)
 // tells of a handler for SIGSEGV, sigaltstack(2) of a stack.
 //
 // Thread safety: thread-safe.
@@ -25,7 +25,7 @@ inline constexpr vm::Bytes kAlternateStack = vm::KiB(64);
 // is never destroyed.
 bool ReportOverflows(const StackPool& pool);
 
-// Gives the calling thread the alternate stack [low, low + kAlternateStack), if the handler is still in place.
+// Gives the calling thread the alternate stack [low, low + kAlternateStack), while the handler is in place.
 void UseAlternateStack(std::byte* low);
 
 }  // namespace freehold::runtime

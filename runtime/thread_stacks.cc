@@ -45,15 +45,26 @@ std::uint32_t FaultsOfThisThread() {
   return static_cast<std::uint32_t>(std::min<long>(usage.ru_minflt + usage.ru_majflt, INT32_MAX));
 }
 
+// The kernel's id of `thread`, which is neither joined nor detached yet; 0 when the kernel is done with it. libc says
+// it in the number of the clock that counts the thread's time, whose form is Linux's interface.
+int ThreadIdOf(pthread_t thread) {
+  clockid_t clock = 0;
+  if (pthread_getcpuclockid(thread, &clock) != 0) return 0;
+  return ~(clock >> 3);
+}
+
 }  // namespace
 
 // Beside the stack, in its slot. Written by Create before the thread exists, but for what says otherwise.
 struct ThreadStacks::Record {
   // kThread, kDetached, kEnded. Acquire and release: who sets the last bit sees what the others wrote.
   std::atomic<std::uint32_t> state;
-  std::uint32_t thread_id;  // written by the thread at its end
+  // Of a detached thread: 0 if the kernel was done with it when it was detached. Written by who detaches it, before
+  // kDetached; or by the thread at its end, before kEnded.
+  int thread_id;
   // Pages that users of this stack may have made resident since memory was last given back. Written by the thread.
   std::uint32_t faults;
+  bool detached_from_start;
   ThreadStacks* owner;
   void* (*start)(void*);
   void* argument;
@@ -154,6 +165,7 @@ int ThreadStacks::Create(pthread_t* thread, const pthread_attr_t* attributes, vo
     record.start = start;
     record.argument = argument;
     record.guard = shape.guard;
+    record.detached_from_start = shape.detached;
     // Release pairs with the acquires of SlotOf, by threads that were told of this one.
     record.state.store(kThread | (shape.detached ? kDetached : 0), std::memory_order_release);
     error = libc_.create(thread, &own, ThreadMain, slot);
@@ -201,7 +213,8 @@ void ThreadStacks::NoteEnd(StackSlot* slot) {
     pool()->DiscardBelow(slot, here - vm::Pages{kKeptPages});
     record.faults = 0;
   }
-  record.thread_id = vm::os::CurrentThreadId();
+  // Detach writes it for those that are detached later.
+  if (record.detached_from_start) record.thread_id = static_cast<int>(vm::os::CurrentThreadId());
   if ((record.state.fetch_or(kEnded, std::memory_order_acq_rel) & kDetached) != 0) Retire(slot);
 }
 
@@ -221,8 +234,10 @@ void ThreadStacks::ReleaseJoined(StackSlot* slot) {
 
 int ThreadStacks::Detach(pthread_t thread) {
   StackSlot* slot = SlotOf(thread);
+  const int thread_id = slot != nullptr ? ThreadIdOf(thread) : 0;
   const int error = libc_.detach(thread);
   // The slot is still this thread's: nobody else sets the bit.
+  if (slot != nullptr && error == 0) RecordOf(slot).thread_id = thread_id;
   if (slot != nullptr && error == 0 &&
       (RecordOf(slot).state.fetch_or(kDetached, std::memory_order_acq_rel) & kEnded) != 0) {
     Retire(slot);
@@ -269,7 +284,7 @@ std::size_t ThreadStacks::Exiting() {
 }
 
 bool ThreadStacks::IsGone(const Record& record) const {
-  return RawSyscall(SYS_tgkill, process_id_, record.thread_id, 0) == -ESRCH;
+  return record.thread_id == 0 || RawSyscall(SYS_tgkill, process_id_, record.thread_id, 0) == -ESRCH;
 }
 
 void ThreadStacks::Reap(std::size_t limit) {
