@@ -113,7 +113,7 @@ TEST_F(ThreadStacksTest, OneStackServesThreadAfterThread) {
 // Joined threads need no more memory than their tops; deep ones give back at their end, joined or not.
 TEST_F(ThreadStacksTest, DeepThreadsGiveBackAtTheirEnd) {
   const auto dig = [](void*) -> void* {
-    constexpr std::size_t kDeep = std::size_t{1} << 20;
+    constexpr std::size_t kDeep = std::size_t{4} << 20;
     auto* memory = static_cast<volatile char*>(__builtin_alloca(kDeep));
     for (std::size_t i = 0; i < kDeep; i += vm::kPageSize) memory[i] = 1;
     return nullptr;
@@ -124,7 +124,8 @@ TEST_F(ThreadStacksTest, DeepThreadsGiveBackAtTheirEnd) {
   EXPECT_TRUE(Eventually([&] { return stacks_.pool()->Stats().discards == 1; }));
   MustJoin(thread);
   EXPECT_EQ(stacks_.pool()->Stats().discards, 1u);
-  EXPECT_LE(kernel_.CountResident(slot->stack())->value, 3 * StackPool::kHotPages);
+  // ThreadSanitizer keeps much of its own in thread-local storage, which lies on the stack.
+  EXPECT_LE(kernel_.CountResident(slot->stack())->value, kSanitized ? 400 : 3 * StackPool::kHotPages);
   // The next one has nothing to give back, once its stack is warm.
   const std::uint64_t discards = stacks_.pool()->Stats().discards;
   for (int i = 0; i < 10; ++i) MustJoin(MustCreate(Return, nullptr));
