@@ -88,7 +88,7 @@ void ThreadStacks::UseLibc(const LibcThreads& libc) {
 }
 
 // Under the lock, so that no fork comes in between.
-Error ThreadStacks::Start(vm::AddressSpace& space, Overflows overflows) {
+Error ThreadStacks::Start(vm::AddressSpace& space, Overflows overflows, void (*at_thread_end)()) {
   const vm::sync::SpinLockHolder holder(lock_);
   if (pool() != nullptr) return Error::Ok();
   process_id_ = static_cast<int>(RawSyscall(SYS_getpid));
@@ -99,6 +99,7 @@ Error ThreadStacks::Start(vm::AddressSpace& space, Overflows overflows) {
   const vm::Result<StackPool*> pool = StackPool::Create(space);
   if (!pool.ok()) return pool.error();
   if (overflows == Overflows::kReported && ReportOverflows(**pool)) alternate_stack_ = kAlternateStack;
+  at_thread_end_ = at_thread_end;
   pool_.store(*pool, std::memory_order_release);
   return Error::Ok();
 }
@@ -206,6 +207,7 @@ void ThreadStacks::OnThreadEnd(void* value) {
 
 // On the stack that it is about.
 void ThreadStacks::NoteEnd(StackSlot* slot) {
+  if (at_thread_end_ != nullptr) at_thread_end_();
   Record& record = RecordOf(slot);
   record.faults += FaultsOfThisThread();
   if (record.faults > kKeptPages) {

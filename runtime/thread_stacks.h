@@ -62,8 +62,8 @@ class ThreadStacks {
   void UseLibc(const LibcThreads& libc);
   // From now on, stacks come from a pool in `space`, all of which is for threads. Errors: those of StackPool::Create,
   // kSystem (no key for thread-specific data is left); then everything still passes through. Once it has succeeded,
-  // it does nothing.
-  vm::Error Start(vm::AddressSpace& space, Overflows overflows);
+  // it does nothing. Each thread calls `at_thread_end`, unless that is null, when most of its destructors have run.
+  vm::Error Start(vm::AddressSpace& space, Overflows overflows, void (*at_thread_end)() = nullptr);
   // Gives the pool back. REQUIRES: no thread with a stack of it lives. For tests and benchmarks; processes end.
   void Stop();
 
@@ -141,6 +141,7 @@ class ThreadStacks {
   pthread_key_t end_key_ = 0;
   vm::Bytes alternate_stack_;  // on top of each stack; 0: none
   bool has_end_key_ = false;
+  void (*at_thread_end_)() = nullptr;
   std::atomic<StackPool*> pool_{nullptr};  // release in Start
 
   // Whose threads these are. Written by Start, and in the child of a fork.

@@ -14,6 +14,7 @@
 #include "runtime/message.h"
 #include "runtime/runtime.h"
 #include "runtime/shim/export.h"
+#include "runtime/thread.h"
 #include "runtime/thread_stacks.h"
 
 namespace freehold::runtime::shim {
@@ -68,7 +69,7 @@ void Decide() {
   if (config != nullptr && config->stacks == StacksChoice::kFreehold && !WantsExecutableStacks()) {
     const auto overflows =
         config->overflow_report ? ThreadStacks::Overflows::kReported : ThreadStacks::Overflows::kSilent;
-    const vm::Error error = process_thread_stacks.Start(process_runtime.space(), overflows);
+    const vm::Error error = process_thread_stacks.Start(process_runtime.space(), overflows, AttachThisThreadNoMore);
     if (!error.ok() && config->verbose) {
       Message().Append("no pool for stacks: ").Append(vm::ToString(error.code)).Append("; libc has its own").Report();
     }

@@ -48,7 +48,9 @@ TEST_F(FibersTest, StacksAreUsedAgain) {
     volatile char deep[40'000];
     deep[0] = 1;
     deep[sizeof(deep) - 1] = 1;
-    if (++runs < 1000) ASSERT_TRUE(scheduler.Spawn(chain).ok());
+    if (++runs < 1000) {
+      ASSERT_TRUE(scheduler.Spawn(chain).ok());
+    }
   };
   ASSERT_TRUE(scheduler.Spawn(chain).ok());
   scheduler.Run();

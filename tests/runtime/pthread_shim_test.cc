@@ -52,6 +52,9 @@ TEST_F(PthreadShimTest, LittleAddressSpace) {
   ExpectSame(Program("thread_conformance", {}, {{"FREEHOLD_RESERVE", "256M"}}));
 }
 
+// libc frees after a thread's last destructor.
+TEST_F(PthreadShimTest, DetachedThreadsLeaveNothingBehindInMalloc) { ExpectSame(Program("detached_idle")); }
+
 TEST_F(PthreadShimTest, MuchThreadLocalStorage) {
   ExpectSame(Program("large_tls", {BuiltFile("tests/runtime/programs/libtls_plugin.so")}));
 }
