@@ -22,12 +22,17 @@
 namespace freehold::runtime {
 
 enum class MallocChoice : std::uint8_t { kFreehold, kLibc };
+enum class StacksChoice : std::uint8_t { kFreehold, kLibc };
 
 struct Config {
   // Address space to reserve. Halved until the kernel grants it; capped by RLIMIT_AS (runtime.h).
   vm::Bytes reserve = vm::TiB(16);
   // kLibc: every call goes to libc's own malloc, and Freehold reserves nothing.
   MallocChoice malloc = MallocChoice::kFreehold;
+  // Where the stacks of new threads come from (thread_stacks.h). kLibc where malloc is.
+  StacksChoice stacks = StacksChoice::kFreehold;
+  // Say which thread overflowed its stack (stack_overflow.h).
+  bool overflow_report = true;
   // See vm::AddressSpaceOptions for these four.
   vm::sync::LockPolicy lock_policy = vm::sync::LockPolicy::kAdaptive;
   bool strict_unmap = false;

@@ -6,6 +6,7 @@
 #include "runtime/message.h"
 #include "runtime/runtime.h"
 #include "runtime/thread.h"
+#include "runtime/thread_stacks.h"
 #include "vm/os/thread_id.h"
 
 namespace freehold::runtime {
@@ -13,9 +14,10 @@ namespace {
 
 bool Serves() { return process_runtime.server() == Server::kFreehold; }
 
-// In lock order: the heap, which calls into the space, and then the space.
+// In lock order: stacks and the heap, which call into the space, and then the space.
 void PrepareFork() {
   if (!Serves()) return;
+  process_thread_stacks.PrepareFork();
   process_runtime.heap().PrepareFork(CurrentThreadCache());
   process_runtime.space().PrepareFork();
 }
@@ -24,6 +26,7 @@ void ParentAfterFork() {
   if (!Serves()) return;
   process_runtime.space().ParentAfterFork();
   process_runtime.heap().ParentAfterFork(CurrentThreadCache());
+  process_thread_stacks.ParentAfterFork();
 }
 
 void ChildAfterFork() {
@@ -31,6 +34,7 @@ void ChildAfterFork() {
   vm::os::ForgetThreadIdAfterFork();
   process_runtime.space().ChildAfterFork();
   process_runtime.heap().ChildAfterFork(CurrentThreadCache());
+  process_thread_stacks.ChildAfterFork();
   ForgetOtherThreads();
   process_keeper.ChildAfterFork();
 }
