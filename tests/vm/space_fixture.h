@@ -408,12 +408,12 @@ class HookedKernel final : public os::Kernel {
 
 // ---- Lock policies as a test parameter ----
 
-class PolicyTest : public testing::TestWithParam<sync::LockPolicy> {
+class PolicyTest : public ::testing::TestWithParam<sync::LockPolicy> {
  protected:
   static AddressSpaceOptions Options() { return SmallOptions(GetParam()); }
 };
 
-inline std::string PolicyName(const testing::TestParamInfo<sync::LockPolicy>& info) {
+inline std::string PolicyName(const ::testing::TestParamInfo<sync::LockPolicy>& info) {
   return sync::ToString(info.param);
 }
 
