@@ -19,6 +19,7 @@
 #include "absl/types/span.h"
 #include "runtime/freehold.h"
 #include "runtime/runtime.h"
+#include "runtime/stack_pool.h"
 #include "runtime/version.h"
 #include "vm/address_space.h"
 #include "vm/metric.h"
@@ -37,7 +38,15 @@ struct freehold_space {
   std::uint32_t forks = 0;  // as `forks` was when it was made
 };
 
+struct freehold_stack_pool {
+  freehold::runtime::StackPool* pool;
+  std::uint32_t forks;
+};
+
 namespace {
+
+using freehold::runtime::StackPool;
+using freehold::runtime::StackSlot;
 
 static_assert(FREEHOLD_PAGE_SIZE == vm::kPageSize);
 
@@ -48,9 +57,15 @@ constinit std::atomic<std::uint32_t> forks{0};
 constinit pthread_once_t fork_handler_once = PTHREAD_ONCE_INIT;
 constinit int fork_handler_error = 0;  // written under the once
 
-void WatchForks() {
+void RegisterForkHandler() {
   fork_handler_error =
       pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1, std::memory_order_relaxed); });
+}
+
+// From now on `forks` counts. An errno value.
+int WatchForks() {
+  pthread_once(&fork_handler_once, RegisterForkHandler);
+  return fork_handler_error;
 }
 
 // ---- Arguments ----
@@ -205,6 +220,15 @@ static_assert(sizeof(PinRecord) <= sizeof(freehold_pin) && alignof(PinRecord) <=
 
 PinRecord& RecordOf(freehold_pin* pin) { return *reinterpret_cast<PinRecord*>(pin->opaque); }
 
+// ---- Stacks ----
+
+int Open(const freehold_stack_pool* handle, StackPool*& pool) {
+  if (handle == nullptr) return EINVAL;
+  if (handle->forks != forks.load(std::memory_order_relaxed)) return EOPNOTSUPP;
+  pool = handle->pool;
+  return 0;
+}
+
 // ---- Cancelling ----
 
 static_assert(sizeof(std::atomic<bool>) == sizeof(freehold_cancel) &&
@@ -274,8 +298,7 @@ int freehold_space_create(const freehold_space_options* given, freehold_space** 
   if (const int error = Read(given, options); error != 0) return error;
   const auto policy = ToLockPolicy(options.lock_policy);
   if (result == nullptr || !policy) return EINVAL;
-  pthread_once(&fork_handler_once, WatchForks);
-  if (fork_handler_error != 0) return fork_handler_error;
+  if (const int error = WatchForks(); error != 0) return error;
 
   vm::AddressSpaceOptions chosen;
   if (options.reserve != 0) chosen.reserve = {options.reserve};
@@ -505,6 +528,62 @@ int freehold_unpin(freehold_pin* pin) {
   if (pin == nullptr || RecordOf(pin).state != PinRecord::kPinning) return EINVAL;
   RecordOf(pin).state = 0;
   RecordOf(pin).pin()->~Pin();
+  return 0;
+}
+
+// ---- Stacks ----
+
+int freehold_stack_pool_create(freehold_space* handle, freehold_stack_pool** result) {
+  vm::AddressSpace* space = nullptr;
+  if (const int error = Open(handle, space); error != 0) return error;
+  if (result == nullptr) return EINVAL;
+  if (const int error = WatchForks(); error != 0) return error;
+  auto* made = static_cast<freehold_stack_pool*>(std::malloc(sizeof(freehold_stack_pool)));
+  if (made == nullptr) return ENOMEM;
+  const vm::Result<StackPool*> pool = StackPool::Create(*space);
+  if (!pool.ok()) {
+    std::free(made);
+    return Result(pool.error());
+  }
+  *made = {*pool, forks.load(std::memory_order_relaxed)};
+  *result = made;
+  return 0;
+}
+
+int freehold_stack_pool_destroy(freehold_stack_pool* handle) {
+  StackPool* pool = nullptr;
+  if (const int error = Open(handle, pool); error != 0) return error;
+  StackPool::Destroy(pool);
+  std::free(handle);
+  return 0;
+}
+
+int freehold_stack_acquire(freehold_stack_pool* handle, size_t bytes, size_t guard, freehold_stack** stack) {
+  StackPool* pool = nullptr;
+  if (const int error = Open(handle, pool); error != 0) return error;
+  const vm::Result<vm::Pages> size = ToPages(bytes);
+  const vm::Result<vm::Pages> below = ToPages(std::max(guard, vm::kPageSize));
+  if (stack == nullptr) return EINVAL;
+  if (!size.ok() || !below.ok()) return Result(!size.ok() ? size.error() : below.error());
+  const vm::Result<StackSlot*> slot = pool->Acquire(size->bytes(), below->bytes());
+  if (!slot.ok()) return Result(slot.error());
+  *stack = reinterpret_cast<freehold_stack*>(*slot);
+  return 0;
+}
+
+int freehold_stack_range(const freehold_stack* stack, void** address, size_t* bytes) {
+  if (stack == nullptr || address == nullptr || bytes == nullptr) return EINVAL;
+  const vm::PageRange range = reinterpret_cast<const StackSlot*>(stack)->stack();
+  *address = range.address();
+  *bytes = range.bytes().value;
+  return 0;
+}
+
+int freehold_stack_release(freehold_stack_pool* handle, freehold_stack* stack) {
+  StackPool* pool = nullptr;
+  if (const int error = Open(handle, pool); error != 0) return error;
+  if (stack == nullptr) return EINVAL;
+  pool->Release(reinterpret_cast<StackSlot*>(stack));
   return 0;
 }
 

@@ -224,6 +224,28 @@ int freehold_pin_range(freehold_space* space, void* address, size_t bytes, freeh
 /* By any thread. EINVAL: it does not pin. */
 int freehold_unpin(freehold_pin* pin);
 
+/* ---- Stacks ---- */
+
+/* For fibers, and for threads (pthread_attr_setstack). In the child of a fork a pool is like a space of one's own. */
+typedef struct freehold_stack_pool freehold_stack_pool;
+typedef struct freehold_stack freehold_stack;
+
+/* Makes a pool of stacks in `space`. */
+int freehold_stack_pool_create(freehold_space* space, freehold_stack_pool** pool);
+
+/* Gives everything back. REQUIRES: nobody uses it, or a stack of it, any more. */
+int freehold_stack_pool_destroy(freehold_stack_pool* pool);
+
+/* A stack of `bytes`, and perhaps a sixteenth more; below that at least `guard` bytes trap, and a page. What is on it is
+ * whatever it is. In steady state without a system call. */
+int freehold_stack_acquire(freehold_stack_pool* pool, size_t bytes, size_t guard, freehold_stack** stack);
+
+/* Where it is: its lowest address, and its length. */
+int freehold_stack_range(const freehold_stack* stack, void** address, size_t* bytes);
+
+/* REQUIRES: it was acquired from this pool, and nothing runs on it any more; if it is free already, the program stops. */
+int freehold_stack_release(freehold_stack_pool* pool, freehold_stack* stack);
+
 /* ---- Looking ---- */
 
 typedef struct freehold_mapping {

@@ -6,6 +6,7 @@
 
 #include <fcntl.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
@@ -459,14 +460,78 @@ static void threads(void) {
   unmap(memory, 4 * MIB);
 }
 
-/* Ends with what `child` returns. */
+static void* fill_stack(void* context) {
+  volatile char deep[40000];
+  for (size_t i = 0; i < sizeof(deep); i += PAGE / 2) deep[i] = 's';
+  *(uintptr_t*)context = (uintptr_t)&deep[0];
+  return NULL;
+}
+
+static freehold_stack_pool* pool;
+
+static int overflow(char* stack) {
+  signal(SIGSEGV, SIG_DFL); /* a sanitizer would report it */
+  for (size_t pages = 1; pages <= 5; ++pages) *(volatile char*)(stack - pages * PAGE) = 'o';
+  return 0;
+}
+
+static int without_pool(char* memory) {
+  freehold_stack* stack = NULL;
+  (void)memory;
+  REQUIRE(freehold_stack_acquire(pool, PAGE, 0, &stack) == EOPNOTSUPP);
+  REQUIRE(freehold_stack_pool_destroy(pool) == EOPNOTSUPP);
+  return 9;
+}
+
+static int in_child(int (*child)(char* memory), char* memory);
+
+static void stacks(void) {
+  freehold_stack* stack = NULL;
+  freehold_stack* again = NULL;
+  pthread_attr_t attributes;
+  pthread_t thread;
+  void* address = NULL;
+  uintptr_t inside = 0;
+  size_t bytes = 0;
+  REQUIRE(freehold_stack_pool_create(NULL, &pool) == EINVAL);
+  REQUIRE(freehold_stack_pool_create(space, NULL) == EINVAL);
+  REQUIRE(freehold_stack_pool_destroy(NULL) == EINVAL);
+  REQUIRE(freehold_stack_pool_create(space, &pool) == 0);
+  REQUIRE(freehold_stack_acquire(NULL, PAGE, 0, &stack) == EINVAL);
+  REQUIRE(freehold_stack_acquire(pool, 0, 0, &stack) == EINVAL);
+  REQUIRE(freehold_stack_acquire(pool, SIZE_MAX, 0, &stack) == EINVAL);
+  REQUIRE(freehold_stack_acquire(pool, PAGE, SIZE_MAX, &stack) == EINVAL);
+  REQUIRE(freehold_stack_acquire(pool, PAGE, 0, NULL) == EINVAL);
+  REQUIRE(freehold_stack_acquire(pool, SIZE_MAX / 4, 0, &stack) == ENOMEM);
+  REQUIRE(stack == NULL);
+  REQUIRE(freehold_stack_range(NULL, &address, &bytes) == EINVAL);
+  REQUIRE(freehold_stack_release(pool, NULL) == EINVAL);
+  REQUIRE(freehold_stack_release(NULL, stack) == EINVAL);
+
+  REQUIRE(freehold_stack_acquire(pool, 256 * 1024, 3 * PAGE, &stack) == 0);
+  REQUIRE(freehold_stack_range(stack, &address, NULL) == EINVAL);
+  REQUIRE(freehold_stack_range(stack, &address, &bytes) == 0 && bytes == 256 * 1024);
+  REQUIRE(freehold_space_contains(space, address) && (uintptr_t)address % PAGE == 0);
+  REQUIRE(pthread_attr_init(&attributes) == 0 && pthread_attr_setstack(&attributes, address, bytes) == 0);
+  REQUIRE(pthread_create(&thread, &attributes, fill_stack, &inside) == 0 && pthread_join(thread, NULL) == 0);
+  REQUIRE(inside - (uintptr_t)address < bytes);
+  pthread_attr_destroy(&attributes);
+  REQUIRE(in_child(overflow, address) == -SIGSEGV);
+  REQUIRE(in_child(without_pool, NULL) == 9);
+  REQUIRE(freehold_stack_release(pool, stack) == 0);
+  REQUIRE(freehold_stack_acquire(pool, 256 * 1024, 3 * PAGE, &again) == 0 && again == stack);
+  REQUIRE(freehold_stack_release(pool, again) == 0);
+  REQUIRE(freehold_stack_pool_destroy(pool) == 0);
+}
+
+/* Ends with what `child` returns, or minus the signal that ended it. */
 static int in_child(int (*child)(char* memory), char* memory) {
   int status = 0;
   const pid_t id = fork();
   REQUIRE(id >= 0);
   if (id == 0) _exit(child(memory));
-  REQUIRE(waitpid(id, &status, 0) == id && WIFEXITED(status));
-  return WEXITSTATUS(status);
+  REQUIRE(waitpid(id, &status, 0) == id);
+  return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
 }
 
 static int refused(char* memory) {
@@ -578,6 +643,7 @@ static void verbs(void) {
   RUN(pins);
   RUN(looking);
   RUN(threads);
+  RUN(stacks);
 }
 
 int main(int argc, char** argv) {
