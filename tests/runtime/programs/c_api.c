@@ -471,7 +471,7 @@ static freehold_stack_pool* pool;
 
 static int overflow(char* stack) {
   signal(SIGSEGV, SIG_DFL); /* a sanitizer would report it */
-  for (size_t pages = 1; pages <= 5; ++pages) *(volatile char*)(stack - pages * PAGE) = 'o';
+  for (size_t pages = 1; pages <= 33; ++pages) *(volatile char*)(stack - pages * PAGE) = 'o';
   return 0;
 }
 
@@ -508,9 +508,9 @@ static void stacks(void) {
   REQUIRE(freehold_stack_release(pool, NULL) == EINVAL);
   REQUIRE(freehold_stack_release(NULL, stack) == EINVAL);
 
-  REQUIRE(freehold_stack_acquire(pool, 256 * 1024, 3 * PAGE, &stack) == 0);
+  REQUIRE(freehold_stack_acquire(pool, 2 * MIB, 3 * PAGE, &stack) == 0);
   REQUIRE(freehold_stack_range(stack, &address, NULL) == EINVAL);
-  REQUIRE(freehold_stack_range(stack, &address, &bytes) == 0 && bytes == 256 * 1024);
+  REQUIRE(freehold_stack_range(stack, &address, &bytes) == 0 && bytes == 2 * MIB);
   REQUIRE(freehold_space_contains(space, address) && (uintptr_t)address % PAGE == 0);
   REQUIRE(pthread_attr_init(&attributes) == 0 && pthread_attr_setstack(&attributes, address, bytes) == 0);
   REQUIRE(pthread_create(&thread, &attributes, fill_stack, &inside) == 0 && pthread_join(thread, NULL) == 0);
@@ -519,7 +519,7 @@ static void stacks(void) {
   REQUIRE(in_child(overflow, address) == -SIGSEGV);
   REQUIRE(in_child(without_pool, NULL) == 9);
   REQUIRE(freehold_stack_release(pool, stack) == 0);
-  REQUIRE(freehold_stack_acquire(pool, 256 * 1024, 3 * PAGE, &again) == 0 && again == stack);
+  REQUIRE(freehold_stack_acquire(pool, 2 * MIB, 3 * PAGE, &again) == 0 && again == stack);
   REQUIRE(freehold_stack_release(pool, again) == 0);
   REQUIRE(freehold_stack_pool_destroy(pool) == 0);
 }
