@@ -165,6 +165,12 @@ enum class Advice : std::uint8_t {
   kPageOut,      // should go to swap now
 };
 
+// What becomes of advice that only the kernel understands; see AdviseKernel.
+enum class AdviceEffect : std::uint8_t {
+  kOnce,     // something happens to pages now
+  kLasting,  // the kernel VMA has an attribute from now on
+};
+
 struct RemapOptions {
   // kAnywhere: where it is if it can be, else wherever Map would put it. kFixed: exactly at `address`; kOverlap
   // when something is mapped there. kReplace: what is mapped there is unmapped first, and stays so on failure.
@@ -309,6 +315,12 @@ class AddressSpace {
   // paged out).
   Error Advise(PageRange range, Advice advice);
 
+  // Passes `advice`, a value of madvise(2) that Advise has no word for, to the kernel for whatever is mapped in
+  // `range`, VMA by VMA, kOnce in pieces of 2 MiB. What lasts ends with the mapping: whoever gets the addresses next
+  // gets memory without it. In a heap zone that takes a kernel VMA of its own meanwhile (heap_splits). Errors: as
+  // Advise; kUnsupported for what a pager fills.
+  Error AdviseKernel(PageRange range, int advice, AdviceEffect effect);
+
   // Which pages of `range` are resident now: 1 or 0 in the byte of each, as mincore(2). The range must be
   // mapped throughout. Takes no lock, so it is out of date when it returns. Errors: kEmpty, kOverflow,
   // kOutsideReservation, kNotMapped, kSystem. REQUIRES: `resident` has a byte for every page.
@@ -336,6 +348,11 @@ class AddressSpace {
 
   PageRange reservation() const { return reservation_; }
   bool Contains(const void* address) const { return reservation_.Contains(PageNumber::Of(address)); }
+  // The region of `page`, which no mapping extends beyond. REQUIRES: the reservation contains the page.
+  PageRange RegionAt(PageNumber page) const {
+    const std::size_t region = (page - reservation_.first).value >> region_shift_;
+    return PageRange::Of(reservation_.first + Pages{region << region_shift_}, {std::size_t{1} << region_shift_});
+  }
   os::Kernel& kernel() const { return *kernel_; }
   // Keeps backings that a lookup reported from being destroyed while a reader is inside. Tick polls it.
   sync::EpochDomain& epochs() { return epochs_; }
@@ -446,6 +463,7 @@ class AddressSpace {
   Error SetMemoryLock(PageRange range, os::MemoryLock lock);
   // One piece of what Advise works on: as long as all of `part` belongs to the VMA `generation`; else kReplaced.
   Error AdvisePart(PageRange part, std::uint64_t generation, Advice advice);
+  Error AdviseKernelPart(PageRange part, std::uint64_t generation, int advice);
   Result<PageRange> MapInZone(Zone zone, Pages count, const MapOptions& options);
   Result<PageRange> MapElsewhere(Zone zone, std::size_t own, Pages count, const MapOptions& options);
   Result<PageRange> MapNear(Pages count, const MapOptions& options);
