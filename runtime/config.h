@@ -21,17 +21,21 @@
 
 namespace freehold::runtime {
 
-enum class MallocChoice : std::uint8_t { kFreehold, kLibc };
+enum class MallocChoice : std::uint8_t { kFreehold, kLibc, kMimalloc };
 
 struct Config {
   // Address space to reserve. Halved until the kernel grants it; capped by RLIMIT_AS (runtime.h).
   vm::Bytes reserve = vm::TiB(16);
-  // kLibc: every call goes to libc's own malloc, and Freehold reserves nothing.
+  // kLibc: every call goes to libc's own malloc. kMimalloc: the same, behind a libmimalloc.so that is preloaded in
+  // front of this library, as `freehold run` does, and is then not called.
   MallocChoice malloc = MallocChoice::kFreehold;
-  // See vm::AddressSpaceOptions for these four.
+  // Whether the mmap family is served too (preloaded only). Without it, and with another malloc, nothing is reserved.
+  bool mmap = true;
+  // See vm::AddressSpaceOptions for these five.
   vm::sync::LockPolicy lock_policy = vm::sync::LockPolicy::kAdaptive;
   bool strict_unmap = false;
   vm::Bytes free_resident_limit = vm::MiB(256);
+  vm::Bytes window_limit = vm::MiB(256);
   vm::Nanoseconds decay = vm::Milliseconds(1000);
   // Whether a thread may be started that gives freed memory back while the program idles
   // (keeper.h).

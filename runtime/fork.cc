@@ -11,26 +11,25 @@
 namespace freehold::runtime {
 namespace {
 
-bool Serves() { return process_runtime.server() == Server::kFreehold; }
+bool ServesMalloc() { return process_runtime.server() == Server::kFreehold; }
 
 // In lock order: the heap, which calls into the space, and then the space.
 void PrepareFork() {
-  if (!Serves()) return;
-  process_runtime.heap().PrepareFork(CurrentThreadCache());
-  process_runtime.space().PrepareFork();
+  if (ServesMalloc()) process_runtime.heap().PrepareFork(CurrentThreadCache());
+  if (process_runtime.has_space()) process_runtime.space().PrepareFork();
 }
 
 void ParentAfterFork() {
-  if (!Serves()) return;
-  process_runtime.space().ParentAfterFork();
-  process_runtime.heap().ParentAfterFork(CurrentThreadCache());
+  if (process_runtime.has_space()) process_runtime.space().ParentAfterFork();
+  if (ServesMalloc()) process_runtime.heap().ParentAfterFork(CurrentThreadCache());
 }
 
 void ChildAfterFork() {
-  if (!Serves()) return;
+  if (!process_runtime.has_space()) return;
   vm::os::ForgetThreadIdAfterFork();
   process_runtime.space().ChildAfterFork();
-  process_runtime.heap().ChildAfterFork(CurrentThreadCache());
+  if (ServesMalloc()) process_runtime.heap().ChildAfterFork(CurrentThreadCache());
+  if (ProcessMappings* mappings = process_runtime.mappings()) mappings->ChildAfterFork();
   ForgetOtherThreads();
   process_keeper.ChildAfterFork();
 }

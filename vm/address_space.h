@@ -294,6 +294,10 @@ class AddressSpace {
   // The VMA that holds `page`; kNotMapped when there is none. Takes no lock and writes nothing.
   Result<VmaInfo> Lookup(PageNumber page) const;
 
+  // The first VMA that ends after `page`; kNotMapped when there is none. Locks as Lookup; passes over free memory
+  // extent by extent, so what is mapped and unmapped meanwhile may be missed.
+  Result<VmaInfo> LookupNext(PageNumber page) const;
+
   // Makes the pages of `range` present, in chunks of at most 2 MiB, each under a shared range lock of that
   // chunk only. Returns the pages done. Errors: kNotMapped, kUnsupported (not writable; of files, whatever may be read
   // will do), kReplaced (unmapped or replaced meanwhile), kSystem (EFAULT: the file ends there; EIO), kDeadline,

@@ -15,7 +15,8 @@ __attribute__((destructor)) void OnProcessExit() { ReportAtExit(); }
 }  // namespace
 
 void OnProcessStart(const char* const* environment) {
-  if (process_runtime.EnsureStarted(environment) != Server::kFreehold) return;
+  process_runtime.EnsureStarted(environment);
+  if (!process_runtime.has_space()) return;
   process_keeper.PrepareToStart();
   RegisterForkHandlers();
 }
