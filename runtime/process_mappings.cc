@@ -331,7 +331,7 @@ long ProcessMappings::Remap(void* address, std::size_t old_length, std::size_t n
   const bool moves = fixed || keep;
   if ((flags & ~(MREMAP_FIXED | MREMAP_MAYMOVE | kMremapDontunmap)) != 0 || !IsAligned(address) ||
       (moves && (flags & MREMAP_MAYMOVE) == 0) || (keep && old_length != new_length) || new_length == 0 ||
-      new_length > SIZE_MAX / 2 || (fixed && !IsAligned(new_address))) {
+      new_length > SIZE_MAX / 2 || (moves && !IsAligned(new_address))) {
     return -EINVAL;
   }
   const Pages count = vm::PagesFor({new_length});
@@ -382,6 +382,12 @@ long ProcessMappings::RemapFrom(PageRange range, Pages count, int flags, void* n
 long ProcessMappings::RemapPieces(PageRange range, Pages count, int flags, void* new_address) {
   const bool keep = (flags & kMremapDontunmap) != 0;
   const bool fixed = (flags & MREMAP_FIXED) != 0;
+  // Linux looks at the first one only, unless something grows or moves.
+  if (!fixed && !keep && count <= range.count()) {
+    const PageRange tail = {range.first + count, range.end};
+    const Error unmapped = tail.empty() ? Error::Ok() : space_->Unmap(tail);
+    return unmapped.ok() ? AddressOf(range) : Negative(unmapped);
+  }
   const Result<VmaInfo> first = space_->Lookup(range.first);
   VmaInfo last;
   const Error error = ForEachPart(range, [&](PageRange, const VmaInfo& vma) {
@@ -392,14 +398,8 @@ long ProcessMappings::RemapPieces(PageRange range, Pages count, int flags, void*
   });
   if (!error.ok()) return -EFAULT;
   if (!fixed && !keep) {
-    const PageRange wanted = PageRange::Of(range.first, count);
-    if (count < range.count()) {
-      const Error unmapped = space_->Unmap({wanted.end, range.end});
-      return unmapped.ok() ? AddressOf(wanted) : Negative(unmapped);
-    }
-    if (count == range.count()) return AddressOf(wanted);
     const PageRange tail = {last.range.first, range.end};
-    if (space_->Remap(tail, tail.count() + (count - range.count())).ok()) return AddressOf(wanted);
+    if (space_->Remap(tail, tail.count() + (count - range.count())).ok()) return AddressOf(range);
     if ((flags & MREMAP_MAYMOVE) == 0) return -ENOMEM;
   }
   vm::MapOptions room;
@@ -438,8 +438,15 @@ long ProcessMappings::MoveOut(PageRange range, Pages count, int flags, void* new
   const Pages kept = {std::min(range.count().value, count.value)};
   const std::size_t old_bytes = kept.bytes().value;
   const std::size_t new_bytes = count.bytes().value;
-  const long aside = RawRemap(range.address(), old_bytes, old_bytes, MREMAP_MAYMOVE | kMremapDontunmap);
-  if (SyscallFailed(aside)) return aside;
+  // To a place that is chosen before: only then does Linux move several kernel VMAs at once, from 6.17 on.
+  const long room = RawMap(nullptr, old_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (SyscallFailed(room)) return room;
+  const long aside = RawRemap(range.address(), old_bytes, old_bytes, MREMAP_MAYMOVE | MREMAP_FIXED | kMremapDontunmap,
+                              ToPointer(room));
+  if (SyscallFailed(aside)) {
+    RawSyscall(SYS_munmap, room, old_bytes);
+    return aside;
+  }
   long moved = aside;
   if (new_bytes > old_bytes) moved = RawRemap(ToPointer(aside), old_bytes, new_bytes, MREMAP_MAYMOVE);
   if (!SyscallFailed(moved) && new_address != nullptr) {

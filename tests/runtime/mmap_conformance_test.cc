@@ -1,0 +1,86 @@
+// The mmap family against its manual pages: programs that print what it does, run plain and with the shim. The kernel
+// is the reference.
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "gtest/gtest.h"
+#include "tests/runtime/subprocess.h"
+
+namespace freehold::testing {
+namespace {
+
+using Environment = std::vector<std::pair<std::string, std::string>>;
+
+const char kCases[] = "tests/runtime/programs/mapping_cases";
+const char kSequence[] = "tests/runtime/programs/mapping_sequence";
+
+Outcome RunPlain(std::vector<std::string> argv) {
+  argv[0] = BuiltFile(argv[0]);
+  return RunProgram({.argv = argv});
+}
+
+Outcome RunUnderShim(std::vector<std::string> argv, const Environment& environment) {
+  argv[0] = BuiltFile(argv[0]);
+  return RunProgram(UnderShim({.argv = argv, .environment = environment}));
+}
+
+// Names the first line that differs.
+void ExpectSame(const std::vector<std::string>& argv, const Environment& environment) {
+  const Outcome plain = RunPlain(argv);
+  ASSERT_EQ(plain.status, 0) << plain.err;
+  const Outcome shim = RunUnderShim(argv, environment);
+  EXPECT_EQ(shim.status, 0) << shim.err;
+  EXPECT_EQ(shim.err, "");
+  EXPECT_EQ(shim.out, plain.out);
+}
+
+class MmapConformanceTest : public ::testing::TestWithParam<Environment> {};
+
+TEST_P(MmapConformanceTest, EveryCaseIsAsTheKernels) {
+  FREEHOLD_SKIP_WITH_SANITIZER();
+  ExpectSame({kCases}, GetParam());
+}
+
+// A seed that differs: `mapping_sequence SEED 1 OPERATIONS verbose` shows where.
+TEST_P(MmapConformanceTest, RandomCallsAreAsTheKernels) {
+  FREEHOLD_SKIP_WITH_SANITIZER();
+  ExpectSame({kSequence, "1", "60", "300"}, GetParam());
+}
+
+INSTANTIATE_TEST_SUITE_P(Settings, MmapConformanceTest,
+                         ::testing::Values(Environment{}, Environment{{"FREEHOLD_LOCK_POLICY", "coarse"}},
+                                           Environment{{"FREEHOLD_LOCK_POLICY", "tree"}},
+                                           Environment{{"FREEHOLD_STRICT_UNMAP", "1"}},
+                                           Environment{{"FREEHOLD_MALLOC", "libc"}},
+                                           Environment{{"FREEHOLD_WINDOW_LIMIT", "0"}},
+                                           Environment{{"FREEHOLD_DECAY_MS", "0"}},
+                                           // A region holds little then.
+                                           Environment{{"FREEHOLD_RESERVE", "256M"}},
+                                           Environment{{"FREEHOLD_MMAP", "off"}}));
+
+// Without it, everything above would hold for a shim that does nothing.
+TEST(MmapShimTest, ServesFromTheReservation) {
+  FREEHOLD_SKIP_WITH_SANITIZER();
+  const std::vector<std::string> argv = {"tests/runtime/programs/mapping_place"};
+  for (const char* malloc : {"freehold", "libc"}) {
+    const Outcome on = RunUnderShim(argv, {{"FREEHOLD_MALLOC", malloc}});
+    EXPECT_EQ(on.status, 0) << on.err;
+    EXPECT_EQ(on.out,
+              "anonymous: inside\n"
+              "no access: inside\n"
+              "code: inside\n"
+              "populated: inside\n"
+              "a file to read: inside\n"
+              "the same again: same place\n"
+              "a file to write: outside\n"
+              "shared: outside\n"
+              "low: outside\n");
+    const Outcome off = RunUnderShim(argv, {{"FREEHOLD_MALLOC", malloc}, {"FREEHOLD_MMAP", "off"}});
+    EXPECT_EQ(off.status, 0) << off.err;
+    EXPECT_EQ(off.out.find("inside"), std::string::npos) << off.out;
+  }
+}
+
+}  // namespace
+}  // namespace freehold::testing
