@@ -45,7 +45,7 @@ TEST_P(MmapConformanceTest, EveryCaseIsAsTheKernels) {
 // A seed that differs: `mapping_sequence SEED 1 OPERATIONS verbose` shows where.
 TEST_P(MmapConformanceTest, RandomCallsAreAsTheKernels) {
   FREEHOLD_SKIP_WITH_SANITIZER();
-  ExpectSame({kSequence, "1", "60", "300"}, GetParam());
+  ExpectSame({kSequence, "1", "30", "200"}, GetParam());
 }
 
 INSTANTIATE_TEST_SUITE_P(Settings, MmapConformanceTest,
