@@ -63,10 +63,13 @@ INSTANTIATE_TEST_SUITE_P(Settings, MmapConformanceTest,
 TEST(MmapShimTest, ServesFromTheReservation) {
   FREEHOLD_SKIP_WITH_SANITIZER();
   const std::vector<std::string> argv = {"tests/runtime/programs/mapping_place"};
-  for (const char* malloc : {"freehold", "libc"}) {
+  for (const std::string malloc : {"freehold", "libc"}) {
     const Outcome on = RunUnderShim(argv, {{"FREEHOLD_MALLOC", malloc}});
     EXPECT_EQ(on.status, 0) << on.err;
+    const std::string heap = malloc == "freehold" ? "inside" : "outside";
     EXPECT_EQ(on.out,
+              "malloc: " + heap + "\n"
+              "large malloc: " + heap + "\n"
               "anonymous: inside\n"
               "no access: inside\n"
               "code: inside\n"
@@ -78,8 +81,39 @@ TEST(MmapShimTest, ServesFromTheReservation) {
               "low: outside\n");
     const Outcome off = RunUnderShim(argv, {{"FREEHOLD_MALLOC", malloc}, {"FREEHOLD_MMAP", "off"}});
     EXPECT_EQ(off.status, 0) << off.err;
-    EXPECT_EQ(off.out.find("inside"), std::string::npos) << off.out;
+    EXPECT_EQ(off.out.find("inside", off.out.find("anonymous")), std::string::npos) << off.out;
   }
+}
+
+bool HasMimalloc() {
+  return RunProgram({.argv = {Cli(), "run", "--malloc=mimalloc", "--", "/bin/true"}}).status == 0;
+}
+
+TEST(MmapShimTest, MimallocGetsItsMemoryFromIt) {
+  FREEHOLD_SKIP_WITH_SANITIZER();
+  if (!HasMimalloc()) GTEST_SKIP() << "no libmimalloc.so here";
+  const std::string program = BuiltFile("tests/runtime/programs/mapping_place");
+  const Outcome on = RunProgram({.argv = {Cli(), "run", "--malloc=mimalloc", "--", program}});
+  EXPECT_EQ(on.status, 0) << on.err;
+  EXPECT_EQ(on.out.substr(0, on.out.find("anonymous")), "malloc: inside\nlarge malloc: inside\n");
+  const Outcome off = RunProgram({.argv = {Cli(), "run", "--malloc=mimalloc", "--mmap=off", "--", program}});
+  EXPECT_EQ(off.out.substr(0, off.out.find("anonymous")), "malloc: outside\nlarge malloc: outside\n");
+  // Its objects, and random calls beside them.
+  const std::vector<std::string> sequence = {BuiltFile(kSequence), "1", "9", "200"};
+  std::vector<std::string> argv = {Cli(), "run", "--malloc=mimalloc", "--"};
+  argv.insert(argv.end(), sequence.begin(), sequence.end());
+  EXPECT_EQ(RunProgram({.argv = argv}).out, RunProgram({.argv = sequence}).out);
+}
+
+TEST(MmapShimTest, AMissingMimallocIsNamed) {
+  FREEHOLD_SKIP_WITH_SANITIZER();
+  const Outcome chosen =
+      RunProgram({.argv = {Cli(), "run", "--malloc=mimalloc", "--mimalloc=/no/such.so", "--", "/bin/true"}});
+  EXPECT_EQ(chosen.status, 125);
+  EXPECT_EQ(chosen.err, "freehold: /no/such.so: No such file or directory\n");
+  const Outcome preloaded = RunProgram(UnderShim({.argv = {"/bin/true"}, .environment = {{"FREEHOLD_MALLOC", "mimalloc"}}}));
+  EXPECT_EQ(preloaded.status, 0);
+  EXPECT_EQ(preloaded.err, "freehold: libmimalloc.so is not preloaded; libc serves malloc instead\n");
 }
 
 }  // namespace

@@ -63,6 +63,13 @@ class Mappings {
 using OnLinux = Mappings<vm::os::LinuxKernel>;
 using OnFake = Mappings<FakeKernel>;
 
+// Where nothing is mapped, and the kernel maps things.
+char* FreeAddress(std::size_t pages) {
+  void* p = mmap(nullptr, pages * kPageSize, PROT_NONE, kAnonymous, -1, 0);
+  EXPECT_EQ(munmap(p, pages * kPageSize), 0);
+  return static_cast<char*>(p);
+}
+
 char* Bytes(long address) { return reinterpret_cast<char*>(address); }
 
 class TemporaryFile {
@@ -154,13 +161,13 @@ TEST(ProcessMappingsTest, AWindowIsUsedAgain) {
 
 TEST(ProcessMappingsTest, HintsAreFollowedOrServedAligned) {
   OnLinux follows;
-  char* const wanted = reinterpret_cast<char*>(std::uintptr_t{0x130000000000});
+  char* const wanted = FreeAddress(4);
   long p = follows.MapPages(4, kReadWrite, 0, wanted);
   EXPECT_EQ(p, reinterpret_cast<long>(wanted));
   EXPECT_EQ(follows->Unmap(wanted, 4 * kPageSize), 0);
   OnLinux ignores({.follow_hints = false});
   for (const std::size_t alignment : {vm::MiB(32).value, vm::MiB(2).value, vm::KiB(64).value}) {
-    p = ignores.MapPages(4, kReadWrite, 0, wanted + alignment);
+    p = ignores.MapPages(4, kReadWrite, 0, reinterpret_cast<char*>(vm::TiB(1).value + alignment));
     ASSERT_GT(p, 0);
     EXPECT_TRUE(ignores.Inside(p));
     EXPECT_EQ(static_cast<std::size_t>(p) % alignment, 0u);
@@ -286,7 +293,7 @@ TEST(ProcessMappingsTest, AFailedForeignMappingChangesNothing) {
   EXPECT_EQ(m->Map(range.address(), kPageSize, PROT_READ, MAP_PRIVATE | MAP_FIXED_NOREPLACE, file.descriptor(), 0),
             -EEXIST);
   // Nothing can be moved there from where nothing is.
-  char* const nothing = reinterpret_cast<char*>(std::uintptr_t{0x140000000000});
+  char* const nothing = FreeAddress(1);
   EXPECT_EQ(m->Remap(nothing, kPageSize, kPageSize, MREMAP_MAYMOVE | MREMAP_FIXED, range.address()), -EFAULT);
   EXPECT_TRUE(IsFilledWith(Part(range, 1, 3), 0xaa));
   EXPECT_TRUE(m.IsMapped(range));

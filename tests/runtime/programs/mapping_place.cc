@@ -3,6 +3,7 @@
 #include <fcntl.h>
 
 #include <cinttypes>
+#include <cstdlib>
 
 #include "tests/runtime/programs/mapping_probe.h"
 
@@ -50,6 +51,8 @@ int main() {
   const int written = memfd_create("written", 0);
   REQUIRE(written >= 0 && ftruncate(written, kSize) == 0);
   reservation = Reservation();
+  Say("malloc", malloc(100));
+  Say("large malloc", malloc(size_t{40} << 20));
   Say("anonymous", mmap(nullptr, kSize, PROT_READ | PROT_WRITE, kAnonymous, -1, 0));
   Say("no access", mmap(nullptr, kSize, PROT_NONE, kAnonymous, -1, 0));
   Say("code", mmap(nullptr, kSize, PROT_READ | PROT_EXEC, kAnonymous, -1, 0));
