@@ -196,9 +196,15 @@ void ObjectHeap::Free(void* p) {
   span->owner.load(std::memory_order_relaxed)->Receive(object, object);
 }
 
+// The span of an object that the caller holds may go to another cache at any time, but once its list is rebuilt it
+// stays so. Were the object handed over as usual while it is suspect, it would come free twice: by its tag too.
 bool ObjectHeap::FreeSuspect(Span* span, FreeObject* object) {
-  ThreadCache* owner = span->owner.load(std::memory_order_relaxed);
-  return owner->NeedsLockToFree(span) && owner->FreeSuspect(span, object);
+  for (;;) {
+    // Pairs with the release in ThreadCache::GiveAvailable.
+    ThreadCache* owner = span->owner.load(std::memory_order_acquire);
+    if (!owner->NeedsLockToFree(span)) return false;
+    if (owner->FreeSuspect(span, object)) return true;
+  }
 }
 
 std::size_t ObjectHeap::UsableSizeOf(const Span* span) {
@@ -254,6 +260,20 @@ HeapStats ObjectHeap::Stats() {
   stats.orphans = orphan_count_.load(std::memory_order_relaxed);
   stats.purged_pages = pages.purged_pages;
   return stats;
+}
+
+void ObjectHeap::ForEachMetric(vm::MetricVisitor visit, void* context) const {
+  page_heap_.ForEachMetric(visit, context);
+  large_.ForEachMetric(visit, context);
+  const auto caches = [&](std::string_view name, std::string_view help, const std::atomic<std::uint32_t>& value) {
+    visit(context, {.name = name,
+                    .help = help,
+                    .kind = vm::Metric::Kind::kGauge,
+                    .first = &value,
+                    .width = sizeof(value)});
+  };
+  caches("heap_threads", "Threads that have a cache.", attached_);
+  caches("heap_orphans", "Caches of threads that are gone, kept for threads to come.", orphan_count_);
 }
 
 void ObjectHeap::ForEachSizeClass(void (*visit)(void* context, const SizeClassStats& stats), void* context) {

@@ -66,6 +66,7 @@ vm::AddressSpaceOptions SpaceOptions(const Config& config) {
   options.free_resident_limit = config.free_resident_limit;
   options.window_limit = config.window_limit;
   options.decay = config.decay;
+  options.record_range_locks = config.record_range_locks;
   return options;
 }
 
@@ -171,6 +172,9 @@ Server Runtime::StartFreehold() {
     // mimalloc asks for aligned memory by asking for addresses.
     mappings_.Init(*space_, {.follow_hints = config_.malloc != MallocChoice::kMimalloc,
                              .map_files = config_.window_limit.value != 0});
+  }
+  if (config_.telemetry && !telemetry_.Publish(*space_, heap_, kernel_) && config_.verbose) {
+    Message().Append("the system refuses the telemetry page: `freehold stat` and the like see nothing").Report();
   }
   if (mallocs) WatchThreadExits();
   if (config_.verbose) ReportStart(config_, *space_);

@@ -21,6 +21,7 @@
 #include "allocator/object_heap.h"
 #include "runtime/config.h"
 #include "runtime/process_mappings.h"
+#include "runtime/telemetry.h"
 #include "vm/address_space.h"
 #include "vm/os/linux_kernel.h"
 
@@ -78,6 +79,7 @@ class Runtime {
   ProcessMappings mappings_;
   bool serves_mappings_ = false;
   vm::os::LinuxKernel kernel_;
+  Telemetry telemetry_;
 };
 
 // This process's.

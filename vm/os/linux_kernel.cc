@@ -256,16 +256,16 @@ void CheckRange(const char* operation, PageRange range) {
 
 #if defined(__x86_64__)
 
-// Ranges of these sizes are zeroed line by line, where a line holds anything else. They lie in the outer caches, if
-// anywhere: reading a line that needs no zeroes costs half of writing it (64 KiB: 0.57 us against 1.14 us by
-// `rep stos`), and it stays clean. Where every line needs them it costs the same.
+// Ranges of these sizes are zeroed four lines at a time, where those hold anything else. They lie in the outer caches,
+// if anywhere: reading lines that need no zeroes costs a third of writing them, and they stay clean. Where all need
+// them it costs the same.
 constexpr Bytes kClearFrom = KiB(32);
 constexpr Bytes kClearUpTo = MiB(2);
 
 using Vector [[gnu::vector_size(32), gnu::may_alias]] = long long;
 
 struct Block {
-  Vector parts[4];  // two cache lines
+  Vector parts[8];  // four cache lines
 };
 
 // No sanitizer takes it for an access by the program to memory that it has not been given yet.
@@ -273,12 +273,10 @@ __attribute__((target("avx2"), no_sanitize("address", "thread", "undefined")))
 void ClearNonZero(Block* blocks, std::size_t count) {
   const Vector zero = {};
   for (Block* block = blocks; block < blocks + count; ++block) {
-    for (int i = 0; i < 4; i += 2) {
-      const Vector bits = block->parts[i] | block->parts[i + 1];
-      if (__builtin_ia32_ptestz256(bits, bits)) continue;
-      block->parts[i] = zero;
-      block->parts[i + 1] = zero;
-    }
+    const auto& p = block->parts;
+    const Vector bits = ((p[0] | p[1]) | (p[2] | p[3])) | ((p[4] | p[5]) | (p[6] | p[7]));
+    if (__builtin_ia32_ptestz256(bits, bits)) continue;
+    for (Vector& part : block->parts) part = zero;
   }
 }
 
@@ -348,8 +346,17 @@ Features LinuxKernel::features() const {
           .membarrier = Has(Feature::kMembarrier)};
 }
 
+void LinuxKernel::ForEachMetric(MetricVisitor visit, void* context) const {
+  static constexpr std::string_view kNames[kCalls] = {
+      "kernel_mmap_total",    "kernel_munmap_total",  "kernel_mprotect_total", "kernel_mremap_total", "kernel_mlock_total",
+      "kernel_dontneed_total", "kernel_madvise_total", "kernel_mincore_total",  "kernel_msync_total"};
+  static constexpr std::string_view kHelp = "Operations that were this system call.";
+  for (std::size_t i = 0; i < kCalls; ++i) visit(context, {.name = kNames[i], .help = kHelp, .first = &calls_[i]});
+}
+
 Result<PageRange> LinuxKernel::Reserve(Pages size, Pages alignment) {
   sync::CheckNoShortLockHeld("os::Reserve");
+  Count(Call::kMmap);
   FREEHOLD_DCHECK(size.value > 0);
   FREEHOLD_DCHECK(alignment.value > 0 && (alignment.value & (alignment.value - 1)) == 0);
   // Too much, and cut off what sticks out: asking for exactly `size` yields an aligned address by
@@ -375,21 +382,25 @@ Result<PageRange> LinuxKernel::Reserve(Pages size, Pages alignment) {
 
 Error LinuxKernel::Release(PageRange range) {
   CheckRange("os::Release", range);
+  Count(Call::kMunmap);
   return ToError(Munmap(range.address(), range.bytes().value));
 }
 
 Error LinuxKernel::Protect(PageRange range, Protection protection) {
   CheckRange("os::Protect", range);
+  Count(Call::kMprotect);
   return ToError(RawSyscall(SYS_mprotect, range.address(), range.bytes().value, protection));
 }
 
 Error LinuxKernel::Reset(PageRange range) {
   CheckRange("os::Reset", range);
+  Count(Call::kMmap);
   return ToError(Mmap(range.address(), range.bytes().value, PROT_NONE, MAP_FIXED | MAP_NORESERVE));
 }
 
 Error LinuxKernel::Move(PageRange from, PageRange to) {
   CheckRange("os::Move", from);
+  Count(Call::kMremap);
   FREEHOLD_DCHECK(from.count() == to.count() && !from.Overlaps(to));
   constexpr int kMremapDontunmap = 4;  // Linux 5.7
   const std::size_t size = from.bytes().value;
@@ -402,17 +413,20 @@ Error LinuxKernel::Move(PageRange from, PageRange to) {
 
 Error LinuxKernel::LockMemory(PageRange range) {
   CheckRange("os::LockMemory", range);
+  Count(Call::kMlock);
   constexpr int kMlockOnfault = 1;
   return ToError(RawSyscall(SYS_mlock2, range.address(), range.bytes().value, kMlockOnfault));
 }
 
 Error LinuxKernel::UnlockMemory(PageRange range) {
   CheckRange("os::UnlockMemory", range);
+  Count(Call::kMlock);
   return ToError(RawSyscall(SYS_munlock, range.address(), range.bytes().value));
 }
 
 Error LinuxKernel::Discard(absl::Span<const PageRange> ranges) {
   sync::CheckNoShortLockHeld("os::Discard");
+  Count(Call::kDontneed);
   if (ranges.size() == 1) return DiscardOne(ranges[0].address(), ranges[0].bytes().value);
   return DiscardMany(ranges);
 }
@@ -465,11 +479,13 @@ Error LinuxKernel::DiscardVector(const iovec* stretches, std::size_t count) {
 
 Error LinuxKernel::AdviseHugePages(PageRange range, HugePages advice) {
   CheckRange("os::AdviseHugePages", range);
+  Count(Call::kMadvise);
   return ToError(Madvise(range, advice == HugePages::kPrefer ? MADV_HUGEPAGE : MADV_NOHUGEPAGE));
 }
 
 Error LinuxKernel::AdviseReclaim(PageRange range, ReclaimHint hint) {
   CheckRange("os::AdviseReclaim", range);
+  Count(Call::kMadvise);
   static constexpr int kAdvice[] = {MADV_FREE, MADV_COLD, MADV_PAGEOUT};
   return ToError(Madvise(range, kAdvice[static_cast<std::size_t>(hint)]));
 }
@@ -481,6 +497,7 @@ Error LinuxKernel::Advise(PageRange range, int advice) {
 
 Error LinuxKernel::InstallGuard(PageRange range) {
   CheckRange("os::InstallGuard", range);
+  Count(Call::kMadvise);
   if (!Has(Feature::kGuardRegions)) return {ErrorCode::kUnsupported};
   const long result = Madvise(range, kMadvGuardInstall);
   if (!SyscallFailed(result)) return Error::Ok();
@@ -495,12 +512,14 @@ Error LinuxKernel::InstallGuard(PageRange range) {
 
 Error LinuxKernel::RemoveGuard(PageRange range) {
   CheckRange("os::RemoveGuard", range);
+  Count(Call::kMadvise);
   if (!Has(Feature::kGuardRegions)) return {ErrorCode::kUnsupported};
   return ToError(Madvise(range, kMadvGuardRemove));
 }
 
 Result<Pages> LinuxKernel::CountResident(PageRange range) {
   CheckRange("os::CountResident", range);
+  Count(Call::kMincore);
   // As much as the kernel looks at under one hold of its lock.
   unsigned char resident[kPageSize];
   Pages total;
@@ -517,6 +536,7 @@ Result<Pages> LinuxKernel::CountResident(PageRange range) {
 
 Error LinuxKernel::QueryResident(PageRange range, absl::Span<std::uint8_t> resident) {
   CheckRange("os::QueryResident", range);
+  Count(Call::kMincore);
   FREEHOLD_DCHECK(resident.size() >= range.count().value);
   const long result = Repeat([&] {
     return RawSyscall(SYS_mincore, range.address(), range.bytes().value, resident.data());
