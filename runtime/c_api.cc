@@ -287,7 +287,8 @@ const char* freehold_version() { return freehold::runtime::kVersion; }
 // ---- Spaces ----
 
 freehold_space* freehold_process_space() {
-  if (process_runtime.EnsureStarted() != Server::kFreehold) return nullptr;
+  (void)process_runtime.EnsureStarted();
+  if (!process_runtime.has_space()) return nullptr;
   // Everybody who stores it stores the same.
   process_space.space.store(&process_runtime.space(), std::memory_order_relaxed);
   return &process_space;
@@ -661,7 +662,8 @@ int freehold_print(freehold_space* handle, void (*write)(void* context, const ch
   if (write == nullptr) return EINVAL;
   Report report = {write, context};
   space->ForEachMetric(PrintMetric, &report);
-  if (handle == &process_space) process_runtime.heap().ForEachMetric(PrintMetric, &report);
+  if (handle == &process_space && process_runtime.server() == Server::kFreehold)
+    process_runtime.heap().ForEachMetric(PrintMetric, &report);
   write(context, "\n", 1);
   space->WriteMaps(
       [](void* to, std::string_view line) {

@@ -40,9 +40,9 @@ const char* freehold_version(void);
 
 typedef struct freehold_space freehold_space;
 
-/* The space that malloc of this process comes from. Null if libc serves malloc (FREEHOLD_MALLOC=libc, or the kernel
- * granted no address space). It lives as long as the process. A program unmaps and changes what it mapped itself, and
- * nothing else in it. */
+/* The space that malloc of this process comes from, and mmap if the library is preloaded. Null if Freehold serves neither,
+ * by FREEHOLD_MALLOC and FREEHOLD_MMAP, or because the kernel granted no address space. It lives as long as the process. A
+ * program unmaps and changes what it mapped itself, and nothing else in it. */
 freehold_space* freehold_process_space(void);
 
 /* For limits of which 0 means the default: none at all. */
@@ -303,11 +303,11 @@ typedef struct freehold_heap_statistics {
   uint64_t purged_pages;
 } freehold_heap_statistics;
 
-/* Of malloc. EOPNOTSUPP: libc serves it. */
+/* Of malloc. EOPNOTSUPP: Freehold does not serve it. */
 int freehold_get_heap_statistics(freehold_heap_statistics* statistics);
 
 /* Writes a report for humans, line by line, each with its newline and not terminated by a null character: every counter
- * as "NAME VALUE", the heap's too if the space is the process's, an empty line, and the mappings as /proc/PID/maps has
+ * as "NAME VALUE", malloc's too if the space is the process's, an empty line, and the mappings as /proc/PID/maps has
  * them. */
 int freehold_print(freehold_space* space, void (*write)(void* context, const char* line, size_t length), void* context);
 

@@ -63,6 +63,14 @@ TEST(CApiTest, WithTheLibrary) {
   ExpectPassed(RunVariant("c_api", "process", LibraryPath()), "process_in_child");
 }
 
+TEST(CApiTest, WithTheLibraryWhereLibcServesMalloc) {
+  FREEHOLD_SKIP_WITH_SANITIZER();
+  Variables environment = LibraryPath();
+  environment.emplace_back("FREEHOLD_MALLOC", "libc");
+  environment.emplace_back("FREEHOLD_RESERVE", "1G");
+  ExpectPassed(RunVariant("c_api", "mmap", environment), "without_heap");
+}
+
 // One library serves a program that is linked with it and runs under it.
 TEST(CApiTest, WithTheLibraryUnderFreeholdRun) {
   FREEHOLD_SKIP_WITH_SANITIZER();

@@ -1,6 +1,6 @@
 /* Every function of freehold.h, by a program in C99 that knows nothing else of Freehold. "own" tests a space of its own
- * only; "process" the process's too, which serves malloc here; "beside" does where malloc is somebody else's; "libc" that
- * there is none. Prints the cases that it ran. */
+ * only; "process" the process's too, which serves malloc here; "beside" does where malloc is somebody else's; "mmap"
+ * where that has been left to libc by a setting; "libc" that there is none. Prints the cases that it ran. */
 #define _GNU_SOURCE /* memfd_create */
 #include "runtime/freehold.h"
 
@@ -627,6 +627,15 @@ static void without_process_space(void) {
   REQUIRE(freehold_get_heap_statistics(&heap) == EOPNOTSUPP);
 }
 
+static void without_heap(void) {
+  freehold_heap_statistics heap = {.size = sizeof(heap)};
+  struct text text = {NULL, 0};
+  REQUIRE(freehold_get_heap_statistics(&heap) == EOPNOTSUPP);
+  REQUIRE(freehold_print(space, append, &text) == 0 && strstr(text.bytes, "heap_") == NULL);
+  REQUIRE(!freehold_space_contains(space, text.bytes));
+  free(text.bytes);
+}
+
 #define RUN(test) (test(), printf("%s\n", #test))
 
 static void verbs(void) {
@@ -651,8 +660,9 @@ int main(int argc, char** argv) {
   const char* kind = argc == 2 ? argv[1] : "";
   const int process = strcmp(kind, "process") == 0;
   const int beside = strcmp(kind, "beside") == 0;
+  const int mapped = strcmp(kind, "mmap") == 0;
   const int libc = strcmp(kind, "libc") == 0;
-  REQUIRE(strcmp(kind, "own") == 0 || process || beside || libc);
+  REQUIRE(strcmp(kind, "own") == 0 || process || beside || mapped || libc);
   setvbuf(stdout, NULL, _IOLBF, 0);
   printf("version %s\n", freehold_version());
   options.reserve = 1024 * MIB;
@@ -661,13 +671,14 @@ int main(int argc, char** argv) {
   RUN(creating);
   RUN(own_in_child);
   REQUIRE(freehold_space_destroy(space) == 0);
-  if (process || beside) {
+  if (process || beside || mapped) {
     space = freehold_process_space();
     REQUIRE(space != NULL);
     verbs();
-    RUN(of_the_process);
   }
-  if (process) RUN(process_in_child);
+  if (process || beside) RUN(of_the_process);
+  if (process || mapped) RUN(process_in_child);
+  if (mapped) RUN(without_heap);
   if (libc) RUN(without_process_space);
   return 0;
 }
