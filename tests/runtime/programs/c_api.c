@@ -615,7 +615,7 @@ static void of_the_process(void) {
   heap.size = 0;
   REQUIRE(freehold_get_heap_statistics(&heap) == EINVAL);
   REQUIRE(freehold_get_heap_statistics(NULL) == EINVAL);
-  REQUIRE(freehold_print(process, append, &text) == 0 && strstr(text.bytes, "heap_") != NULL);
+  REQUIRE(freehold_print(process, append, &text) == 0 && strstr(text.bytes, "\nheap_large_bytes ") != NULL);
   free(text.bytes);
   free(object);
   REQUIRE(freehold_space_destroy(process) == EINVAL);
@@ -631,7 +631,7 @@ static void without_heap(void) {
   freehold_heap_statistics heap = {.size = sizeof(heap)};
   struct text text = {NULL, 0};
   REQUIRE(freehold_get_heap_statistics(&heap) == EOPNOTSUPP);
-  REQUIRE(freehold_print(space, append, &text) == 0 && strstr(text.bytes, "heap_") == NULL);
+  REQUIRE(freehold_print(space, append, &text) == 0 && strstr(text.bytes, "\nheap_large_bytes ") == NULL);
   REQUIRE(!freehold_space_contains(space, text.bytes));
   free(text.bytes);
 }
