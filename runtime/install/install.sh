@@ -7,8 +7,8 @@
 #                   command was given; without spaces and colons, which LD_PRELOAD cannot have
 #   --destdir=DIR   install below DIR what is meant for --prefix; for packages
 #
-# Files of an earlier installation are replaced, each at once: who runs with the old ones keeps them. Nothing is replaced
-# before all files are at hand below the prefix. Nothing else is touched.
+# Files of an earlier installation are replaced, each at once: who runs with the old ones keeps them. Nothing is
+# replaced before all files are at hand below the prefix. Nothing else is touched.
 set -euo pipefail
 
 fail() {

@@ -213,8 +213,9 @@ TEST_F(InstallTest, TheCommandFindsItsLibrary) {
 }
 
 TEST_F(InstallTest, ProgramsInC) {
-  for (const auto& [package, more] : {std::pair{"freehold", ""}, {"--static freehold", "-static"}, {"freehold-static", ""},
-                                      {"freehold-static", "-static"}}) {
+  const std::pair<std::string, std::string> ways[] = {
+      {"freehold", ""}, {"--static freehold", "-static"}, {"freehold-static", ""}, {"freehold-static", "-static"}};
+  for (const auto& [package, more] : ways) {
     const Outcome outcome = CompileAndRun("gcc-12", kCProgram, package, more);
     EXPECT_EQ(outcome.status, 0) << package << more << outcome.err;
     EXPECT_EQ(outcome.out, std::string(runtime::kVersion) + "\n") << package << more;
@@ -222,7 +223,9 @@ TEST_F(InstallTest, ProgramsInC) {
 }
 
 TEST_F(InstallTest, ProgramsInCxx) {
-  for (const auto& [package, more] : {std::pair{"freehold", ""}, {"--static freehold", "-static"}, {"freehold-static", ""}}) {
+  const std::pair<std::string, std::string> ways[] = {
+      {"freehold", ""}, {"--static freehold", "-static"}, {"freehold-static", ""}};
+  for (const auto& [package, more] : ways) {
     const Outcome outcome = CompileAndRun("g++-12 -std=c++20", kCxxProgram, package, more);
     EXPECT_EQ(outcome.status, 0) << package << more << outcome.err;
     EXPECT_EQ(outcome.out, std::string(runtime::kVersion) + "\n") << package << more;
@@ -241,8 +244,8 @@ TEST_F(InstallTest, HeadersStandAlone) {
   for (const std::string& name : NamesIn(prefix_ / "include/freehold")) all += "#include \"" + name + "\"\n";
   const Outcome cxx = CompileAndRun("g++-12 -std=c++20", all + "int main() {}\n", "freehold-static");
   EXPECT_EQ(cxx.status, 0);
-  const Outcome c = CompileAndRun("gcc-12 -std=c99 -pedantic", "#include \"freehold.h\"\nint main(void) { return 0; }\n",
-                                  "freehold");
+  const Outcome c = CompileAndRun("gcc-12 -std=c99 -pedantic",
+                                  "#include \"freehold.h\"\nint main(void) { return 0; }\n", "freehold");
   EXPECT_EQ(c.status, 0);
 }
 
