@@ -40,9 +40,9 @@ const char* freehold_version(void);
 
 typedef struct freehold_space freehold_space;
 
-/* The space that malloc of this process comes from, and mmap if the library is preloaded. Null if Freehold serves neither,
- * by FREEHOLD_MALLOC and FREEHOLD_MMAP, or because the kernel granted no address space. It lives as long as the process. A
- * program unmaps and changes what it mapped itself, and nothing else in it. */
+/* The space that malloc of this process comes from, and mmap where the shared library is there. Null if Freehold serves
+ * neither, by FREEHOLD_MALLOC and FREEHOLD_MMAP, or because the kernel granted no address space. It lives as long as the
+ * process. A program unmaps and changes what it mapped itself, and nothing else in it. */
 freehold_space* freehold_process_space(void);
 
 /* For limits of which 0 means the default: none at all. */
@@ -135,7 +135,7 @@ typedef struct freehold_file_options {
   int populate; /* not 0: the pages that the file has are there when the call returns */
 } freehold_file_options;
 
-/* Maps `bytes` of the open file `descriptor` from `offset` on, as mmap(2) does; the descriptor may be closed afterwards.
+/* Maps `bytes` of the open file `descriptor` from `offset` on, as mmap(2); the descriptor may be closed afterwards.
  * EACCES, EBADF, ENODEV, EOVERFLOW as mmap; EOPNOTSUPP on hugetlbfs. What is unmapped may stay in the kernel for a
  * decay, and with it the open file; see AddressSpace::MapFile. */
 int freehold_map_file(freehold_space* space, size_t bytes, int descriptor, uint64_t offset,

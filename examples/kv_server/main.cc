@@ -57,7 +57,8 @@ int main(int argc, char** argv) {
   {
     Server server(**space, file);
     if (const std::string wrong = file.empty() ? "" : server.Load(); !wrong.empty()) return Fail(wrong, 1);
-    if (const std::string wrong = server.Listen(static_cast<std::uint16_t>(port)); !wrong.empty()) return Fail(wrong, 1);
+    const std::string wrong = server.Listen(static_cast<std::uint16_t>(port));
+    if (!wrong.empty()) return Fail(wrong, 1);
     running = &server;
     struct sigaction action = {};
     action.sa_handler = StopRunning;

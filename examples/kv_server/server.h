@@ -1,5 +1,5 @@
-// A key-value server on the loopback interface, a thread for each connection. Requests and answers are lines; values come
-// behind them, as they are, with a newline at their end that does not count:
+// A key-value server on the loopback interface, a thread for each connection. Requests and answers are lines; values
+// come behind them, as they are, with a newline at their end that does not count:
 //
 //     SET KEY BYTES   and the value              OK
 //     GET KEY                                    VALUE BYTES and the value, or NOT_FOUND

@@ -101,7 +101,8 @@ bool Table::Add(std::string_view text) {
     std::size_t size = 0;
     const auto [end, error] = std::from_chars(text.data() + space + 1, text.data() + line, size);
     const std::size_t left = text.size() - line - 1;
-    if (error != std::errc() || end != text.data() + line || size >= left || text[line + 1 + size] != '\n') return false;
+    if (error != std::errc() || end != text.data() + line) return false;
+    if (size >= left || text[line + 1 + size] != '\n') return false;
     Set(std::string(text.substr(0, space)), std::string(text.substr(line + 1, size)));
     text.remove_prefix(line + 1 + size + 1);
   }
