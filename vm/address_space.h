@@ -404,8 +404,8 @@ class AddressSpace {
   Error CheckRange(PageRange range) const;
   // Lookup by a holder of the page's range: see Region::LookupHeld.
   Result<VmaInfo> LookupHeld(PageNumber page, const sync::RangeLock::Guard& guard) const;
-  // As CheckRange, or kNotMapped: `range` lies in one region and is mapped throughout. `guard`: of the range, or
-  // null.
+  // As CheckRange, or kNotMapped, or kUnsupported: `range` lies in one region and is mapped throughout, by no pager.
+  // `guard`: of the range, or null in a read section of epochs().
   Error CheckDiscard(PageRange range, const sync::RangeLock::Guard* guard) const;
   // Map with whatever is not ordinary: a backing, notifiers, locks, populating, another protection or place.
   Result<PageRange> MapSpecial(Pages count, MapOptions options);

@@ -59,7 +59,7 @@ TEST(AddressSpaceModelTest, RandomOperations) {
   for (Seeds seeds(6); seeds.Next();) {
     const Variant& variant = Variants()[seeds.seed() % Variants().size()];
     const std::string run = std::string(variant.name) + ", " + seeds.ToString();
-    const std::vector<SpaceOperation> operations = RandomOperations(seeds.seed(), 4000);
+    const std::vector<SpaceOperation> operations = RandomOperations(seeds.seed(), kModelBytes);
     PrintOnCrash(&run, &operations);
     const std::string failure = RunAndShrink(operations, variant.options);
     PrintOnCrash(nullptr, nullptr);
@@ -82,10 +82,18 @@ void RunThreads(std::uint64_t seed, const AddressSpaceOptions& options) {
   const Result<AddressSpace*> created = AddressSpace::Create(kernel, options);
   ASSERT_TRUE(created.ok());
   AddressSpace& space = **created;
+  os::LinuxUserfault userfault;
+  StampedPager pager(64, StampedPager::Users::kMany);
+  auto faults = std::make_unique<FaultService>(space, userfault);
+  ASSERT_TRUE(faults->Start().ok());
   // Behind the windows, in plain memory and among mappings.
-  FilePages file(os::Protection::kReadWrite);
+  FilePages backing(os::Protection::kReadWrite);
+  StampedFile file(StampedFile::Place::kDisk, StampedFile::Access::kReadOnly);
   SharedPages shared;
+  shared.backing = &backing;
   shared.file = &file;
+  shared.pager = &pager;
+  shared.faults = faults->available() ? faults.get() : nullptr;
   const PageRange all = space.reservation();
   for (const std::size_t region : {0, 3}) {
     const PageNumber first = all.first + Pages{region * (all.count().value / 4) + 4 * SpaceModel::kWindowPages};
@@ -127,7 +135,8 @@ void RunThreads(std::uint64_t seed, const AddressSpaceOptions& options) {
     ASSERT_TRUE(model.ok()) << "thread " << i << ", at the end: " << model.failure();
     known += model.pages().size();
   }
-  EXPECT_EQ(file.pages(), 0u);
+  EXPECT_EQ(backing.pages(), 0u);
+  EXPECT_EQ(pager.failure(), "");
   EXPECT_EQ(space.Stats().mapped, Pages{known}.bytes());
   for (const std::unique_ptr<SpaceModel>& model : models) {
     model->Finish();
@@ -135,6 +144,7 @@ void RunThreads(std::uint64_t seed, const AddressSpaceOptions& options) {
   }
   EXPECT_EQ(space.Stats().mapped, Bytes{0});
   space.CheckInvariants();
+  faults.reset();
   models.clear();
   AddressSpace::Destroy(&space);
 }
@@ -173,9 +183,9 @@ Span Mappings(std::uint16_t page, std::uint8_t count) { return {.where = 3, .pag
 // what had been anonymous memory showed a file when it was mapped again.
 TEST(SpaceOperationsTest, RefusedReplacementShowsTheFileAgain) {
   const Map file = {.span = Plain(0, 8), .placement = Placement::kReplace, .lock = os::MemoryLock::kOnFault,
-                    .file = 1, .file_page = 3};
+                    .backing = 1, .backing_page = 3};
   Map anonymous = file;
-  anonymous.file = 0;
+  anonymous.backing = 0;
   Map half = file;
   half.span = Plain(4, 8);
   for (std::uint8_t nth = 0; nth < 10; ++nth) {
@@ -192,7 +202,7 @@ TEST(SpaceOperationsTest, UnmapFinishesWhatLiesBesideAPin) {
     const auto part = [&](std::uint16_t page, std::uint8_t count) {
       return mappings ? Mappings(page, count) : Plain(page, count);
     };
-    ExpectFine({Map{.span = part(0, 4), .placement = Placement::kFixed, .file = 1},
+    ExpectFine({Map{.span = part(0, 4), .placement = Placement::kFixed, .backing = 1},
                 Map{.span = part(4, 4), .placement = Placement::kFixed, .lock = os::MemoryLock::kOnFault},
                 PinPages{.span = part(0, 4)}, Unmap{part(0, 8)}, PinPages{.release = true}});
   }

@@ -17,42 +17,25 @@
 #include <string>
 #include <vector>
 
+#include "tests/vm/space_sources.h"
 #include "vm/address_space.h"
 #include "vm/backing.h"
+#include "vm/fault.h"
 #include "vm/notifier.h"
 #include "vm/os/fake_kernel.h"
+#include "vm/os/userfault.h"
 #include "vm/pin.h"
 
 namespace freehold::vm::test {
-
-// In the first byte of what a page of a file holds before anybody writes to it; what models write has 0 there.
-inline constexpr std::uint64_t kFileStamp = std::uint64_t{'F'} << 56;
-
-// A memory file, mapped shared. What its pages hold is known: a stamp each.
-class FilePages final : public Backing {
- public:
-  static constexpr std::uint64_t kPages = 512;
-
-  explicit FilePages(os::Protection max_protection);
-  ~FilePages();
-
-  Error Install(os::Kernel& kernel, PageRange range, std::uint64_t page, os::Protection protection,
-                bool occupied) override;
-  void Flush(os::Kernel& kernel, PageRange range, std::uint64_t page) override;
-
-  std::vector<std::uint64_t> stamps;
-
- private:
-  void OnUnused() override {}
-
-  int file_;
-};
 
 // Pages that every model works on at once, without knowing what is there.
 struct SharedPages {
   std::vector<PageRange> mapped;  // always mapped, but how changes: lookups never miss
   std::vector<PageRange> open;    // come and go
-  FilePages* file = nullptr;      // for `mapped`
+  FilePages* backing = nullptr;   // for `mapped`
+  StampedFile* file = nullptr;    // for all, and for the models' own pages: it never changes
+  StampedPager* pager = nullptr;  // for pages of the mapping zone
+  FaultService* faults = nullptr;
 
   // Whether any of `range` is in `open`.
   bool IsOpen(PageRange range) const;
@@ -85,18 +68,37 @@ class Listener final : public Notifier {
 
 class SpaceModel {
  public:
+  // Of a private file mapping's page: whether it is a copy by now. Who populates a mapping may make copies, and nobody
+  // says how far that went.
+  enum class Copied : std::uint8_t { kNo, kPerhaps, kYes };
   struct Page {
     os::Protection protection = os::Protection::kReadWrite;
     os::MemoryLock lock = os::MemoryLock::kNone;
     std::uint64_t generation = 0;
-    FilePages* file = nullptr;  // null: anonymous
-    std::uint64_t file_page = 0;
-    bool known = true;          // whether it must hold `stamp`; anonymous memory only
+    Source* source = nullptr;  // null: anonymous
+    std::uint64_t source_page = 0;
+    Backing* backing = nullptr;  // what lookups say
+    os::Protection max_protection = os::Protection::kReadWriteExec;
+    os::Sharing sharing = os::Sharing::kShared;
+    Copied copied = Copied::kNo;
+    bool known = true;  // whether it must hold `stamp`, if the content is its own
     std::uint64_t stamp = 0;
+    bool lost = false;  // see SetLost
+
+    bool anonymous() const { return source == nullptr; }
+    bool Is(Source::Kind kind) const { return source != nullptr && source->kind() == kind; }
+    bool Allows(os::Protection wanted) const {
+      return (static_cast<unsigned>(wanted) & ~static_cast<unsigned>(max_protection)) == 0;
+    }
+    // Whether it is there to be touched: else that is a SIGBUS.
+    bool Exists() const { return !lost && (source == nullptr || source->Exists(source_page)); }
+    bool IsPrivate() const { return Is(Source::Kind::kFile) && sharing == os::Sharing::kPrivate; }
+    bool MayHold(std::uint64_t word) const;
   };
   using Pages = std::map<std::size_t, Page>;  // by page number
 
-  static constexpr std::size_t kFiles = 2;        // of a model: read-write, read-only
+  static constexpr std::size_t kBackings = 2;     // of a model: read-write, read-only
+  static constexpr std::size_t kFiles = 3;        // opened for both, for reading, in memory; on disk, or all models'
   static constexpr std::size_t kMaxPages = 1000;  // more are not mapped
   static constexpr std::size_t kWindowPages = 512;
 
@@ -125,11 +127,41 @@ class SpaceModel {
   // Unmaps: what is pinned lives on.
   void Erase(PageRange range);
   void Put(PageNumber page, const Page& mapped);
-  // The anonymous pages of `range` that are mapped hold zeroes, or nothing known.
-  void SetZero(PageRange range);
+  std::uint64_t NewStamp() { return owner_ << 48 | ++last_stamp_; }
+  // What is theirs has gone from the mapped pages of `range`, or may have.
+  void SetDropped(PageRange range);
   void SetUnknown(PageRange range);
+  // The pages of `range` were made present, or may have been.
+  void SetPopulated(PageRange range, bool all);
+  // What a refused replacement may have taken away: content, and of files what shows them. Of the latter nothing is
+  // checked until UnmapLost unmaps them.
+  void SetLost(PageRange range);
+  void UnmapLost(PageRange range);
   void Write(PageRange range);  // to what may be written
-  FilePages& file(std::size_t index) { return *files_[index]; }
+  FilePages& backing(std::size_t index) { return *backings_[index]; }
+  StampedFile& file(std::size_t index);
+  bool IsShared(const StampedFile& file) const { return shared_ != nullptr && &file == shared_->file; }
+  // Whether the last part of a mapping of `backing` can be made longer in place: a file's of which nothing was a copy
+  // or locked. kMaybe: it may have been.
+  enum class Extends : std::uint8_t { kYes, kMaybe, kNo };
+  Extends ExtendsInPlace(const Page& page) const;
+  void StartMapping(Backing* backing, bool extends);
+  // What was done, or tried, to the file mappings in `range`: they were locked, or made writable.
+  void NoteLocked(PageRange range, bool done);
+  void NoteWritable(PageRange range, bool done);
+  void ResizeFile(StampedFile& file, std::uint64_t pages);
+  void WriteFile(StampedFile& file, std::uint64_t page);
+
+  // ---- Pagers ----
+  // Null where this process may not use userfaultfd.
+  FaultService* faults();
+  // One more, for a mapping that may have `capacity` pages.
+  StampedPager& NewPager(std::size_t capacity);
+  // The pages of `range` show what their pagers have, or may show it.
+  void SetInvalidated(PageRange range, bool all);
+  // The pager has what was written to the page.
+  void CheckWrittenBack(PageNumber number, const Page& page);
+
   os::MemoryLock future_lock = os::MemoryLock::kNone;
   // Whether that many more pages may be mapped.
   bool HasRoomFor(std::size_t count) const { return pages_.size() + count <= kMaxPages; }
@@ -154,6 +186,8 @@ class SpaceModel {
   // ---- Failures ----
   void Arm(std::size_t nth_call, int sys_errno);
   bool had_failures() const { return had_failures_; }
+  // Whether a failure may have left the kernel with another protection or lock in `range`.
+  bool KernelMayDiffer(PageRange range) const;
   // Calls `verb`. If a failure is armed and strikes, the space must be as it was, once `tolerate` has changed the
   // model by what the verb is allowed to leave behind, and the verb is called again.
   Error Call(const std::function<Error()>& verb, const std::function<void()>& tolerate = nullptr);
@@ -177,10 +211,13 @@ class SpaceModel {
 
  private:
   static bool Continues(std::size_t number, const Page& page, std::size_t next_number, const Page& next);
+  static std::string Expected(const Page& page);
   void CheckAttributes(const VmaInfo& vma, PageNumber number, const Page& page);
   void CheckVmas();
   void CheckListener();
+  bool KernelDiffers(PageNumber number, const Page& page) const;
   void CheckKernel();
+  void CheckReleased();
   void MakeWindows();
 
   AddressSpace& space_;
@@ -191,7 +228,13 @@ class SpaceModel {
   PageRange all_;
   std::size_t region_pages_ = 0;
   Pages pages_;
-  std::vector<std::unique_ptr<FilePages>> files_;
+  std::vector<std::unique_ptr<FilePages>> backings_;
+  std::array<std::unique_ptr<StampedFile>, kFiles> files_;
+  std::map<const Backing*, Extends> extends_;
+  std::vector<std::unique_ptr<StampedPager>> pagers_;
+  std::unique_ptr<os::LinuxUserfault> userfault_;
+  std::unique_ptr<FaultService> own_faults_;
+  FaultService* faults_ = nullptr;
   std::array<std::unique_ptr<Pin>, kPins> pins_;
   Pages deferred_;                         // unmapped and pinned: must keep content
   std::set<std::size_t> perhaps_deferred_;  // see Pinned::kMaybe
@@ -201,7 +244,10 @@ class SpaceModel {
   std::size_t armed_call_ = 0;
   int armed_errno_ = 0;
   bool had_failures_ = false;
-  bool kernel_may_differ_ = false;
+  // A verb that has done its work was refused a call: perhaps the way back to what the kernel had before. Where that
+  // has left another protection or lock, it stays until the page is mapped anew.
+  bool look_for_differences_ = false;
+  std::set<std::size_t> kernel_differs_;
   std::string failure_;
 };
 
