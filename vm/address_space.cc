@@ -161,14 +161,18 @@ Result<PageRange> AddressSpace::Map(Pages count, const MapOptions& options) {
   const std::size_t alignment = options.alignment.value;
   if (alignment == 0 || (alignment & (alignment - 1)) != 0) return ErrorCode::kUnaligned;
 
-  // Almost every call.
-  const bool ordinary = options.placement == Placement::kAnywhere &&
-                        options.protection == os::Protection::kReadWrite &&
-                        options.huge_pages == os::HugePages::kAvoid && options.lock == os::MemoryLock::kNone &&
-                        !options.populate && options.backing == nullptr && notifiers_.empty() &&
-                        future_lock_.load(std::memory_order_relaxed) == os::MemoryLock::kNone;
-  if (ABSL_PREDICT_TRUE(ordinary)) return MapInZone(Zone::kPlain, count, options);
-  return MapSpecial(count, options);
+  // Almost every call is ordinary. One field after another: of a chain of && GCC makes one wide load, which waits for
+  // the narrow stores that filled the options a moment ago.
+  bool special = options.placement != Placement::kAnywhere;
+  if (options.protection != os::Protection::kReadWrite) special = true;
+  if (options.huge_pages != os::HugePages::kAvoid) special = true;
+  if (options.populate) special = true;
+  if (options.lock != os::MemoryLock::kNone) special = true;
+  if (ABSL_PREDICT_FALSE(special || options.backing != nullptr || !notifiers_.empty() ||
+                         future_lock_.load(std::memory_order_relaxed) != os::MemoryLock::kNone)) {
+    return MapSpecial(count, options);
+  }
+  return MapInZone(Zone::kPlain, count, options);
 }
 
 Result<PageRange> AddressSpace::MapSpecial(Pages count, MapOptions options) {

@@ -405,7 +405,7 @@ Pages Region::PurgeWindows(std::uint32_t until, Pages keep) {
 
 // The oldest first; false when there are no more.
 bool Region::CollectWindowsLocked(std::uint32_t until, Pages keep, PurgeList& list) {
-  const std::size_t kept_windows = keep.value == 0 ? 0 : WindowCache::kMaxWindows - kPurgeBatch;
+  const std::size_t kept_windows = keep.value == 0 ? 0 : WindowCache::kMaxWindows / 4 * 3;
   for (int visits = 0; visits < kExtentsPerHold && list.size < kPurgeBatch; ++visits) {
     Vma* window = windows_->Oldest();
     if (window == nullptr || WindowCache::FreedAt(window) > until) return false;

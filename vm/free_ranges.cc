@@ -8,7 +8,7 @@ namespace {
 // Extents that an extent older than the newest of its bin is compared with.
 constexpr int kOrderLimit = 32;
 // One unmap in so many pays for a mincore, after the first few.
-constexpr std::uint32_t kSampleEvery = 64;
+constexpr std::uint32_t kSampleEvery = 256;
 constexpr std::uint32_t kFirstSamples = 4;
 
 }  // namespace

@@ -29,10 +29,10 @@ class MetadataArena {
   // exhausted or the kernel refuses to commit more.
   void* Allocate(Bytes size, std::size_t alignment);
 
-  // `count` value-initialised objects in a row.
+  // `count` value-initialised objects in a row, the first aligned to `alignment`.
   template <typename T>
-  T* New(std::size_t count = 1) {
-    void* memory = Allocate({sizeof(T) * count}, alignof(T));
+  T* New(std::size_t count = 1, std::size_t alignment = alignof(T)) {
+    void* memory = Allocate({sizeof(T) * count}, alignment);
     if (memory == nullptr) return nullptr;
     T* objects = static_cast<T*>(memory);
     for (std::size_t i = 0; i < count; ++i) new (objects + i) T();

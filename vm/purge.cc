@@ -9,10 +9,6 @@
 namespace freehold::vm {
 namespace {
 
-// A bin of small extents that nobody tends to touch is cleaned when it has gathered so many: neighbours
-// become one range, and one discard of nothing costs each of them a few nanoseconds.
-constexpr std::size_t kWorthCleaning = 64;
-
 }  // namespace
 
 bool Region::OverFreeLimit() const {
@@ -35,7 +31,7 @@ Pages Region::PurgeFree(std::uint32_t until, Pages keep) {
     }
     if (list.size == 0) return purged;
     SortRanges(list);
-    const bool discarded = shared_.purge_stage->Discard({list.ranges, list.size}).ok();
+    const bool discarded = shared_.purge_stage->Discard({list.ranges, list.range_count}).ok();
     RestoreProtections(list);
     const Pages cleaned = FinishPurging(list, discarded, /*keep=*/false);
     // What the kernel refuses stays cached, and is not tried again at once.
@@ -95,13 +91,23 @@ void Region::AddToPurgeLocked(Vma* vma, PurgeList& list) {
   VmaWriter(*vma).SetState(VmaState::kPurging);
   purges_in_flight_.store(purges_in_flight_.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
   list.vmas[list.size] = vma;
-  list.ranges[list.size] = RangeOf(*vma);
   ++list.size;
+  // Extents that were carved one after another are freed in that order too, or in the opposite one.
+  const PageRange range = RangeOf(*vma);
+  PageRange* last = list.range_count != 0 ? &list.ranges[list.range_count - 1] : nullptr;
+  if (last != nullptr && last->end == range.first) {
+    last->end = range.end;
+  } else if (last != nullptr && last->first == range.end) {
+    last->first = range.first;
+  } else {
+    list.ranges[list.range_count++] = range;
+  }
 }
 
 // In ascending order, neighbours become one range for the kernel.
 void Region::SortRanges(PurgeList& list) {
-  std::sort(list.ranges, list.ranges + list.size,
+  if (list.range_count == 1) return;
+  std::sort(list.ranges, list.ranges + list.range_count,
             [](const PageRange& a, const PageRange& b) { return a.first < b.first; });
 }
 
@@ -128,9 +134,8 @@ Pages Region::FinishPurging(const PurgeList& list, bool discarded, bool keep) {
 }
 
 bool Region::WorthCleaningLocked(RegionPage count) const {
-  // A Map does not wait for other people's discards: it takes new address space instead.
-  return count <= FreeRanges::kExactPages && !shared_.purge_stage->busy() &&
-         free_.ListSize(FreeRanges::BinOf(count), Knowledge::kUnknown) >= kWorthCleaning;
+  return count <= FreeRanges::kExactPages &&
+         free_.ListSize(FreeRanges::BinOf(count), Knowledge::kUnknown) >= kPurgeBatch;
 }
 
 void Region::CleanBin(RegionPage count) {
@@ -146,9 +151,7 @@ void Region::CleanBin(RegionPage count) {
   }
   if (list.size == 0) return;
   SortRanges(list);
-  Error error;
-  const bool discarded =
-      shared_.purge_stage->TryDiscard({list.ranges, list.size}, error) && error.ok();
+  const bool discarded = shared_.purge_stage->DiscardNow({list.ranges, list.range_count}).ok();
   (void)FinishPurging(list, discarded, /*keep=*/true);
 }
 

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "vm/sync/spin_wait.h"
+
 namespace freehold::vm {
 namespace {
 
@@ -66,14 +68,19 @@ Error PurgeStage::Discard(absl::Span<const PageRange> ranges) {
   return error;
 }
 
-bool PurgeStage::TryDiscard(absl::Span<const PageRange> ranges, Error& error) {
-  {
-    sync::SpinLockHolder holder(lock_);
-    if (busy()) return false;
-    busy_.store(true, std::memory_order_relaxed);
-  }
-  error = Run(ranges);
-  Leave();
+Error PurgeStage::DiscardNow(absl::Span<const PageRange> ranges) {
+  bool entered = TryEnter();
+  for (sync::SpinWait spin(sync::kShortSpin); !entered && spin.Once();) entered = TryEnter();
+  const Error error = Run(ranges);
+  if (entered) Leave();
+  return error;
+}
+
+bool PurgeStage::TryEnter() {
+  if (busy_.load(std::memory_order_relaxed)) return false;
+  sync::SpinLockHolder holder(lock_);
+  if (busy_.load(std::memory_order_relaxed)) return false;
+  busy_.store(true, std::memory_order_relaxed);
   return true;
 }
 
@@ -81,7 +88,7 @@ bool PurgeStage::Enter(Request& request, Request*& others) {
   bool wait = true;
   {
     sync::SpinLockHolder holder(lock_);
-    if (!busy()) {
+    if (!busy_.load(std::memory_order_relaxed)) {
       busy_.store(true, std::memory_order_relaxed);
       wait = false;
     } else {
@@ -121,9 +128,8 @@ Error PurgeStage::Run(absl::Span<const PageRange> ranges) {
   if (error.ok()) {
     std::size_t pages = 0;
     for (const PageRange& range : ranges) pages += range.count().value;
-    // Only the one whose turn it is writes; others read.
-    calls_.store(calls_.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
-    pages_.store(pages_.load(std::memory_order_relaxed) + pages, std::memory_order_relaxed);
+    calls_.fetch_add(1, std::memory_order_relaxed);
+    pages_.fetch_add(pages, std::memory_order_relaxed);
   }
   return error;
 }

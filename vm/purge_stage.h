@@ -5,8 +5,8 @@
 // Thread safety: thread-safe.
 // Lock order:    LockRank::kPurge, held for a few instructions only, never over the discard itself. Callers
 //                may hold range guards; they hold no region's tree lock.
-// Waiting:       at most one discard runs; requests that arrive meanwhile go together in the next one. A
-//                request of many pages is cut, so that small ones do not wait behind all of it.
+// Waiting:       at most one discard runs, but for DiscardNow; requests that arrive meanwhile go together in the next
+//                one. A request of many pages is cut, so that small ones do not wait behind all of it.
 // Allocation:    none; a request waits in its caller's frame.
 #ifndef FREEHOLD_VM_PURGE_STAGE_H_
 #define FREEHOLD_VM_PURGE_STAGE_H_
@@ -31,13 +31,12 @@ class PurgeStage {
   // Drops the content of `ranges`, alone or together with other requests; returns when it is done. The
   // ranges are disjoint. Errors: kSystem; then some ranges may have been dropped.
   Error Discard(absl::Span<const PageRange> ranges);
-  // The same if nobody is discarding; false, and nothing done, otherwise. Never waits.
-  bool TryDiscard(absl::Span<const PageRange> ranges, Error& error);
+  // The same in one call, for many pages of which hardly any is resident: spins for its turn about as long as such
+  // a call takes, then goes beside whoever is discarding. Flushes that overlap cost both a full one, so taking turns
+  // is worth that, but not worth a sleep.
+  Error DiscardNow(absl::Span<const PageRange> ranges);
 
-  // Whether somebody is discarding; a hint.
-  bool busy() const { return busy_.load(std::memory_order_relaxed); }
-
-  // fork(2): no discard runs between Prepare and the other two.
+  // fork(2): nobody has a turn between Prepare and the other two.
   void PrepareFork();
   void ParentAfterFork();
   void ChildAfterFork();
@@ -51,6 +50,7 @@ class PurgeStage {
   // Becomes the one who discards, waiting for its turn; `others` gets the requests to serve along. False:
   // somebody else served `request`, whose error is set.
   bool Enter(Request& request, Request*& others);
+  bool TryEnter();
   void Leave();
   Error Run(absl::Span<const PageRange> ranges);
   void RunTogether(Request& own, Request* others);

@@ -7,9 +7,10 @@
 namespace freehold::vm {
 namespace {
 
-// Extents and nodes fetched from the arena at a time.
-constexpr std::size_t kRefillVmas = 16;
-constexpr std::size_t kRefillNodes = 4;
+// Extents and nodes fetched from the arena at a time: a page of each, so that prefetchers, which stop at its end, do
+// not take lines away from another region's threads.
+constexpr std::size_t kRefillVmas = kPageSize / sizeof(Vma);
+constexpr std::size_t kRefillNodes = kPageSize / sizeof(VmaTree::Node);
 
 // The kernel is asked to commit whole chunks, and remembers them as one bit each.
 constexpr std::size_t kCommitChunkPages = MiB(4).value / kPageSize;
@@ -58,8 +59,8 @@ Error Region::Refill() {
     needs_nodes = tree_.NeedsNodes();
   }
   // What one of the two gets is kept when there is nothing left for the other.
-  Vma* vmas = needs_vmas ? shared_.arena->New<Vma>(kRefillVmas) : nullptr;
-  VmaTree::Node* nodes = needs_nodes ? shared_.arena->New<VmaTree::Node>(kRefillNodes) : nullptr;
+  Vma* vmas = needs_vmas ? shared_.arena->New<Vma>(kRefillVmas, kPageSize) : nullptr;
+  VmaTree::Node* nodes = needs_nodes ? shared_.arena->New<VmaTree::Node>(kRefillNodes, kPageSize) : nullptr;
   sync::SpinLockHolder holder(tree_lock_);
   for (std::size_t i = 0; vmas != nullptr && i < kRefillVmas; ++i) ReturnVmaLocked(&vmas[i]);
   for (std::size_t i = 0; nodes != nullptr && i < kRefillNodes; ++i) tree_.AddNode(&nodes[i]);

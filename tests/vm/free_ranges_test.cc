@@ -296,14 +296,14 @@ TEST(FreeRangesSampleTest, ForgetsSlowly) {
   EXPECT_FALSE(h.bins.ExpectsResident(1024));
 }
 
-TEST(FreeRangesSampleTest, WantsTheFirstFewThenOneInSixtyFour) {
+TEST(FreeRangesSampleTest, WantsTheFirstFewThenOneInManyUnmaps) {
   Harness h;
   for (int i = 0; i < 4; ++i) {
     ASSERT_TRUE(h.bins.WantsSample(4)) << i;
     h.bins.AddSample(4, 4, 4);
   }
   for (int period = 0; period < 3; ++period) {
-    for (int i = 0; i < 64; ++i) ASSERT_FALSE(h.bins.WantsSample(4)) << period << "/" << i;
+    for (int i = 0; i < 256; ++i) ASSERT_FALSE(h.bins.WantsSample(4)) << period << "/" << i;
     ASSERT_TRUE(h.bins.WantsSample(4));
     h.bins.AddSample(4, 4, 4);
   }
@@ -314,7 +314,7 @@ TEST(FreeRangesSampleTest, SkippingPutsOff) {
   Harness h;
   ASSERT_TRUE(h.bins.WantsSample(4));
   h.bins.SkipSample(4);
-  for (int i = 0; i < 64; ++i) ASSERT_FALSE(h.bins.WantsSample(4));
+  for (int i = 0; i < 256; ++i) ASSERT_FALSE(h.bins.WantsSample(4));
   EXPECT_TRUE(h.bins.WantsSample(4));
 }
 

@@ -110,9 +110,7 @@ TEST_F(PurgeStageTest, DropsContentOfItsRangesOnly) {
 
 TEST_F(PurgeStageTest, NothingIsNoCall) {
   EXPECT_EQ(stage_.Discard({}), Error::Ok());
-  Error error = Error::System(1);
-  EXPECT_TRUE(stage_.TryDiscard({}, error));
-  EXPECT_EQ(error, Error::Ok());
+  EXPECT_EQ(stage_.DiscardNow({}), Error::Ok());
   EXPECT_EQ(fake_.CallCount(), 0u);
   EXPECT_EQ(stage_.calls(), 0u);
 }
@@ -243,47 +241,44 @@ TEST_F(PurgeStageTest, OverlappingRequestsOfTwoThreadsAreServed) {
   EXPECT_TRUE(IsFilledWith(Pages_(14, 2), 7));
 }
 
-// ---- Trying ----
+// ---- Now ----
 
-TEST_F(PurgeStageTest, TryDiscardsWhenNobodyElseDoes) {
+TEST_F(PurgeStageTest, DiscardsNow) {
   Fill(Pages_(8, 4), 7);
   const PageRange range = Pages_(8, 4);
-  Error error;
-  EXPECT_TRUE(stage_.TryDiscard({&range, 1}, error));
-  EXPECT_EQ(error, Error::Ok());
+  EXPECT_EQ(stage_.DiscardNow({&range, 1}), Error::Ok());
   EXPECT_TRUE(IsZero(range));
+  EXPECT_EQ(stage_.calls(), 1u);
+  EXPECT_EQ(stage_.pages(), 4u);
   fake_.FailNth(Operation::kDiscard, 1, ENOMEM);
-  EXPECT_TRUE(stage_.TryDiscard({&range, 1}, error));
-  EXPECT_EQ(error, Error::System(ENOMEM));
+  EXPECT_EQ(stage_.DiscardNow({&range, 1}), Error::System(ENOMEM));
+  EXPECT_EQ(stage_.calls(), 1u);
 }
 
-TEST_F(PurgeStageTest, TryDoesNotWait) {
+TEST_F(PurgeStageTest, NowIsBesideADiscardThatTakesLong) {
   Fill(Pages_(8, 4), 7);
   Queue({});
   const PageRange range = Pages_(8, 4);
-  Error error = Error::System(1);
-  EXPECT_FALSE(stage_.TryDiscard({&range, 1}, error)) << "while page 0 is in the kernel";
-  EXPECT_TRUE(IsFilledWith(range, 7));
-  EXPECT_EQ(Discards(), "");
+  EXPECT_EQ(stage_.DiscardNow({&range, 1}), Error::Ok()) << "while page 0 is in the kernel";
+  EXPECT_TRUE(IsZero(range));
+  EXPECT_EQ(Discards(), "[8,12)");
   Finish();
-  EXPECT_EQ(Discards(), "[0,1)");
-  EXPECT_TRUE(stage_.TryDiscard({&range, 1}, error));
+  EXPECT_EQ(Discards(), "[8,12); [0,1)");
 }
 
-// Who tried is not in anybody's way, and lets go in order.
-TEST_F(PurgeStageTest, WaitersGoOnAfterATry) {
+// It has a turn if it can, and then others wait for it.
+TEST_F(PurgeStageTest, WaitersGoOnAfterNow) {
   hooked_.HoldNext(Operation::kDiscard, gate_);
-  WatchedThread trier([&] {
+  WatchedThread now([&] {
     const PageRange range = Pages_(0, 1);
-    Error error;
-    EXPECT_TRUE(stage_.TryDiscard({&range, 1}, error));
+    EXPECT_EQ(stage_.DiscardNow({&range, 1}), Error::Ok());
   });
   ASSERT_TRUE(gate_.AwaitArrival());
   Error error = Error::System(1);
   auto waiter = Start({Pages_(8, 1)}, error);
   ASSERT_TRUE(waiter->AwaitSleep());
   gate_.Open();
-  trier.Join();
+  now.Join();
   waiter->Join();
   EXPECT_EQ(error, Error::Ok());
   EXPECT_EQ(Discards(), "[0,1); [8,9)");
@@ -304,7 +299,7 @@ TEST_F(PurgeStageTest, PrepareForkWaitsForTheDiscardUnderWay) {
   EXPECT_EQ(stage_.pages(), 2u) << "requests are served, whoever serves them";
 }
 
-TEST_F(PurgeStageTest, NobodyDiscardsAroundAFork) {
+TEST_F(PurgeStageTest, NobodyHasATurnAroundAFork) {
   stage_.PrepareFork();
   Error error = Error::System(1);
   auto waiter = Start({Pages_(8, 1)}, error);
@@ -336,9 +331,8 @@ TEST(PurgeStageForkTest, TheChildDiscards) {
   if (child == 0) {
     stage.ChildAfterFork();
     const PageRange range = Part(*memory, 16, 1);
-    Error try_error;
     const bool fine = stage.Discard({&range, 1}).ok() && IsZero(range) && IsFilledWith(own, 7) &&
-                      stage.TryDiscard({&own, 1}, try_error) && try_error.ok() && IsZero(own);
+                      stage.DiscardNow({&own, 1}).ok() && IsZero(own);
     _exit(fine ? 0 : 1);
   }
   stage.ParentAfterFork();
@@ -367,9 +361,7 @@ TEST_F(PurgeStageTest, ServesThreads) {
         Fill(own, static_cast<int>(id + 1));
         const PageRange ranges[] = {Part(own, round % 30, 2), Part(own, 33, 1 + round % 30)};
         if (round % 5 == 0) {
-          Error error;
-          if (!stage_.TryDiscard(ranges, error)) continue;
-          ASSERT_TRUE(error.ok());
+          ASSERT_TRUE(stage_.DiscardNow(ranges).ok());
         } else {
           ASSERT_TRUE(stage_.Discard(ranges).ok());
         }

@@ -155,8 +155,7 @@ TEST_F(RuleDDeathTest, ThePurgeStageRefuses) {
   const PageRange range = *kernel.Reserve({8}, {1});
   SpinLockHolder holder(tree_lock_);
   EXPECT_DEATH((void)stage.Discard({&range, 1}), "lock order");
-  Error error;
-  EXPECT_DEATH((void)stage.TryDiscard({&range, 1}, error), "lock order");
+  EXPECT_DEATH((void)stage.DiscardNow({&range, 1}), "lock order");
 }
 
 TEST_F(RuleDDeathTest, EveryVerbRefuses) {

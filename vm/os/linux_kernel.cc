@@ -256,16 +256,16 @@ void CheckRange(const char* operation, PageRange range) {
 
 #if defined(__x86_64__)
 
-// Ranges of these sizes are zeroed line by line, where a line holds anything else. They lie in the outer caches, if
-// anywhere: reading a line that needs no zeroes costs half of writing it (64 KiB: 0.57 us against 1.14 us by
-// `rep stos`), and it stays clean. Where every line needs them it costs the same.
+// Ranges of these sizes are zeroed four lines at a time, where those hold anything else. They lie in the outer caches,
+// if anywhere: reading lines that need no zeroes costs a third of writing them, and they stay clean. Where all need
+// them it costs the same.
 constexpr Bytes kClearFrom = KiB(32);
 constexpr Bytes kClearUpTo = MiB(2);
 
 using Vector [[gnu::vector_size(32), gnu::may_alias]] = long long;
 
 struct Block {
-  Vector parts[4];  // two cache lines
+  Vector parts[8];  // four cache lines
 };
 
 // No sanitizer takes it for an access by the program to memory that it has not been given yet.
@@ -273,12 +273,10 @@ __attribute__((target("avx2"), no_sanitize("address", "thread", "undefined")))
 void ClearNonZero(Block* blocks, std::size_t count) {
   const Vector zero = {};
   for (Block* block = blocks; block < blocks + count; ++block) {
-    for (int i = 0; i < 4; i += 2) {
-      const Vector bits = block->parts[i] | block->parts[i + 1];
-      if (__builtin_ia32_ptestz256(bits, bits)) continue;
-      block->parts[i] = zero;
-      block->parts[i + 1] = zero;
-    }
+    const auto& p = block->parts;
+    const Vector bits = ((p[0] | p[1]) | (p[2] | p[3])) | ((p[4] | p[5]) | (p[6] | p[7]));
+    if (__builtin_ia32_ptestz256(bits, bits)) continue;
+    for (Vector& part : block->parts) part = zero;
   }
 }
 
