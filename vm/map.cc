@@ -491,13 +491,16 @@ void Region::UndoAccess(PageRange range, const MapOptions& options, const Claim&
 
 // A backing, or anonymous memory, takes the place of another kernel VMA.
 Error Region::ReplaceInKernel(PageRange range, const MapOptions& options, Claim& claim) {
+  // A pager begins with free memory: what was there goes first, so that it is known to be gone if the pager is refused.
+  const bool resets = options.backing == nullptr || options.backing->paged();
   Error error;
-  if (options.backing != nullptr) {
-    error = options.backing->Install(*shared_.kernel, range, options.backing_page, options.protection, claim.occupied);
-  } else {
-    error = ReplaceForeign(range);
+  if (resets) error = ReplaceForeign(range);
+  claim.lost = resets && error.ok();
+  if (error.ok() && options.backing != nullptr) {
+    error = options.backing->Install(*shared_.kernel, range, options.backing_page, options.protection,
+                                     claim.occupied && !resets);
+    claim.lost = claim.lost || error.ok();
   }
-  claim.lost = error.ok();
   if (error.ok() && options.backing == nullptr && options.protection != os::Protection::kNone) {
     error = shared_.kernel->Protect(range, options.protection);
   }

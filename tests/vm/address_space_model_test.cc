@@ -223,6 +223,34 @@ TEST(SpaceOperationsTest, PinnedSourceLeavesNoTarget) {
                     .target = Mappings(100, 4)}});
 }
 
+// A pager that was refused on the way in left pages behind that the pager before it took for present: who touched them
+// waited for ever.
+TEST(SpaceOperationsTest, RefusedPagerLeavesThePagerBefore) {
+  const MapPager pager = {.span = Mappings(0, 8), .placement = Placement::kReplace, .page_limit = 1};
+  for (std::uint8_t nth = 0; nth < 10; ++nth) {
+    SCOPED_TRACE(nth);
+    MapPager half = pager;
+    half.span = Mappings(4, 8);
+    ExpectFine({pager, Write{Mappings(0, 8)}, FailCall{.nth = nth, .error = 1}, half, Write{Mappings(0, 12)},
+                Unmap{Mappings(2, 6)}});
+  }
+}
+
+// What lay before a pager in the list was dropped before the whole was refused.
+TEST(SpaceOperationsTest, DiscardRefusesPagersBeforeItDropsAnything) {
+  ExpectFine({Map{.span = Plain(0, 4), .placement = Placement::kFixed}, Write{Plain(0, 4)},
+              MapPager{.span = Mappings(0, 4), .placement = Placement::kFixed, .page_limit = 1},
+              Discard{.first = Plain(0, 4), .second = Mappings(0, 4)}});
+}
+
+// The kernel's word for it, which is another one, came through.
+TEST(SpaceOperationsTest, PopulateOfAFileWithoutAccessIsUnsupported) {
+  for (const os::Sharing sharing : {os::Sharing::kPrivate, os::Sharing::kShared}) {
+    ExpectFine({MapFile{.span = Mappings(0, 4), .placement = Placement::kFixed, .protection = 2, .sharing = sharing},
+                Populate{.span = Mappings(0, 4)}});
+  }
+}
+
 // ---- The operations themselves ----
 
 TEST(SpaceOperationsTest, BytesAreOperationsAndBack) {
