@@ -464,13 +464,14 @@ Error Region::PrepareAccess(PageRange range, const MapOptions& options, Claim& c
     if (const Error error = Commit(range); !error.ok()) return error;
   }
   const os::Protection now = is_heap() ? os::Protection::kReadWrite : os::Protection::kNone;
-  if (is_heap() && shared_.options->strict_unmap) {
+  const bool replaced = claim.backed || options.backing != nullptr;
+  // What is replaced takes its traps with it, and may not allow any access.
+  if (is_heap() && shared_.options->strict_unmap && !replaced) {
     if (const Error error = Untrap(range); !error.ok()) {
       RestoreProtection(range, guard);
       return error;
     }
   }
-  const bool replaced = claim.backed || options.backing != nullptr;
   Error error;
   // Also before a replacement, which takes the lock away: so the limit is known while nothing is lost.
   if (claim.locked || options.lock != os::MemoryLock::kNone) error = LockInKernel(range, options.lock);

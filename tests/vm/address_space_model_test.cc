@@ -251,6 +251,14 @@ TEST(SpaceOperationsTest, PopulateOfAFileWithoutAccessIsUnsupported) {
   }
 }
 
+// Under strict unmap, memory that replaces a file took the traps of free memory away first, from the file.
+TEST(SpaceOperationsTest, StrictSpacesReplaceFilesThatMayNotBeWritten) {
+  const MapFile file = {.span = Plain(0, 4), .placement = Placement::kFixed, .protection = 1, .file = 1,
+                        .sharing = os::Sharing::kShared};
+  ExpectFine({file, Map{.span = Plain(0, 4), .placement = Placement::kReplace}, Write{Plain(0, 4)}, Unmap{Plain(0, 4)},
+              file, Map{.span = Plain(2, 4), .placement = Placement::kReplace}, Write{Plain(0, 6)}});
+}
+
 // ---- The operations themselves ----
 
 TEST(SpaceOperationsTest, BytesAreOperationsAndBack) {

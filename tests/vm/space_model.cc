@@ -90,6 +90,15 @@ SpaceModel::SpaceModel(AddressSpace& space, const SharedPages& shared, unsigned 
   MakeWindows();
 }
 
+SpaceModel::~SpaceModel() {
+  if (alone()) return;
+  for (std::size_t i = 0; i < kPins; ++i) SetPin(i, nullptr);
+  Listen(false);
+  for (const auto& [number, page] : pages_) (void)space_.Unmap({{number}, {number + 1}});
+  // Pagers that are called no more.
+  CheckReleased();
+}
+
 void SpaceModel::MakeWindows() {
   // In address order: two regions of plain memory, one dense, one for mappings (see SmallOptions).
   all_ = space_.reservation();

@@ -106,6 +106,8 @@ class SpaceModel {
   SpaceModel(AddressSpace& space, os::FakeKernel& kernel);
   // One of several; `owner`, from 1 on, is in everything it writes.
   SpaceModel(AddressSpace& space, const SharedPages& shared, unsigned owner);
+  // What Finish did not come to, of one of several; one alone leaves it to whoever has the space.
+  ~SpaceModel();
 
   // ---- The space ----
   AddressSpace& space() { return space_; }
