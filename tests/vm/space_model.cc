@@ -12,6 +12,8 @@ namespace {
 using os::MemoryLock;
 using os::Protection;
 
+constexpr unsigned Bit(Invalidation what) { return 1u << static_cast<unsigned>(what); }
+
 volatile std::uint64_t* WordsOf(PageNumber page) { return reinterpret_cast<volatile std::uint64_t*>(page.address()); }
 
 std::string Text(Error error) {
@@ -41,6 +43,7 @@ void Listener::Expect(bool condition, const char* what, PageRange range) {
 
 void Listener::OnMap(PageRange range) {
   const std::lock_guard lock(mutex_);
+  announced_.erase(announced_.lower_bound(range.first.value), announced_.lower_bound(range.end.value));
   if (!alone_) return;
   for (std::size_t page = range.first.value; page < range.end.value; ++page) {
     Expect(pages_.insert(page).second, "OnMap of what is mapped", range);
@@ -48,14 +51,21 @@ void Listener::OnMap(PageRange range) {
 }
 
 // Until this returns, it is as it was. It may be the target of a Remap that is refused, of which nobody was told.
-void Listener::OnInvalidate(PageRange range, Invalidation) {
+void Listener::OnInvalidate(PageRange range, Invalidation what) {
   const bool mapped = space_.Lookup(range.first).ok();
   const std::lock_guard lock(mutex_);
   Expect(mapped, "OnInvalidate of what is not mapped", range);
+  for (std::size_t page = range.first.value; page < range.end.value; ++page) announced_[page] |= Bit(what);
 }
 
+// What it knows to be mapped goes after that was announced.
 void Listener::OnClose(PageRange range) {
   const std::lock_guard lock(mutex_);
+  constexpr unsigned kEnds = Bit(Invalidation::kUnmap) | Bit(Invalidation::kReplace) | Bit(Invalidation::kMove);
+  for (auto page = pages_.lower_bound(range.first.value); page != pages_.end() && *page < range.end.value; ++page) {
+    Expect((announced_[*page] & kEnds) != 0, "OnClose without OnInvalidate", range);
+  }
+  announced_.erase(announced_.lower_bound(range.first.value), announced_.lower_bound(range.end.value));
   pages_.erase(pages_.lower_bound(range.first.value), pages_.lower_bound(range.end.value));
 }
 
@@ -67,6 +77,19 @@ std::string Listener::failure() const {
 bool Listener::Knows(std::size_t page) const {
   const std::lock_guard lock(mutex_);
   return pages_.count(page) == 1;
+}
+
+bool Listener::WasAnnounced(std::size_t page, Invalidation what) const {
+  const std::lock_guard lock(mutex_);
+  const auto found = announced_.find(page);
+  return found != announced_.end() && (found->second & Bit(what)) != 0;
+}
+
+// Of unmaps that wait for a pin, OnClose comes later.
+void Listener::ForgetAnnounced() {
+  constexpr unsigned kChanges = Bit(Invalidation::kProtect) | Bit(Invalidation::kDiscard);
+  const std::lock_guard lock(mutex_);
+  for (auto& [page, what] : announced_) what &= ~kChanges;
 }
 
 std::set<std::size_t> Listener::pages() const {
@@ -379,6 +402,18 @@ void SpaceModel::Listen(bool on) {
   std::set<std::size_t> mapped;
   for (const auto& page : pages_) mapped.insert(page.first);
   listener_ = std::make_unique<Listener>(space_, alone() ? &mapped : nullptr);
+}
+
+void SpaceModel::BeginAnnouncements() {
+  if (listener_ != nullptr) listener_->ForgetAnnounced();
+}
+
+void SpaceModel::ExpectAnnounced(PageRange range, Invalidation what) {
+  if (listener_ == nullptr) return;
+  for (auto at = pages_.lower_bound(range.first.value); at != pages_.end() && at->first < range.end.value; ++at) {
+    Expect(listener_->WasAnnounced(at->first, what),
+           "OnInvalidate was not called for page " + Hex({{at->first}, {at->first + 1}}));
+  }
 }
 
 // It was told of what is mapped, and of what went, unless that is pinned.

@@ -53,6 +53,9 @@ class Listener final : public Notifier {
 
   std::string failure() const;  // "" if there was none
   bool Knows(std::size_t page) const;
+  // Whether it was told of `page` that this would happen, since it was last mapped or ForgetAnnounced was called.
+  bool WasAnnounced(std::size_t page, Invalidation what) const;
+  void ForgetAnnounced();
   std::set<std::size_t> pages() const;
 
  private:
@@ -62,6 +65,7 @@ class Listener final : public Notifier {
   const bool alone_;
   mutable std::mutex mutex_;
   std::set<std::size_t> pages_;  // mapped, or unmapped and pinned
+  std::map<std::size_t, unsigned> announced_;  // bits of Invalidation
   std::string failure_;
   NotifierRegistration registration_;  // the last: from here on it is called
 };
@@ -184,6 +188,9 @@ class SpaceModel {
 
   // ---- Notifiers ----
   void Listen(bool on);
+  // A verb begins that changes protection or content; and the listener was told so of `range`, which is mapped.
+  void BeginAnnouncements();
+  void ExpectAnnounced(PageRange range, Invalidation what);
 
   // ---- Failures ----
   void Arm(std::size_t nth_call, int sys_errno);

@@ -377,6 +377,7 @@ void HandBack::Perform(SpaceModel& model) const {
     }
     if (want.ok()) want = refusal;
   });
+  model.BeginAnnouncements();
   const Error error = model.Call(
       [&] {
         switch (verb) {
@@ -389,6 +390,11 @@ void HandBack::Perform(SpaceModel& model) const {
       [&] {
         if (verb == Verb::kInvalidate) model.SetInvalidated(range, /*all=*/false);
       });
+  ForEachPage(range, [&](PageNumber number) {
+    const SpaceModel::Page* page = model.Find(number);
+    const bool dropped = verb != Verb::kWriteback && page != nullptr && page->Is(Source::Kind::kPager);
+    if (dropped) model.ExpectAnnounced(PageRange::Of(number, {1}), Invalidation::kDiscard);
+  });
   // What is lost because of a refusal is no longer what the pager has.
   if (!perhaps_refused) model.Expect("Writeback, Evict or Invalidate", error, want);
   if (perhaps_refused && !want.ok()) model.Expect(!error.ok(), "a refused write-back was not reported");
@@ -452,6 +458,7 @@ void Protect::Perform(SpaceModel& model) const {
   const PageRange range = span.Range(model);
   if (range.empty()) return;
   const Protection wanted = ProtectionOf(protection);
+  model.BeginAnnouncements();
   const auto verb = [&] { return model.space().Protect(range, wanted); };
   const Error error = model.InOneRegion(range) ? model.Call(verb) : verb();
   const Error want = ByRegion(model, range, [&](PageRange part) {
@@ -461,7 +468,11 @@ void Protect::Perform(SpaceModel& model) const {
       if (!known->Allows(wanted)) return Error{ErrorCode::kDenied};
     }
     if (Writable(wanted)) model.NoteWritable(part, /*done=*/error.ok());
-    ForEachPage(part, [&](PageNumber page) { model.Find(page)->protection = wanted; });
+    ForEachPage(part, [&](PageNumber page) {
+      SpaceModel::Page& known = *model.Find(page);
+      if (known.protection != wanted) model.ExpectAnnounced(PageRange::Of(page, {1}), Invalidation::kProtect);
+      known.protection = wanted;
+    });
     return Error::Ok();
   });
   model.Expect("Protect", error, want);
@@ -493,11 +504,13 @@ void Advise::Perform(SpaceModel& model) const {
   }
   if (refusal.ok() && hole) refusal = {ErrorCode::kNotMapped};
   const PageRange advised = {range.first, end};
+  model.BeginAnnouncements();
   const Error error = model.Call([&] { return model.space().Advise(range, advice); },
                                  [&] {
                                    if (drops) model.SetUnknown(advised);
                                  });
   model.Expect("Advise", error, refusal);
+  if (drops) model.ExpectAnnounced(advised, Invalidation::kDiscard);
   if (advice == Advice::kDontNeed) model.SetDropped(advised);
   if (advice == Advice::kFree) model.SetUnknown(advised);
   if (advice == Advice::kWillNeed) model.SetPopulated(range, /*all=*/false);
@@ -521,13 +534,17 @@ void Discard::Perform(SpaceModel& model) const {
       want = page == nullptr ? ErrorCode::kNotMapped : ErrorCode::kUnsupported;
     });
   }
+  model.BeginAnnouncements();
   const Error error = model.Call([&] { return model.space().Discard(ranges); },
                                  [&] {
                                    if (want != ErrorCode::kOk) return;
                                    for (const PageRange range : ranges) model.SetUnknown(range);
                                  });
   if (!model.Expect("Discard", error, want) || !error.ok()) return;
-  for (const PageRange range : ranges) model.SetDropped(range);
+  for (const PageRange range : ranges) {
+    model.ExpectAnnounced(range, Invalidation::kDiscard);
+    model.SetDropped(range);
+  }
 }
 
 void Write::Perform(SpaceModel& model) const { model.Write(span.Range(model)); }
