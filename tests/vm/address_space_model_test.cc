@@ -1,9 +1,15 @@
 // Random operations on a space against a naive map of pages, checked after each; then the same operations on one
-// space from four threads. A failure prints its seed and operations; a list that once failed is kept below as a test
-// of its own.
+// space from four threads. Files and pagers are the real ones: pages of a pager come through userfaultfd, where this
+// process may use it. A failure prints its seed and operations; a list that once failed is kept below as a test of its
+// own.
 //
-//   FREEHOLD_MODEL_SECONDS=n   that long for each of the two (./runtests --long: five minutes)
+//   FREEHOLD_MODEL_SECONDS=n   that long for each of the two, instead of six seconds, with seeds that are new each time
+//                              (./runtests: half a minute; ./runtests --long: five minutes, in each configuration)
 //   FREEHOLD_MODEL_SEED=n      one run with this seed
+//
+// A run that ends in a crash prints its operations, all of them. To have only those that are needed:
+//
+//   address_space_fuzz_replay --seed n > /tmp/list; address_space_fuzz_replay --shrink /tmp/list
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
@@ -15,7 +21,9 @@
 #include "gtest/gtest.h"
 #include "tests/vm/space_model.h"
 #include "tests/vm/space_operations.h"
+#include "vm/fault.h"
 #include "vm/os/linux_kernel.h"
+#include "vm/os/userfault.h"
 
 namespace freehold::vm::test {
 namespace {
