@@ -297,9 +297,8 @@ void SpaceModel::Write(PageRange range) {
       page.stamp = stamp;
       page.copied = page.IsPrivate() ? Copied::kYes : Copied::kNo;
     }
-    if (shared_file) {
-      Expect(static_cast<const StampedFile*>(page.source)->Holds(page.source_page, stamp),
-             "what was written to page " + Hex({{at->first}, {at->first + 1}}) + " is not in the file");
+    if (shared_file && !static_cast<const StampedFile*>(page.source)->Holds(page.source_page, stamp)) {
+      Fail("what was written to page " + Hex({{at->first}, {at->first + 1}}) + " is not in the file");
     }
   }
 }
@@ -386,8 +385,8 @@ void SpaceModel::SetInvalidated(PageRange range, bool all) {
 void SpaceModel::CheckWrittenBack(PageNumber number, const Page& page) {
   if (!page.Is(Source::Kind::kPager) || !page.known || !page.Exists()) return;
   if (static_cast<const StampedPager*>(page.source)->refusing()) return;
-  Expect(page.source->StampOf(page.source_page) == page.stamp,
-         "page " + Hex(PageRange::Of(number, {1})) + " was not written back");
+  if (page.source->StampOf(page.source_page) == page.stamp) return;
+  Fail("page " + Hex(PageRange::Of(number, {1})) + " was not written back");
 }
 
 void SpaceModel::MayBeDeferred(PageRange range) {
@@ -411,8 +410,8 @@ void SpaceModel::BeginAnnouncements() {
 void SpaceModel::ExpectAnnounced(PageRange range, Invalidation what) {
   if (listener_ == nullptr) return;
   for (auto at = pages_.lower_bound(range.first.value); at != pages_.end() && at->first < range.end.value; ++at) {
-    Expect(listener_->WasAnnounced(at->first, what),
-           "OnInvalidate was not called for page " + Hex({{at->first}, {at->first + 1}}));
+    if (listener_->WasAnnounced(at->first, what)) continue;
+    return Fail("OnInvalidate was not called for page " + Hex({{at->first}, {at->first + 1}}));
   }
 }
 
@@ -470,12 +469,13 @@ bool SpaceModel::Expect(bool condition, const std::string& what) {
 }
 
 bool SpaceModel::Expect(const char* verb, Error got, Error want) {
-  return Expect(got == want, std::string(verb) + ": got '" + Text(got) + "', expected '" + Text(want) + "'");
+  if (got == want) return true;
+  return Expect(false, std::string(verb) + ": got '" + Text(got) + "', expected '" + Text(want) + "'");
 }
 
 bool SpaceModel::Expect(const char* verb, Error got, ErrorCode want) {
-  return Expect(got.code == want,
-                std::string(verb) + ": got '" + Text(got) + "', expected '" + ToString(want) + "'");
+  if (got.code == want) return true;
+  return Expect(false, std::string(verb) + ": got '" + Text(got) + "', expected '" + ToString(want) + "'");
 }
 
 void SpaceModel::CheckAttributes(const VmaInfo& vma, PageNumber number, const Page& page) {
@@ -535,13 +535,14 @@ void SpaceModel::CheckVmas() {
       [](void* context, const VmaInfo& vma) { static_cast<std::vector<VmaInfo>*>(context)->push_back(vma); }, &vmas);
   auto next = pages_.begin();
   for (const VmaInfo& vma : vmas) {
-    if (!Expect(next != pages_.end(), "a VMA too many: " + Hex(vma.range))) return;
+    if (next == pages_.end()) return Fail("a VMA too many: " + Hex(vma.range));
     const PageRange wanted = VmaOf({next->first});
-    if (!Expect(vma.range == wanted, "VMA " + Hex(vma.range) + " should be " + Hex(wanted))) return;
+    if (vma.range != wanted) return Fail("VMA " + Hex(vma.range) + " should be " + Hex(wanted));
     CheckAttributes(vma, vma.range.first, next->second);
     CheckPage(wanted.end - vm::Pages{1}, *Find(wanted.end - vm::Pages{1}), Depth::kAttributes);
-    Expect(IsMapped({wanted.end, wanted.end + vm::Pages{1}}) || !space_.Lookup(wanted.end).ok(),
-           "the page after " + Hex(wanted) + " should not be mapped");
+    if (Find(wanted.end) == nullptr && space_.Lookup(wanted.end).ok()) {
+      Fail("the page after " + Hex(wanted) + " should not be mapped");
+    }
     next = pages_.lower_bound(wanted.end.value);
   }
   Expect(next == pages_.end(), "a VMA is missing");
