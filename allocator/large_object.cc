@@ -21,6 +21,21 @@ vm::PageRange RangeOf(const Span* span, std::uint32_t first_page, std::uint32_t 
 
 }  // namespace
 
+void LargeObjects::ForEachMetric(vm::MetricVisitor visit, void* context) const {
+  using Kind = vm::Metric::Kind;
+  visit(context, {.name = "heap_large_objects", .help = "Objects above 128 KiB.", .kind = Kind::kGauge, .first = &count_});
+  visit(context, {.name = "heap_large_bytes",
+                  .help = "In objects above 128 KiB.",
+                  .kind = Kind::kGauge,
+                  .first = &pages_,
+                  .scale = vm::kPageSize});
+  visit(context, {.name = "heap_large_mapped_bytes",
+                  .help = "Of that, in mappings of their own.",
+                  .kind = Kind::kGauge,
+                  .first = &mapped_pages_,
+                  .scale = vm::kPageSize});
+}
+
 void MarkInterior(const SpanTable& spans, Span* span, unsigned first, unsigned end) {
   for (unsigned unit = first; unit < end; ++unit) {
     Span* interior = spans.At(span->start + unit * kUnitSize);

@@ -16,6 +16,7 @@
 #include "allocator/page_heap.h"
 #include "allocator/span.h"
 #include "vm/address_space.h"
+#include "vm/metric.h"
 #include "vm/units.h"
 
 namespace freehold::allocator {
@@ -54,6 +55,7 @@ class LargeObjects {
   // Of bytes(): in mappings of their own, at the mappings' size.
   vm::Bytes mapped_bytes() const { return vm::Pages{mapped_pages_.load(std::memory_order_relaxed)}.bytes(); }
   std::uint64_t count() const { return count_.load(std::memory_order_relaxed); }
+  void ForEachMetric(vm::MetricVisitor visit, void* context) const;
 
  private:
   // So that page counts fit their fields.

@@ -256,6 +256,20 @@ HeapStats ObjectHeap::Stats() {
   return stats;
 }
 
+void ObjectHeap::ForEachMetric(vm::MetricVisitor visit, void* context) const {
+  page_heap_.ForEachMetric(visit, context);
+  large_.ForEachMetric(visit, context);
+  const auto caches = [&](std::string_view name, std::string_view help, const std::atomic<std::uint32_t>& value) {
+    visit(context, {.name = name,
+                    .help = help,
+                    .kind = vm::Metric::Kind::kGauge,
+                    .first = &value,
+                    .width = sizeof(value)});
+  };
+  caches("heap_threads", "Threads that have a cache.", attached_);
+  caches("heap_orphans", "Caches of threads that are gone, kept for threads to come.", orphan_count_);
+}
+
 void ObjectHeap::ForEachSizeClass(void (*visit)(void* context, const SizeClassStats& stats), void* context) {
   std::array<SizeClassStats, kSizeClassCount> stats;
   for (unsigned i = 0; i < kSizeClassCount; ++i) stats[i].object_size = kSizeClasses[i].size;

@@ -31,6 +31,7 @@
 #include "allocator/span.h"
 #include "allocator/thread_cache.h"
 #include "vm/address_space.h"
+#include "vm/metric.h"
 #include "vm/result.h"
 #include "vm/sync/spin_lock.h"
 #include "vm/units.h"
@@ -80,6 +81,8 @@ class ObjectHeap {
   void Tick(vm::Nanoseconds now);
 
   HeapStats Stats();
+  // What is in Stats() and kept as a number: where.
+  void ForEachMetric(vm::MetricVisitor visit, void* context) const;
   // Calls `visit` for every size class in ascending order, with no lock held.
   void ForEachSizeClass(void (*visit)(void* context, const SizeClassStats& stats), void* context);
 

@@ -315,6 +315,22 @@ void PageHeap::UnlockAfterFork() {
   purge_lock_.UnlockAfterFork();
 }
 
+void PageHeap::ForEachMetric(vm::MetricVisitor visit, void* context) const {
+  const auto of_shards = [&](std::string_view name, std::string_view help, const void* first, std::size_t unit) {
+    visit(context, {.name = name,
+                    .help = help,
+                    .kind = vm::Metric::Kind::kGauge,
+                    .first = first,
+                    .count = shard_count_,
+                    .stride = sizeof(Shard),
+                    .scale = unit});
+  };
+  of_shards("heap_chunk_bytes", "Mapped for small objects.", &shards_[0].chunks, kChunkSize);
+  of_shards("heap_free_bytes", "Of that, in free spans.", &shards_[0].free_units, kUnitSize);
+  of_shards("heap_free_dirty_bytes", "Of that, possibly resident.", &shards_[0].dirty_units, kUnitSize);
+  visit(context, {.name = "heap_purged_pages_total", .help = "Pages given back to the kernel.", .first = &purged_pages_});
+}
+
 PageHeap::Stats PageHeap::GetStats() const {
   Stats stats;
   for (unsigned i = 0; i < shard_count_; ++i) {

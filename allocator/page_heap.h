@@ -24,6 +24,7 @@
 #include "allocator/chunk.h"
 #include "allocator/heap_metadata.h"
 #include "vm/address_space.h"
+#include "vm/metric.h"
 #include "vm/sync/spin_lock.h"
 #include "vm/units.h"
 
@@ -73,6 +74,7 @@ class PageHeap {
     std::uint64_t purged_pages = 0;
   };
   Stats GetStats() const;
+  void ForEachMetric(vm::MetricVisitor visit, void* context) const;
 
   // CHECKs P1, P2 and the sums. REQUIRES: nobody allocates or frees.
   void CheckInvariants();

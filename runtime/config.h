@@ -36,6 +36,10 @@ struct Config {
   // Whether a thread may be started that gives freed memory back while the program idles
   // (keeper.h).
   bool keeper = true;
+  // Lets `freehold stat`, maps, top and report look inside (telemetry.h).
+  bool telemetry = true;
+  // See vm::AddressSpaceOptions: how long range locks are waited for and held, for those.
+  bool record_range_locks = false;
   // Print malloc_stats() to standard error when the process exits.
   bool stats_at_exit = false;
   // Print what the runtime decided at its start.

@@ -65,6 +65,7 @@ vm::AddressSpaceOptions SpaceOptions(const Config& config) {
   options.strict_unmap = config.strict_unmap;
   options.free_resident_limit = config.free_resident_limit;
   options.decay = config.decay;
+  options.record_range_locks = config.record_range_locks;
   return options;
 }
 
@@ -150,6 +151,9 @@ Server Runtime::StartFreehold() {
     return Server::kLibc;
   }
   heap_ = *heap;
+  if (config_.telemetry && !telemetry_.Publish(**space, **heap, kernel_) && config_.verbose) {
+    Message().Append("the system refuses the telemetry page: `freehold stat` and the like see nothing").Report();
+  }
   WatchThreadExits();
   if (config_.verbose) ReportStart(config_, **space);
   return Server::kFreehold;

@@ -20,6 +20,7 @@
 
 #include "allocator/object_heap.h"
 #include "runtime/config.h"
+#include "runtime/telemetry.h"
 #include "vm/address_space.h"
 #include "vm/os/linux_kernel.h"
 
@@ -64,6 +65,7 @@ class Runtime {
   Config config_;
   allocator::ObjectHeap* heap_ = nullptr;
   vm::os::LinuxKernel kernel_;
+  Telemetry telemetry_;
 };
 
 // This process's.

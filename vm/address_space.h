@@ -24,6 +24,7 @@
 #include <string_view>
 
 #include "absl/types/span.h"
+#include "vm/metric.h"
 #include "vm/notifier.h"
 #include "vm/os/kernel.h"
 #include "vm/page_range.h"
@@ -210,6 +211,14 @@ struct AddressSpaceStats {
   std::uint64_t ignored_advice = 0; // VMAs that were advised about huge pages against their zone
 };
 
+// Where a reader outside the process finds the VMAs of a region, and who waits for its range lock.
+struct RegionLocation {
+  Zone zone;
+  PageRange range;
+  const void* tree;       // VmaTree::root_location
+  const void* range_lock; // sync::RangeLock; the same for all regions under kCoarse
+};
+
 // What the verbs of a space ask of the service that fills its mappings on demand (vm/fault.h). Called with no lock held.
 class FaultHooks {
  public:
@@ -342,6 +351,13 @@ class AddressSpace {
   // See NotifierRegistration.
   NotifierList& notifiers() { return notifiers_; }
   AddressSpaceStats Stats() const;
+  // What is in Stats(), and more: where it is kept. Sums over regions have a number for each region, in the order of
+  // ForEachRegion.
+  void ForEachMetric(MetricVisitor visit, void* context) const;
+  void ForEachRegion(void (*visit)(void* context, const RegionLocation& region), void* context) const;
+  // See RangeLockTimes; null unless asked for. For readers outside the process.
+  const sync::LockTimesRecorder* lock_times() const { return lock_times_; }
+  sync::LockPolicy lock_policy() const { return options_.lock_policy; }
   // How long tree locks were held since Create, all regions together; empty unless
   // AddressSpaceOptions::record_tree_lock_holds is set.
   sync::TimeHistogram TreeLockHolds() const;

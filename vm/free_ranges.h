@@ -57,6 +57,8 @@ class FreeRanges {
   // Pages in bins that may be resident.
   std::size_t dirty_pages() const { return dirty_pages_; }
   std::size_t extents() const { return extents_; }
+  // Where dirty_pages() is kept, for a Metric.
+  const std::size_t* dirty_pages_location() const { return &dirty_pages_; }
 
   // Whether users of mappings of `count` pages tend to touch them, so that re-using a dirty extent (one
   // memset) beats a clean one (faults, and a later purge). Learnt from samples.

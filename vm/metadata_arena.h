@@ -40,6 +40,8 @@ class MetadataArena {
   }
 
   Bytes used() const { return {next_.load(std::memory_order_relaxed)}; }
+  // Where used() is kept, for a Metric.
+  const void* used_location() const { return &next_; }
   Bytes committed() const { return {committed_.load(std::memory_order_relaxed)}; }
 
  private:

@@ -16,6 +16,7 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/types/span.h"
+#include "vm/metric.h"
 #include "vm/os/kernel.h"
 #include "vm/page_range.h"
 #include "vm/result.h"
@@ -42,6 +43,7 @@ class PurgeStage {
   void ChildAfterFork();
 
   std::uint64_t calls() const { return calls_.load(std::memory_order_relaxed); }
+  void ForEachMetric(MetricVisitor visit, void* context) const;
   std::uint64_t pages() const { return pages_.load(std::memory_order_relaxed); }
 
  private:

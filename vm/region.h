@@ -148,6 +148,9 @@ class alignas(kPageSize) Region {
   // How often something that lookups see has changed; splits and merges change nothing.
   std::uint64_t changes() const { return changes_.get_acquire(); }
   void AddStats(AddressSpaceStats& stats) const;
+  // telemetry.cc
+  void ForEachMetric(MetricVisitor visit, void* context) const ABSL_NO_THREAD_SAFETY_ANALYSIS;
+  RegionLocation Location() const;
   // Nothing unless AddressSpaceOptions::record_tree_lock_holds asked for it.
   sync::TimeHistogram TreeLockHolds() const;
   void CheckInvariants() const;

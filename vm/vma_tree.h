@@ -105,6 +105,10 @@ class VmaTree {
     SetRoot(root_);
   }
 
+  // Where lookups start: a pointer to the root node, or null while it is hidden. For readers outside the process, who
+  // do as Lookup does.
+  const void* root_location() const { return &visible_root_; }
+
   // The pages that `vma` offers to gap searches.
   static RegionPage GapOf(const Vma& vma) { return vma.Is(VmaState::kFree) ? vma.page_count() : 0; }
 

@@ -100,6 +100,7 @@ Result<FileTraits> LinuxKernel::InspectFile(int descriptor) {
 
 Error LinuxKernel::MapFile(PageRange range, const FileView& view) {
   CheckRange("os::MapFile", range);
+  Count(Call::kMmap);
   const long result = Mmap(range.address(), range.bytes().value, view, MAP_FIXED);
   // Linux may have unmapped what was there first: close the hole before somebody else's mmap falls into it.
   if (SyscallFailed(result)) (void)Reset(range);
@@ -108,6 +109,7 @@ Error LinuxKernel::MapFile(PageRange range, const FileView& view) {
 
 Error LinuxKernel::ReplaceByFile(PageRange range, const FileView& view) {
   CheckRange("os::ReplaceByFile", range);
+  Count(Call::kMmap);
   const std::size_t size = range.bytes().value;
   const long aside = Mmap(nullptr, size, view, 0);
   if (SyscallFailed(aside)) return ToError(aside);
@@ -127,6 +129,7 @@ Error LinuxKernel::ReplaceByFile(PageRange range, const FileView& view) {
 //   after    | … |last|  range's  |             |last|
 Error LinuxKernel::ExtendFile(PageRange range) {
   CheckRange("os::ExtendFile", range);
+  Count(Call::kMremap);
   const std::size_t size = range.bytes().value;
   const long last = AddressOf(range) - static_cast<long>(kPageSize);
   const long moved = Mremap(last, kPageSize, kPageSize, MREMAP_MAYMOVE | kMremapDontunmap, nullptr);
@@ -146,6 +149,7 @@ Error LinuxKernel::MoveFile(PageRange from, PageRange to) {
   CheckRange("os::MoveFile", from);
   FREEHOLD_DCHECK(from.count() <= to.count() && !from.Overlaps(to));
   if (from.count() == to.count()) return Move(from, to);
+  Count(Call::kMremap);
   const std::size_t size = from.bytes().value;
   const long moved = Mremap(AddressOf(from), size, size, MREMAP_MAYMOVE | kMremapDontunmap, nullptr);
   if (SyscallFailed(moved)) return ToError(moved);
@@ -165,6 +169,7 @@ Error LinuxKernel::MoveFile(PageRange from, PageRange to) {
 
 Error LinuxKernel::Sync(PageRange range, SyncOptions options) {
   CheckRange("os::Sync", range);
+  Count(Call::kMsync);
   const int flags = (options.wait ? MS_SYNC : MS_ASYNC) | (options.invalidate ? MS_INVALIDATE : 0);
   return ToError(RepeatInterrupted(
       [&] { return RawSyscall(SYS_msync, range.address(), range.bytes().value, flags); }));
@@ -172,6 +177,7 @@ Error LinuxKernel::Sync(PageRange range, SyncOptions options) {
 
 Error LinuxKernel::FaultIn(PageRange range, Access access) {
   CheckRange("os::FaultIn", range);
+  Count(Call::kMadvise);
   FREEHOLD_DCHECK(range.count().value <= kPagesPerHugePage);
   const int advice = access == Access::kWrite ? kMadvPopulateWrite : kMadvPopulateRead;
   return ToError(RepeatInterrupted(

@@ -346,8 +346,17 @@ Features LinuxKernel::features() const {
           .membarrier = Has(Feature::kMembarrier)};
 }
 
+void LinuxKernel::ForEachMetric(MetricVisitor visit, void* context) const {
+  static constexpr std::string_view kNames[kCalls] = {
+      "kernel_mmap_total",    "kernel_munmap_total",  "kernel_mprotect_total", "kernel_mremap_total", "kernel_mlock_total",
+      "kernel_dontneed_total", "kernel_madvise_total", "kernel_mincore_total",  "kernel_msync_total"};
+  static constexpr std::string_view kHelp = "Operations that were this system call.";
+  for (std::size_t i = 0; i < kCalls; ++i) visit(context, {.name = kNames[i], .help = kHelp, .first = &calls_[i]});
+}
+
 Result<PageRange> LinuxKernel::Reserve(Pages size, Pages alignment) {
   sync::CheckNoShortLockHeld("os::Reserve");
+  Count(Call::kMmap);
   FREEHOLD_DCHECK(size.value > 0);
   FREEHOLD_DCHECK(alignment.value > 0 && (alignment.value & (alignment.value - 1)) == 0);
   // Too much, and cut off what sticks out: asking for exactly `size` yields an aligned address by
@@ -373,21 +382,25 @@ Result<PageRange> LinuxKernel::Reserve(Pages size, Pages alignment) {
 
 Error LinuxKernel::Release(PageRange range) {
   CheckRange("os::Release", range);
+  Count(Call::kMunmap);
   return ToError(Munmap(range.address(), range.bytes().value));
 }
 
 Error LinuxKernel::Protect(PageRange range, Protection protection) {
   CheckRange("os::Protect", range);
+  Count(Call::kMprotect);
   return ToError(RawSyscall(SYS_mprotect, range.address(), range.bytes().value, protection));
 }
 
 Error LinuxKernel::Reset(PageRange range) {
   CheckRange("os::Reset", range);
+  Count(Call::kMmap);
   return ToError(Mmap(range.address(), range.bytes().value, PROT_NONE, MAP_FIXED | MAP_NORESERVE));
 }
 
 Error LinuxKernel::Move(PageRange from, PageRange to) {
   CheckRange("os::Move", from);
+  Count(Call::kMremap);
   FREEHOLD_DCHECK(from.count() == to.count() && !from.Overlaps(to));
   constexpr int kMremapDontunmap = 4;  // Linux 5.7
   const std::size_t size = from.bytes().value;
@@ -400,17 +413,20 @@ Error LinuxKernel::Move(PageRange from, PageRange to) {
 
 Error LinuxKernel::LockMemory(PageRange range) {
   CheckRange("os::LockMemory", range);
+  Count(Call::kMlock);
   constexpr int kMlockOnfault = 1;
   return ToError(RawSyscall(SYS_mlock2, range.address(), range.bytes().value, kMlockOnfault));
 }
 
 Error LinuxKernel::UnlockMemory(PageRange range) {
   CheckRange("os::UnlockMemory", range);
+  Count(Call::kMlock);
   return ToError(RawSyscall(SYS_munlock, range.address(), range.bytes().value));
 }
 
 Error LinuxKernel::Discard(absl::Span<const PageRange> ranges) {
   sync::CheckNoShortLockHeld("os::Discard");
+  Count(Call::kDontneed);
   if (ranges.size() == 1) return DiscardOne(ranges[0].address(), ranges[0].bytes().value);
   return DiscardMany(ranges);
 }
@@ -463,17 +479,20 @@ Error LinuxKernel::DiscardVector(const iovec* stretches, std::size_t count) {
 
 Error LinuxKernel::AdviseHugePages(PageRange range, HugePages advice) {
   CheckRange("os::AdviseHugePages", range);
+  Count(Call::kMadvise);
   return ToError(Madvise(range, advice == HugePages::kPrefer ? MADV_HUGEPAGE : MADV_NOHUGEPAGE));
 }
 
 Error LinuxKernel::AdviseReclaim(PageRange range, ReclaimHint hint) {
   CheckRange("os::AdviseReclaim", range);
+  Count(Call::kMadvise);
   static constexpr int kAdvice[] = {MADV_FREE, MADV_COLD, MADV_PAGEOUT};
   return ToError(Madvise(range, kAdvice[static_cast<std::size_t>(hint)]));
 }
 
 Error LinuxKernel::InstallGuard(PageRange range) {
   CheckRange("os::InstallGuard", range);
+  Count(Call::kMadvise);
   if (!Has(Feature::kGuardRegions)) return {ErrorCode::kUnsupported};
   const long result = Madvise(range, kMadvGuardInstall);
   if (!SyscallFailed(result)) return Error::Ok();
@@ -488,12 +507,14 @@ Error LinuxKernel::InstallGuard(PageRange range) {
 
 Error LinuxKernel::RemoveGuard(PageRange range) {
   CheckRange("os::RemoveGuard", range);
+  Count(Call::kMadvise);
   if (!Has(Feature::kGuardRegions)) return {ErrorCode::kUnsupported};
   return ToError(Madvise(range, kMadvGuardRemove));
 }
 
 Result<Pages> LinuxKernel::CountResident(PageRange range) {
   CheckRange("os::CountResident", range);
+  Count(Call::kMincore);
   // As much as the kernel looks at under one hold of its lock.
   unsigned char resident[kPageSize];
   Pages total;
@@ -510,6 +531,7 @@ Result<Pages> LinuxKernel::CountResident(PageRange range) {
 
 Error LinuxKernel::QueryResident(PageRange range, absl::Span<std::uint8_t> resident) {
   CheckRange("os::QueryResident", range);
+  Count(Call::kMincore);
   FREEHOLD_DCHECK(resident.size() >= range.count().value);
   const long result = Repeat([&] {
     return RawSyscall(SYS_mincore, range.address(), range.bytes().value, resident.data());

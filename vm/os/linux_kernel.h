@@ -4,11 +4,13 @@
 
 #include <sys/uio.h>
 
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
 
 #include "absl/types/span.h"
+#include "vm/metric.h"
 #include "vm/os/kernel.h"
 
 namespace freehold::vm::os {
@@ -40,6 +42,9 @@ class LinuxKernel final : public Kernel {
   constexpr explicit LinuxKernel(Features permitted) : permitted_(permitted) {}
 
   Features features() const override;
+
+  // Operations so far by the system call that does them; some take several calls.
+  void ForEachMetric(MetricVisitor visit, void* context) const;
 
   Result<PageRange> Reserve(Pages size, Pages alignment) override;
   Error Release(PageRange range) override;
@@ -82,6 +87,10 @@ class LinuxKernel final : public Kernel {
     kMembarrier
   };
 
+  enum class Call : unsigned { kMmap, kMunmap, kMprotect, kMremap, kMlock, kDontneed, kMadvise, kMincore, kMsync };
+  static constexpr std::size_t kCalls = static_cast<std::size_t>(Call::kMsync) + 1;
+  void Count(Call call) { calls_[static_cast<std::size_t>(call)].fetch_add(1, std::memory_order_relaxed); }
+
   static bool Try(Feature feature);
   bool Permits(Feature feature) const;
   // Whether the feature is there; tries it at the first question.
@@ -99,6 +108,8 @@ class LinuxKernel final : public Kernel {
   mutable std::atomic<std::uint32_t> tried_{0};
   // 0: not counted yet. Written by any thread that counts; all find the same.
   std::atomic<unsigned> cpu_count_{0};
+  // On lines that nobody else reads.
+  alignas(kCacheLineSize) std::array<std::atomic<std::uint64_t>, kCalls> calls_ = {};
 };
 
 }  // namespace freehold::vm::os

@@ -1,0 +1,101 @@
+// A look inside a process that runs on Freehold, from outside: finds its telemetry page (runtime/telemetry.h) and
+// reads what that points to. The process is neither stopped nor told.
+//
+// What is read changes meanwhile: single numbers are right, sums and sets are as of about the same moment. Thread safety:
+// thread-compatible.
+#ifndef FREEHOLD_RUNTIME_CLI_PROCESS_VIEW_H_
+#define FREEHOLD_RUNTIME_CLI_PROCESS_VIEW_H_
+
+#include <sys/types.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/types/span.h"
+#include "runtime/telemetry.h"
+#include "vm/sync/lock_times.h"
+
+namespace freehold::cli {
+
+class ProcessView {
+ public:
+  // Errors, each a line for the user: there is no such process; it is another user's; it does not run on Freehold;
+  // it runs another release, whose page is unknown here.
+  static absl::StatusOr<ProcessView> Open(pid_t pid);
+
+  struct Metric {
+    std::string name;
+    std::string help;
+    vm::Metric::Kind kind;
+    std::uint64_t value = 0;
+    std::vector<std::uint64_t> by_region;  // in the order of regions(); empty for others
+  };
+  // All metrics at about the same moment. Errors: the process has ended.
+  absl::StatusOr<std::vector<Metric>> ReadMetrics() const;
+
+  struct Region {
+    vm::Zone zone;
+    vm::PageRange range;
+  };
+  std::vector<Region> Regions() const;
+
+  struct OperationTimes {
+    vm::sync::Operation operation;
+    vm::sync::LockTimes times;
+  };
+  // Of range locks, those operations that took any; empty where the process does not record them (FREEHOLD_RECORD_RANGE_LOCKS).
+  absl::StatusOr<std::vector<OperationTimes>> ReadLockTimes() const;
+  bool records_lock_times() const { return page_.lock_times != 0; }
+
+  struct MappedVma {
+    vm::PageRange range;
+    vm::os::Protection protection;
+    vm::Zone zone;
+    bool locked;
+    bool backed;  // by a file or a pager
+    std::uint64_t generation;
+  };
+  // Every mapped VMA in ascending order; of a VMA that changes meanwhile, no page twice. Errors: the process has ended; it runs
+  // another build, whose structures are unknown here.
+  absl::StatusOr<std::vector<MappedVma>> ReadVmas() const;
+
+  pid_t pid() const { return pid_; }
+  const std::string& name() const { return name_; }  // of its program, as ps(1) shows it
+  absl::string_view release() const { return page_.release; }
+  double uptime_seconds() const;  // since the runtime started
+  absl::string_view lock_policy() const;
+
+  // All `bytes` at `address` of the process.
+  absl::Status Read(std::uint64_t address, void* to, std::size_t bytes) const;
+
+ private:
+  friend class VmaWalk;
+
+  // Of the telemetry page, a copy without atomics.
+  struct Page {
+    std::uint64_t layout;
+    std::uint64_t started;
+    std::uint64_t lock_policy;
+    std::uint64_t lock_times;
+    std::string release;
+    std::vector<runtime::TelemetryPage::Metric> metrics;
+    std::vector<runtime::TelemetryPage::Region> regions;
+  };
+
+  ProcessView(pid_t pid, std::string name) : pid_(pid), name_(std::move(name)) {}
+  absl::Status ReadPage(std::uint64_t address);
+  absl::Status CheckLayout() const;
+
+  pid_t pid_;
+  std::string name_;
+  Page page_;
+};
+
+}  // namespace freehold::cli
+
+#endif  // FREEHOLD_RUNTIME_CLI_PROCESS_VIEW_H_
