@@ -267,6 +267,19 @@ TEST(SpaceOperationsTest, StrictSpacesReplaceFilesThatMayNotBeWritten) {
               file, Map{.span = Plain(2, 4), .placement = Placement::kReplace}, Write{Plain(0, 6)}});
 }
 
+// What had been locked in part while it was written to could move, but not move and grow.
+TEST(SpaceOperationsTest, MovesAndGrowsAFileOfSeveralKernelVmas) {
+  for (std::uint8_t nth = 0; nth < 12; ++nth) {
+    SCOPED_TRACE(nth);
+    ExpectFine({MapFile{.span = Mappings(0, 8), .placement = Placement::kFixed},
+                LockMemory{.span = Mappings(4, 4), .lock = os::MemoryLock::kOnFault}, Write{Mappings(0, 8)},
+                LockMemory{.span = Mappings(4, 4)}, FailCall{.nth = nth},
+                Remap{.span = Mappings(0, 8), .size = 96 + 11, .placement = Placement::kFixed,
+                      .target = Mappings(100, 1)},
+                Write{Mappings(101, 1)}});
+  }
+}
+
 // ---- The operations themselves ----
 
 TEST(SpaceOperationsTest, BytesAreOperationsAndBack) {
