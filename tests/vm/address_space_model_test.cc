@@ -91,7 +91,7 @@ void RunThreads(std::uint64_t seed, const AddressSpaceOptions& options) {
   ASSERT_TRUE(created.ok());
   AddressSpace& space = **created;
   os::LinuxUserfault userfault;
-  StampedPager pager(64, StampedPager::Users::kMany);
+  StampedPager pager(64, kFileStamp, StampedPager::Users::kMany);
   auto faults = std::make_unique<FaultService>(space, userfault);
   ASSERT_TRUE(faults->Start().ok());
   // Behind the windows, in plain memory and among mappings.

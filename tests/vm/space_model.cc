@@ -369,7 +369,8 @@ FaultService* SpaceModel::faults() {
 }
 
 StampedPager& SpaceModel::NewPager(std::size_t capacity) {
-  pagers_.push_back(std::make_unique<StampedPager>(capacity, StampedPager::Users::kOne));
+  const std::uint64_t stamp = kFileStamp | owner_ << 48 | (pagers_.size() + 1) << 16;
+  pagers_.push_back(std::make_unique<StampedPager>(capacity, stamp, StampedPager::Users::kOne));
   return *pagers_.back();
 }
 

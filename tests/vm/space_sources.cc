@@ -2,13 +2,16 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <array>
 #include <cerrno>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <thread>
 
 namespace freehold::vm::test {
 namespace {
@@ -71,7 +74,11 @@ StampedFile::StampedFile(Place place, Access access)
   if (mapped_ < 0) Die("a second descriptor");
   if (place == Place::kDisk && unlink(name.c_str()) != 0) Die("unlink");
   Resize(kMaxPages / 2);
-  for (std::uint64_t page = 0; page < size_; page += 4) Write(page, kFileStamp | page);
+  // Unlike the pages of other files.
+  struct stat status;
+  if (fstat(file_, &status) != 0) Die("fstat");
+  const std::uint64_t stamp = kFileStamp | (status.st_ino & 0xffffff) << 16;
+  for (std::uint64_t page = 0; page < size_; page += 4) Write(page, stamp | page);
 }
 
 StampedFile::~StampedFile() {
@@ -101,9 +108,9 @@ bool StampedFile::Holds(std::uint64_t page, std::uint64_t stamp) const {
 
 // ---- StampedPager ----
 
-StampedPager::StampedPager(std::size_t capacity, Users users)
+StampedPager::StampedPager(std::size_t capacity, std::uint64_t stamp, Users users)
     : Source(Kind::kPager), users_(users), stamps_(capacity) {
-  for (std::size_t page = 0; page < capacity; ++page) stamps_[page] = kFileStamp | page;
+  for (std::size_t page = 0; page < capacity; ++page) stamps_[page] = stamp | page;
 }
 
 void StampedPager::FailLocked(const char* what, std::uint64_t page, std::size_t count) {
@@ -114,6 +121,13 @@ void StampedPager::FailLocked(const char* what, std::uint64_t page, std::size_t 
 
 Result<Pages> StampedPager::Read(std::uint64_t page, absl::Span<std::byte> into) {
   const std::size_t count = into.size() / kPageSize;
+  const Result<Pages> read = ReadNow(page, count, into);
+  // Now and then there is time for others to change what the content is for.
+  if (slow_.fetch_add(1, std::memory_order_relaxed) % 4 == 3) std::this_thread::sleep_for(std::chrono::microseconds(50));
+  return read;
+}
+
+Result<Pages> StampedPager::ReadNow(std::uint64_t page, std::size_t count, absl::Span<std::byte> into) {
   const std::lock_guard lock(mutex_);
   if (!IsMine(page, count)) FailLocked("Read", page, count);
   if (released_) FailLocked("Read after the end", page, count);

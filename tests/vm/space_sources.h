@@ -3,6 +3,7 @@
 #ifndef FREEHOLD_TESTS_VM_SPACE_SOURCES_H_
 #define FREEHOLD_TESTS_VM_SPACE_SOURCES_H_
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
@@ -116,7 +117,8 @@ class StampedPager final : public Pager, public Source {
   // Where the pager's pages that are mapped begin.
   static constexpr std::uint64_t kFirst = 5;
 
-  StampedPager(std::size_t capacity, Users users);
+  // Its pages hold `stamp` and their numbers.
+  StampedPager(std::size_t capacity, std::uint64_t stamp, Users users);
 
   Result<Pages> Read(std::uint64_t page, absl::Span<std::byte> into) override;
   Error Writeback(std::uint64_t page, absl::Span<const std::byte> from) override;
@@ -142,10 +144,12 @@ class StampedPager final : public Pager, public Source {
   bool IsMine(std::uint64_t page, std::size_t count) const {
     return page >= kFirst && page + count <= kFirst + stamps_.size() && count > 0;
   }
+  Result<Pages> ReadNow(std::uint64_t page, std::size_t count, absl::Span<std::byte> into);
   void FailLocked(const char* what, std::uint64_t page, std::size_t count);
 
   const Users users_;
   bool mapped_ = false;
+  std::atomic<unsigned> slow_{0};  // reads: every fourth takes longer
   mutable std::mutex mutex_;
   std::vector<std::uint64_t> stamps_;
   std::set<std::uint64_t> failing_;
