@@ -235,12 +235,14 @@ TEST(SpaceOperationsTest, PinnedSourceLeavesNoTarget) {
 // waited for ever.
 TEST(SpaceOperationsTest, RefusedPagerLeavesThePagerBefore) {
   const MapPager pager = {.span = Mappings(0, 8), .placement = Placement::kReplace, .page_limit = 1};
-  for (std::uint8_t nth = 0; nth < 10; ++nth) {
-    SCOPED_TRACE(nth);
-    MapPager half = pager;
-    half.span = Mappings(4, 8);
-    ExpectFine({pager, Write{Mappings(0, 8)}, FailCall{.nth = nth, .error = 1}, half, Write{Mappings(0, 12)},
-                Unmap{Mappings(2, 6)}});
+  MapPager half = pager;
+  half.span = Mappings(4, 8);
+  for (const bool userfault : {false, true}) {
+    for (std::uint8_t nth = 0; nth < (userfault ? 4 : 10); ++nth) {
+      SCOPED_TRACE(nth);
+      const FailCall fail = {.nth = nth, .error = 1, .userfault = userfault};
+      ExpectFine({pager, Write{Mappings(0, 8)}, fail, half, Write{Mappings(0, 12)}, Unmap{Mappings(2, 6)}});
+    }
   }
 }
 

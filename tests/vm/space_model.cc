@@ -361,7 +361,7 @@ void SpaceModel::WriteFile(StampedFile& file, std::uint64_t page) {
 
 FaultService* SpaceModel::faults() {
   if (alone() && own_faults_ == nullptr) {
-    userfault_ = std::make_unique<os::LinuxUserfault>();
+    userfault_ = std::make_unique<FailingUserfault>();
     own_faults_ = std::make_unique<FaultService>(space_, *userfault_);
     if (Expect("Start", own_faults_->Start(), ErrorCode::kOk) && own_faults_->available()) faults_ = own_faults_.get();
   }
@@ -434,20 +434,30 @@ void SpaceModel::CheckListener() {
 
 // ---- Failures ----
 
-void SpaceModel::Arm(std::size_t nth_call, int sys_errno) {
+void SpaceModel::Arm(std::size_t nth_call, int sys_errno, Failing what) {
   if (kernel_ == nullptr) return;
+  armed_ = what;
   armed_call_ = nth_call;
   armed_errno_ = sys_errno;
 }
 
+std::size_t SpaceModel::InjectedFailures() const {
+  return kernel_->InjectedFailures() + (userfault_ != nullptr ? userfault_->failures() : 0);
+}
+
 Error SpaceModel::Call(const std::function<Error()>& verb, const std::function<void()>& tolerate) {
   if (armed_call_ == 0) return verb();
-  const std::size_t before = kernel_->InjectedFailures();
-  kernel_->FailNthOfAny(armed_call_, armed_errno_);
+  const std::size_t before = InjectedFailures();
+  if (armed_ == Failing::kKernel) {
+    kernel_->FailNthOfAny(armed_call_, armed_errno_);
+  } else if (faults() != nullptr) {
+    userfault_->FailNth(armed_call_, armed_errno_);
+  }
   armed_call_ = 0;
   const Error error = verb();
   kernel_->StopFailing();
-  const bool failed = kernel_->InjectedFailures() != before;
+  if (userfault_ != nullptr) userfault_->FailNth(0, 0);
+  const bool failed = InjectedFailures() != before;
   had_failures_ = had_failures_ || failed;
   // A verb that has done its work may have been refused the way back to what the kernel had before.
   look_for_differences_ = look_for_differences_ || (failed && error.ok());

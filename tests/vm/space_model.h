@@ -23,7 +23,6 @@
 #include "vm/fault.h"
 #include "vm/notifier.h"
 #include "vm/os/fake_kernel.h"
-#include "vm/os/userfault.h"
 #include "vm/pin.h"
 
 namespace freehold::vm::test {
@@ -193,7 +192,9 @@ class SpaceModel {
   void ExpectAnnounced(PageRange range, Invalidation what);
 
   // ---- Failures ----
-  void Arm(std::size_t nth_call, int sys_errno);
+  // The nth call of the kernel, or of userfaultfd, that the next verb makes fails. Nothing but alone.
+  enum class Failing : bool { kKernel, kUserfault };
+  void Arm(std::size_t nth_call, int sys_errno, Failing what = Failing::kKernel);
   bool had_failures() const { return had_failures_; }
   // Whether a failure may have left the kernel with another protection or lock in `range`.
   bool KernelMayDiffer(PageRange range) const;
@@ -224,6 +225,7 @@ class SpaceModel {
   void CheckAttributes(const VmaInfo& vma, PageNumber number, const Page& page);
   void CheckVmas();
   void CheckListener();
+  std::size_t InjectedFailures() const;
   bool KernelDiffers(PageNumber number, const Page& page) const;
   void CheckKernel();
   void CheckReleased();
@@ -241,7 +243,7 @@ class SpaceModel {
   std::array<std::unique_ptr<StampedFile>, kFiles> files_;
   std::map<const Backing*, Extends> extends_;
   std::vector<std::unique_ptr<StampedPager>> pagers_;
-  std::unique_ptr<os::LinuxUserfault> userfault_;
+  std::unique_ptr<FailingUserfault> userfault_;
   std::unique_ptr<FaultService> own_faults_;
   FaultService* faults_ = nullptr;
   std::array<std::unique_ptr<Pin>, kPins> pins_;
@@ -252,6 +254,7 @@ class SpaceModel {
   std::uint64_t last_stamp_ = 0;
   std::size_t armed_call_ = 0;
   int armed_errno_ = 0;
+  Failing armed_ = Failing::kKernel;
   bool had_failures_ = false;
   // A verb that has done its work was refused a call: perhaps the way back to what the kernel had before. Where that
   // has left another protection or lock, it stays until the page is mapped anew.

@@ -1145,6 +1145,8 @@ void Misuse::Perform(SpaceModel& model) const {
 
 void FailCall::Perform(SpaceModel& model) const {
   static constexpr int kErrors[] = {ENOMEM, EINVAL, EAGAIN};
+  // Verbs make fewer calls of userfaultfd.
+  if (userfault) return model.Arm(1 + nth % std::size_t{4}, kErrors[error % 3], SpaceModel::Failing::kUserfault);
   model.Arm(nth + std::size_t{1}, kErrors[error % 3]);
 }
 

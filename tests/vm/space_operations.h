@@ -314,16 +314,18 @@ struct Transact {
   }
 };
 
-// The nth kernel call of the next verb fails. Only alone.
+// The nth call of the kernel, or of userfaultfd, that the next verb makes fails. Only alone.
 struct FailCall {
   std::uint8_t nth = 0;
   std::uint8_t error = 0;
+  bool userfault = false;
 
   void Perform(SpaceModel& model) const;
   template <typename Visitor>
   void Visit(Visitor& visit) {
     visit("nth", nth, 16);
     visit("error", error, 3);
+    visit("userfault", userfault);
   }
 };
 

@@ -211,4 +211,28 @@ std::string StampedPager::failure() const {
   return failure_;
 }
 
+// ---- FailingUserfault ----
+
+void FailingUserfault::FailNth(std::size_t nth, int sys_errno) {
+  errno_.store(sys_errno, std::memory_order_relaxed);
+  remaining_.store(nth, std::memory_order_relaxed);
+}
+
+bool FailingUserfault::Strikes() {
+  std::size_t remaining = remaining_.load(std::memory_order_relaxed);
+  while (remaining > 0 && !remaining_.compare_exchange_weak(remaining, remaining - 1, std::memory_order_relaxed)) {
+  }
+  if (remaining == 1) failures_.fetch_add(1, std::memory_order_relaxed);
+  return remaining == 1;
+}
+
+Error FailingUserfault::Register(PageRange range, os::WriteTracking tracking) {
+  return Strikes() ? Error::System(errno_.load(std::memory_order_relaxed)) : real_.Register(range, tracking);
+}
+
+Error FailingUserfault::WriteProtect(PageRange range, bool protect) {
+  if (protect && Strikes()) return Error::System(errno_.load(std::memory_order_relaxed));
+  return real_.WriteProtect(range, protect);
+}
+
 }  // namespace freehold::vm::test

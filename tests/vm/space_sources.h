@@ -14,6 +14,7 @@
 #include "absl/types/span.h"
 #include "vm/backing.h"
 #include "vm/os/kernel.h"
+#include "vm/os/userfault.h"
 #include "vm/pager.h"
 #include "vm/page_range.h"
 
@@ -156,6 +157,36 @@ class StampedPager final : public Pager, public Source {
   bool refusing_ = false;
   bool released_ = false;
   std::string failure_;
+};
+
+// The real one, of which calls that verbs make can be made to fail.
+//
+// Thread safety: thread-safe.
+class FailingUserfault final : public os::Userfault {
+ public:
+  // The nth call of Register, or of WriteProtect that protects, fails from now on; 0: none does.
+  void FailNth(std::size_t nth, int sys_errno);
+  std::size_t failures() const { return failures_.load(std::memory_order_relaxed); }
+
+  Error Open() override { return real_.Open(); }
+  os::UserfaultAbilities abilities() const override { return real_.abilities(); }
+  Error Register(PageRange range, os::WriteTracking tracking) override;
+  bool Wait(os::FaultEvent& event) override { return real_.Wait(event); }
+  void Stop() override { real_.Stop(); }
+  Result<Pages> Copy(PageRange range, const std::byte* from, os::WriteTracking tracking) override {
+    return real_.Copy(range, from, tracking);
+  }
+  Error WriteProtect(PageRange range, bool protect) override;
+  Error Poison(PageNumber page) override { return real_.Poison(page); }
+  Error Wake(PageRange range) override { return real_.Wake(range); }
+
+ private:
+  bool Strikes();
+
+  os::LinuxUserfault real_;
+  std::atomic<std::size_t> remaining_{0};
+  std::atomic<std::size_t> failures_{0};
+  std::atomic<int> errno_{0};
 };
 
 }  // namespace freehold::vm::test
