@@ -196,9 +196,15 @@ void ObjectHeap::Free(void* p) {
   span->owner.load(std::memory_order_relaxed)->Receive(object, object);
 }
 
+// The span of an object that the caller holds may go to another cache at any time, but once its list is rebuilt it
+// stays so. Were the object handed over as usual while it is suspect, it would come free twice: by its tag too.
 bool ObjectHeap::FreeSuspect(Span* span, FreeObject* object) {
-  ThreadCache* owner = span->owner.load(std::memory_order_relaxed);
-  return owner->NeedsLockToFree(span) && owner->FreeSuspect(span, object);
+  for (;;) {
+    // Pairs with the release in ThreadCache::GiveAvailable.
+    ThreadCache* owner = span->owner.load(std::memory_order_acquire);
+    if (!owner->NeedsLockToFree(span)) return false;
+    if (owner->FreeSuspect(span, object)) return true;
+  }
 }
 
 std::size_t ObjectHeap::UsableSizeOf(const Span* span) {

@@ -289,8 +289,12 @@ void ThreadCache::EmptyStashLocked() {
   while (stash_size_ > 0) heap_->page_heap_.Free(stash_[--stash_size_]->start, 1);
 }
 
+// Of what the span's thread wrote without a lock, `carved` and the tags count. It may have been stopped before it wrote
+// the limit of what it had carved, and what is not carved it may have used.
 std::uint32_t ThreadCache::RebuildLocked(Span* span) {
   std::uint32_t used = span->carved;
+  span->SetLimit(used * InfoOf(span).excess);
+  span->clean = false;
   span->free = code_.end();
   for (std::uint32_t i = span->carved; i > 0; --i) {
     FreeObject* object = ObjectAt(span, i - 1);
@@ -390,9 +394,11 @@ void ThreadCache::Receive(FreeObject* first, FreeObject* last) {
   if (ABSL_PREDICT_FALSE(state_.load(std::memory_order_seq_cst) == State::kOrphan)) DrainIfOrphan();
 }
 
+// In this order: who sees that the cache is not frozen any more sees which spans ThawLocked made suspect. Pairs with
+// the release in BecomeAttached.
 bool ThreadCache::NeedsLockToFree(const Span* span) const {
-  return span->kind.load(std::memory_order_relaxed) == SpanKind::kSuspect ||
-         state_.load(std::memory_order_relaxed) == State::kFrozen;
+  return state_.load(std::memory_order_acquire) == State::kFrozen ||
+         span->kind.load(std::memory_order_relaxed) == SpanKind::kSuspect;
 }
 
 bool ThreadCache::FreeSuspect(Span* span, FreeObject* object) {
@@ -508,7 +514,7 @@ void ThreadCache::BecomeAttached() {
   InSlowPath([&] {
     lock_.AssertHeld();
     if (state_.load(std::memory_order_relaxed) == State::kFrozen) ThawLocked();
-    state_.store(State::kAttached, std::memory_order_relaxed);
+    state_.store(State::kAttached, std::memory_order_release);
   });
 }
 
@@ -558,9 +564,10 @@ void ThreadCache::Freeze() {
   state_.store(State::kFrozen, std::memory_order_relaxed);
 }
 
-// What other threads sent since FinishSlowPath may have come through half, and what is gathered for them they
-// will know by its tags.
+// Since FinishSlowPath, another thread may have taken the lock, to count or to find out that it must wait. What others
+// sent since then may have come through half, and what is gathered for them they will know by its tags.
 void ThreadCache::ForgetOthers() {
+  lock_.ReinitAfterFork();
   inbox_.store(code_.end(), std::memory_order_relaxed);
   strays_ = code_.end();
   remote_frees_.Forget();
@@ -589,7 +596,8 @@ Span* ThreadCache::GiveAvailable(SizeClass size_class, ThreadCache* heir) {
   RemoveLocked(bin.available, span);
   --bin.spans;
   if (bin.available.empty()) UpdateOrphanClassesLocked();
-  span->owner.store(heir, std::memory_order_relaxed);
+  // Pairs with the acquire in ObjectHeap::FreeSuspect: who sees the heir sees that the span is suspect.
+  span->owner.store(heir, std::memory_order_release);
   return span;
 }
 

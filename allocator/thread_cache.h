@@ -164,8 +164,8 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   ABSL_ATTRIBUTE_NOINLINE void FreeSizedSlow(void* p, std::size_t size);
   void FreeChecked(void* p);
   bool NeedsLockToFree(const Span* span) const;
-  // Marks an object of a span that came through a fork as free, from any thread. False: it is too late for
-  // that, the object is to be handed over as usual.
+  // Marks an object of a span that came through a fork as free, from any thread. False: meanwhile the span went to
+  // another cache, or its free list was rebuilt.
   bool FreeSuspect(Span* span, FreeObject* object);
   void DrainLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
   void TakeInLocked(Span* span, FreeObject* message) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);

@@ -1,9 +1,14 @@
 // fork with other threads in the heap: parent and child go on.
+#include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <array>
 #include <atomic>
+#include <chrono>
 #include <cstdio>
+#include <semaphore>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
@@ -11,6 +16,7 @@
 #include "gtest/gtest.h"
 #include "tests/allocator/heap_fixture.h"
 #include "tests/allocator/heap_model.h"
+#include "tests/allocator/single_step.h"
 
 namespace freehold::allocator {
 namespace {
@@ -21,12 +27,18 @@ constexpr int kForks = 15;
 constexpr int kForks = 60;
 #endif
 
-// What the process runtime does around fork(). Runs `child` in the child, whose exit status is 0 if it returns
-// an empty string.
-template <typename Child>
-void ForkAndRun(TestHeap& heap, ThreadCache* own, Child child) {
+// What the process runtime does around fork(). `child` runs in the child, whose exit status is 0 if it returns an empty
+// string.
+void PrepareFork(TestHeap& heap, ThreadCache* own) {
   heap->PrepareFork(own);
   heap.space().PrepareFork();
+}
+void ParentAfterFork(TestHeap& heap, ThreadCache* own) {
+  heap.space().ParentAfterFork();
+  heap->ParentAfterFork(own);
+}
+template <typename Child>
+pid_t Fork(TestHeap& heap, ThreadCache* own, Child child) {
   const pid_t pid = fork();
   if (pid == 0) {
     heap.space().ChildAfterFork();
@@ -35,12 +47,21 @@ void ForkAndRun(TestHeap& heap, ThreadCache* own, Child child) {
     if (!error.empty()) std::fprintf(stderr, "in the child: %s\n", error.c_str());
     _exit(error.empty() ? 0 : 1);
   }
-  heap.space().ParentAfterFork();
-  heap->ParentAfterFork(own);
+  return pid;
+}
+void ExpectSuccess(pid_t pid) {
   ASSERT_GT(pid, 0);
   int status = -1;
   ASSERT_EQ(waitpid(pid, &status, 0), pid);
   ASSERT_EQ(status, 0);
+}
+
+template <typename Child>
+void ForkAndRun(TestHeap& heap, ThreadCache* own, Child child) {
+  PrepareFork(heap, own);
+  const pid_t pid = Fork(heap, own, child);
+  ParentAfterFork(heap, own);
+  ExpectSuccess(pid);
 }
 
 TEST(HeapForkTest, WithoutOtherThreads) {
@@ -119,6 +140,270 @@ TEST(HeapForkTest, CachesOfOtherThreadsAreAdopted) {
   heap->DetachThread(other);
   heap->CheckInvariants();
 }
+
+// A page of objects may be copied later than the record that tells how many there are.
+TEST(HeapForkTest, WhatAnotherThreadCarvesMeanwhileIsNotZero) {
+  constexpr std::size_t kSize = 4096;
+  TestHeap heap;
+  ThreadCache* other = heap->AttachThread();
+  AttachedThread cache(*heap);
+  auto* first = static_cast<char*>(other->Allocate(kSize));
+  ForkAndRun(heap, cache.get(), [&]() -> std::string {
+    Fill(first + kSize, kUnitSize - kSize, 5);
+    AttachedThread heir(*heap);
+    if (heir.get() != other) return "not adopted";
+    for (int i = 0; i < 15; ++i) {
+      const void* p = heir->AllocateZeroed(kSize);
+      if (AddressOf(p) - AddressOf(first) >= kUnitSize) return "another span";
+      if (!IsZero(p, kSize)) return "not zero";
+    }
+    return {};
+  });
+  heap->DetachThread(other);
+}
+
+#if defined(FREEHOLD_SINGLE_STEP)
+// Whatever another thread does without a lock, and however far it came: the child finds none of its free objects
+// damaged, and gives none of its objects away.
+class HeapForkStepTest : public testing::TestWithParam<std::size_t> {
+ protected:
+  struct Held {
+    void* p;
+    std::uint64_t seed;
+  };
+
+  void SetUp() override {
+    for (int i = 0; i < 3; ++i) Hold(other_->Allocate(size_));
+  }
+  void Hold(void* p) {
+    held_.push_back({p, ++last_seed_});
+    Fill(p, size_, last_seed_);
+  }
+  void* LetGo() {
+    void* p = held_.back().p;
+    held_.pop_back();
+    return p;
+  }
+  // Forks after each instruction of `work`, which the other thread does.
+  template <typename Work>
+  void ForkIn(Work work) {
+    const std::size_t forks = SingleStep::Run(work, [&] {
+      ForkAndRun(heap_, cache_.get(), [&] { return UseAll(); });
+      return !HasFailure();
+    });
+    EXPECT_GE(forks, 10u);
+  }
+  std::string UseAll() {
+    AttachedThread heir(*heap_);
+    if (heir.get() != other_) return "not adopted";
+    std::vector<Held> made;
+    for (int i = 0; i < 200; ++i) {
+      made.push_back({(i % 4 == 0 ? cache_ : heir)->Allocate(size_), ++last_seed_});
+      Fill(made.back().p, size_, last_seed_);
+    }
+    made.insert(made.end(), held_.begin(), held_.end());
+    for (const Held& object : made) {
+      if (!HasContent(object.p, size_, object.seed)) return "an object was given away";
+      heir->Free(object.p);
+    }
+    heap_->CheckInvariants();
+    return {};
+  }
+
+  const std::size_t size_ = GetParam();
+  TestHeap heap_;
+  ThreadCache* const other_ = heap_->AttachThread();
+  AttachedThread cache_{*heap_};
+  std::vector<Held> held_;
+  std::uint64_t last_seed_ = 0;
+};
+
+TEST_P(HeapForkStepTest, Allocate) {
+  // Objects that are made, until the span's list has ended and more are carved.
+  for (int i = 0; i < 6; ++i) {
+    void* p = nullptr;
+    ForkIn([&] { p = other_->Allocate(size_); });
+    Hold(p);
+    if (HasFailure()) return;
+  }
+}
+
+TEST_P(HeapForkStepTest, Free) {
+  for (int i = 0; i < 2; ++i) {
+    void* p = LetGo();
+    ForkIn([&] { other_->Free(p); });
+  }
+}
+
+TEST_P(HeapForkStepTest, FreeOfTheForkingThreadsObject) {
+  for (int i = 0; i < 5; ++i) Hold(cache_->Allocate(size_));
+  for (int i = 0; i < 2; ++i) {
+    void* p = LetGo();
+    ForkIn([&] { heap_->Free(p); });
+  }
+}
+
+// One of the fast path's sizes, and one beyond.
+INSTANTIATE_TEST_SUITE_P(Sizes, HeapForkStepTest, testing::Values(1024, 4096));
+
+// Another thread takes the lock of the forking thread's cache, finds that it must wait for the fork, and lets go.
+TEST(HeapForkTest, WhileAnotherThreadFindsOutThatItMustWait) {
+  TestHeap heap;
+  AttachedThread cache(*heap);
+  std::counting_semaphore<> stopped(0);
+  std::counting_semaphore<> go_on(0);
+  std::atomic<bool> steps = true;
+  PrepareFork(heap, cache.get());
+  std::thread other([&] {
+    SingleStep::Run([&] { heap->Trim(); },
+                    [&] {
+                      if (!steps.load()) return false;
+                      stopped.release();
+                      go_on.acquire();
+                      return true;
+                    });
+  });
+  int forks = 0;
+  // Until it sleeps.
+  while (!HasFailure() && stopped.try_acquire_for(std::chrono::milliseconds(500))) {
+    ++forks;
+    ExpectSuccess(Fork(heap, cache.get(), [&]() -> std::string {
+      alarm(20);
+      return cache->Allocate(2000) != nullptr ? "" : "null";
+    }));
+    go_on.release();
+  }
+  EXPECT_GE(forks, 10);
+  steps = false;
+  go_on.release();
+  ParentAfterFork(heap, cache.get());
+  other.join();
+}
+
+// In a child with threads, something happens to a span that came through the fork while a thread is at each instruction
+// of freeing one of its objects; and the span is allocated from as soon as that object looks free.
+enum class Event { kCacheIsAdopted, kSpanIsInherited };
+
+class HeapForkFreeTest : public testing::TestWithParam<Event> {
+ protected:
+  static constexpr std::size_t kSize = 2048;
+  static constexpr std::size_t kPerSpan = kUnitSize / kSize;
+  static constexpr auto kPause = std::chrono::milliseconds(2);  // long enough, unless the stopped thread holds a lock
+
+  // A thread that frees `freed_` and stops twice: after `first` instructions, and when the object's tag changes. At the
+  // end of the call if it comes to that before.
+  class FreeingThread {
+   public:
+    FreeingThread(HeapForkFreeTest& test, int first) : thread_([this, &test, first] { Run(test, first); }) {}
+    void WaitFor(int stop) { stopped_[stop].acquire(); }
+    void GoOnAfter(int stop) { go_on_[stop].release(); }
+    // Returns whether the call was longer than `first` instructions.
+    bool Join() {
+      thread_.join();
+      return came_to_first_;
+    }
+
+   private:
+    void Run(HeapForkFreeTest& test, int first) {
+      const volatile std::uint64_t& tag = static_cast<FreeObject*>(test.freed_)->tag;
+      const std::uint64_t before = tag;
+      int steps = 0;
+      SingleStep::Run([&] { test.heap_->Free(test.freed_); },
+                      [&] {
+                        if (++steps == first) Stop();
+                        if (stops_ == 1 && tag != before) Stop();
+                        return stops_ < 2;
+                      });
+      came_to_first_ = stops_ > 0;
+      while (stops_ < 2) Stop();
+    }
+    void Stop() {
+      stopped_[stops_].release();
+      static_cast<void>(go_on_[stops_].try_acquire_for(kPause));
+      ++stops_;
+    }
+
+    std::array<std::counting_semaphore<>, 2> stopped_ = {std::counting_semaphore<>(0), std::counting_semaphore<>(0)};
+    std::array<std::counting_semaphore<>, 2> go_on_ = {std::counting_semaphore<>(0), std::counting_semaphore<>(0)};
+    int stops_ = 0;
+    bool came_to_first_ = false;
+    std::thread thread_;  // the last one: it uses the others
+  };
+
+  void SetUp() override {
+    // More full spans than one allocation looks through: what `rich_` inherits in the child it does not use at once.
+    for (std::size_t i = 0; i < 20 * kPerSpan; ++i) ASSERT_NE(rich_->Allocate(kSize), nullptr);
+    for (std::size_t i = 0; i < kPerSpan / 2; ++i) freed_ = poor_->Allocate(kSize);
+    Fill(freed_, kSize, 1);
+  }
+  // Attaches threads to both caches.
+  bool Adopt() {
+    const std::set<ThreadCache*> heirs = {heap_->AttachThread(), heap_->AttachThread()};
+    return heirs == std::set<ThreadCache*>{poor_, rich_};
+  }
+  void Make(ThreadCache* cache, std::size_t count) {
+    for (std::size_t i = 0; i < count; ++i) {
+      made_.push_back(cache->Allocate(kSize));
+      Fill(made_.back(), kSize, made_.size());
+    }
+  }
+  // In the child.
+  std::string FreeAndStopAt(int first) {
+    const bool inherits = GetParam() == Event::kSpanIsInherited;
+    ThreadCache* heir = inherits ? rich_ : poor_;
+    bool adopted = true;
+    if (inherits) {
+      adopted = Adopt();
+      heap_->DetachThread(poor_);
+    }
+    FreeingThread freeing(*this, first);
+    freeing.WaitFor(0);
+    if (inherits) {
+      Make(heir, 1);
+    } else {
+      adopted = Adopt();
+    }
+    freeing.GoOnAfter(0);
+    freeing.WaitFor(1);
+    Make(heir, 2 * kPerSpan);
+    freeing.GoOnAfter(1);
+    if (!freeing.Join()) done_->store(true);
+    if (!adopted) return "not adopted";
+    Make(heir, 2 * kPerSpan);
+    for (std::size_t i = 0; i < made_.size(); ++i) {
+      if (!HasContent(made_[i], kSize, i + 1)) return "an object was given away";
+      heir->Free(made_[i]);
+    }
+    heap_->CheckInvariants();
+    return {};
+  }
+
+  TestHeap heap_;
+  ThreadCache* const poor_ = heap_->AttachThread();
+  ThreadCache* const rich_ = heap_->AttachThread();
+  AttachedThread cache_{*heap_};
+  void* freed_ = nullptr;
+  std::vector<void*> made_;
+  // Shared with children.
+  std::atomic<bool>* const done_ = static_cast<std::atomic<bool>*>(
+      mmap(nullptr, vm::kPageSize, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
+};
+
+TEST_P(HeapForkFreeTest, AtEveryInstruction) {
+  ASSERT_NE(done_, MAP_FAILED);
+  int stops = 0;
+  while (!done_->load() && !HasFailure()) {
+    ++stops;
+    ForkAndRun(heap_, cache_.get(), [&] { return FreeAndStopAt(stops); });
+  }
+  EXPECT_GE(stops, 20);
+  munmap(done_, vm::kPageSize);
+}
+INSTANTIATE_TEST_SUITE_P(Events, HeapForkFreeTest, testing::Values(Event::kCacheIsAdopted, Event::kSpanIsInherited),
+                         [](const auto& info) {
+                           return info.param == Event::kCacheIsAdopted ? "CacheIsAdopted" : "SpanIsInherited";
+                         });
+#endif
 
 TEST(HeapForkTest, WhileOtherThreadsAllocate) {
   constexpr int kThreads = 3;

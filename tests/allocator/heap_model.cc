@@ -76,12 +76,9 @@ std::string ModelOperation::ToString() const {
 }
 
 ModelObject ModelExchange::Swap(std::size_t index, const ModelObject& object) {
-  const ModelObject* mine = object.p == nullptr ? nullptr : new ModelObject(object);
-  const ModelObject* theirs = places_[index % places_.size()].exchange(mine);
-  if (theirs == nullptr) return {};
-  const ModelObject taken = *theirs;
-  delete theirs;
-  return taken;
+  Place& place = places_[index % places_.size()];
+  const std::lock_guard<std::mutex> lock(place.mutex);
+  return std::exchange(place.object, object);
 }
 
 std::vector<ModelObject> ModelExchange::TakeAll() {
@@ -171,14 +168,15 @@ std::string HeapModel::Perform(const ModelOperation& operation) {
 
 std::string HeapModel::Run(std::uint64_t seed, int count) {
   std::mt19937_64 random(seed);
-  std::vector<ModelOperation> operations;
+  std::array<ModelOperation, 50> last;
   for (int i = 0; i < count; ++i) {
-    operations.push_back(ModelOperation::Random(random, kSlots));
-    const std::string error = Perform(operations.back());
+    ModelOperation& operation = last[i % last.size()] = ModelOperation::Random(random, kSlots);
+    const std::string error = Perform(operation);
     if (error.empty()) continue;
     std::string message = error + "; seed " + std::to_string(seed) + ", operation " + std::to_string(i) + ":\n";
-    const std::size_t first = operations.size() > 50 ? operations.size() - 50 : 0;
-    for (std::size_t k = first; k < operations.size(); ++k) message += "  " + operations[k].ToString() + "\n";
+    for (int k = std::max<int>(0, i + 1 - last.size()); k <= i; ++k) {
+      message += "  " + last[k % last.size()].ToString() + "\n";
+    }
     return message;
   }
   return {};

@@ -6,7 +6,6 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdio>
-#include <functional>
 #include <memory>
 #include <random>
 #include <string>
@@ -52,24 +51,6 @@ void UseSpaceInChild(AddressSpace& space) {
     (void)space.Purge(PurgeScope::kAll);
     space.CheckInvariants();
   }
-}
-
-// Forks, runs `child` there with a limit of time, and waits for it.
-void Fork(AddressSpace& space, const std::function<void()>& child) {
-  space.PrepareFork();
-  const pid_t pid = fork();
-  if (pid == 0) {
-    alarm(30);
-    space.ChildAfterFork();
-    child();
-    _exit(0);
-  }
-  space.ParentAfterFork();
-  ASSERT_GT(pid, 0);
-  int status = -1;
-  ASSERT_EQ(waitpid(pid, &status, 0), pid);
-  ASSERT_TRUE(WIFEXITED(status)) << "signal " << WTERMSIG(status);
-  ASSERT_EQ(WEXITSTATUS(status), 0);
 }
 
 class ForkTest : public PolicyTest {
@@ -264,18 +245,7 @@ TEST_P(ForkTest, FromSeveralThreads) {
   for (int id = 0; id < 3; ++id) {
     threads.emplace_back([&] {
       for (int i = 0; i < (kSanitized ? 4 : 10); ++i) {
-        space_->PrepareFork();
-        const pid_t pid = fork();
-        if (pid == 0) {
-          alarm(30);
-          space_->ChildAfterFork();
-          UseSpaceInChild(*space_);
-          _exit(0);
-        }
-        space_->ParentAfterFork();
-        int status = -1;
-        ASSERT_EQ(waitpid(pid, &status, 0), pid);
-        ASSERT_EQ(status, 0);
+        ASSERT_NO_FATAL_FAILURE(Fork(*space_, [&] { UseSpaceInChild(*space_); }));
         const PageRange range = MustMap(*space_, 8);
         Fill(range, 1);
         ASSERT_TRUE(space_->Unmap(range).ok());

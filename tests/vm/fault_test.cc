@@ -1,8 +1,6 @@
 // Demand paging by the kernel's userfaultfd: contents, write-back, eviction, failures, read-ahead, races with verbs,
 // fork and the service's end. Skipped where this process may not use userfaultfd; fault_fake_test.cc needs none.
 #include <fcntl.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <memory>
 #include <optional>
@@ -718,24 +716,6 @@ TEST_P(RaceTest, TheServiceEndsWithFaultsOutstanding) {
 }
 
 // ---- Fork ----
-
-// REQUIRES: no malloc, gtest or pager in `child`, which may find their locks held.
-void Fork(AddressSpace& space, const std::function<void()>& child) {
-  space.PrepareFork();
-  const pid_t pid = fork();
-  if (pid == 0) {
-    alarm(30);
-    space.ChildAfterFork();
-    child();
-    _exit(0);
-  }
-  space.ParentAfterFork();
-  ASSERT_GT(pid, 0);
-  int status = -1;
-  ASSERT_EQ(waitpid(pid, &status, 0), pid);
-  ASSERT_TRUE(WIFEXITED(status)) << "signal " << WTERMSIG(status);
-  ASSERT_EQ(WEXITSTATUS(status), 0);
-}
 
 TEST_P(FaultTest, TheChildOfAForkHasNoPagers) {
   const PageRange range = MustMapPager(pager_, 16);

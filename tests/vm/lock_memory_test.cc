@@ -12,6 +12,7 @@
 #include "gtest/gtest.h"
 #include "tests/vm/space_fixture.h"
 #include "vm/address_space.h"
+#include "vm/os/check.h"
 #include "vm/os/fake_kernel.h"
 #include "vm/os/linux_kernel.h"
 
@@ -312,20 +313,12 @@ TEST(LockMemoryLinuxTest, TheChildOfAForkHasNoLocks) {
   const PageRange range = MustMap(*space, 16);
   if (!space->LockMemory(Part(range, 4, 8)).ok()) GTEST_SKIP() << "memory cannot be locked here";
   ASSERT_TRUE(space->LockAll({.future = true, .lock = MemoryLock::kOnFault}).ok());
-  space->PrepareFork();
-  const pid_t child = fork();
-  if (child == 0) {
-    space->ChildAfterFork();
-    const bool unlocked = space->Lookup(Part(range, 4, 1).first)->lock == MemoryLock::kNone &&
-                          space->Lookup(range.first)->range == range && LockedKiB() == 0;
-    const Result<PageRange> mapped = space->Map({4});
+  Fork(*space, [&] {
+    FREEHOLD_CHECK(space->Lookup(Part(range, 4, 1).first)->lock == MemoryLock::kNone);
+    FREEHOLD_CHECK(space->Lookup(range.first)->range == range && LockedKiB() == 0);
+    FREEHOLD_CHECK(space->Map({4}).ok() && LockedKiB() == 0);
     space->CheckInvariants();
-    _exit(unlocked && mapped.ok() && LockedKiB() == 0 ? 0 : 1);
-  }
-  space->ParentAfterFork();
-  int status = -1;
-  ASSERT_EQ(waitpid(child, &status, 0), child);
-  EXPECT_EQ(status, 0);
+  });
   EXPECT_EQ(space->Lookup(Part(range, 4, 1).first)->lock, MemoryLock::kLocked);
 }
 

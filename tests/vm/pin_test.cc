@@ -1,8 +1,6 @@
 // Pins: what is pinned is not handed to anybody before the last pin goes.
 #include "vm/pin.h"
 
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <cerrno>
 #include <cstdlib>
@@ -13,6 +11,7 @@
 
 #include "gtest/gtest.h"
 #include "tests/vm/space_fixture.h"
+#include "vm/os/check.h"
 #include "vm/os/fake_kernel.h"
 #include "vm/os/linux_kernel.h"
 #include "vm/sync/range_lock.h"
@@ -196,24 +195,15 @@ TEST_P(PinTest, TheChildOfAForkHasNone) {
   std::optional<Pin> second(std::in_place, *space_, range);
   ASSERT_TRUE(first->ok() && second->ok());
   ASSERT_TRUE(space_->Unmap(waiting).ok());
-  space_->PrepareFork();
-  const pid_t child = fork();
-  if (child == 0) {
-    space_->ChildAfterFork();
-    bool fine = space_->Unmap(range).ok() && TryMapAt(range).ok();
+  Fork(*space_, [&] {
+    FREEHOLD_CHECK(space_->Unmap(range).ok() && TryMapAt(range).ok());
     space_->Tick();
-    fine = fine && space_->Stats().deferred_unmaps == 0 && TryMapAt(waiting).ok();
+    FREEHOLD_CHECK(space_->Stats().deferred_unmaps == 0 && TryMapAt(waiting).ok());
     const Pin pin(*space_, range);
     first.reset();
     second.reset();
-    fine = fine && pin.ok() && space_->Unmap(range).ok() && space_->Stats().deferred_unmaps == 1;
-    _exit(fine ? 0 : 1);
-  }
-  space_->ParentAfterFork();
-  ASSERT_GT(child, 0);
-  int status = 0;
-  ASSERT_EQ(waitpid(child, &status, 0), child);
-  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
+    FREEHOLD_CHECK(pin.ok() && space_->Unmap(range).ok() && space_->Stats().deferred_unmaps == 1);
+  });
   EXPECT_EQ(space_->Stats().deferred_unmaps, 1u);
   first.reset();
   EXPECT_EQ(space_->Stats().deferred_unmaps, 0u);

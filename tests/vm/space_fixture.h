@@ -3,6 +3,7 @@
 #ifndef FREEHOLD_TESTS_VM_SPACE_FIXTURE_H_
 #define FREEHOLD_TESTS_VM_SPACE_FIXTURE_H_
 
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -106,6 +107,25 @@ class TestSpace {
  private:
   AddressSpace* space_;
 };
+
+// Forks, runs `child` there with a limit of time, and waits for it to end well. REQUIRES: where there are other threads,
+// no malloc or gtest in `child`, which may find their locks held; what is wrong stops it (FREEHOLD_CHECK names the line).
+inline void Fork(AddressSpace& space, const std::function<void()>& child) {
+  space.PrepareFork();
+  const pid_t pid = fork();
+  if (pid == 0) {
+    alarm(30);
+    space.ChildAfterFork();
+    child();
+    _exit(0);
+  }
+  space.ParentAfterFork();
+  ASSERT_GT(pid, 0);
+  int status = -1;
+  ASSERT_EQ(waitpid(pid, &status, 0), pid);
+  ASSERT_TRUE(WIFEXITED(status)) << "signal " << WTERMSIG(status);
+  ASSERT_EQ(WEXITSTATUS(status), 0);
+}
 
 // The part of the reservation that serves `zone`.
 inline PageRange ZoneRange(const AddressSpace& space, Zone zone) {
