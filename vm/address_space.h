@@ -315,7 +315,7 @@ class AddressSpace {
 
   // Drops the content of mapped read-write memory: it reads as zero, or as the file, afterwards and is not resident
   // (MADV_DONTNEED through the purge stage). Each range lies in one region. Errors: kNotMapped, kSystem,
-  // kOutsideReservation, kEmpty.
+  // kOutsideReservation, kEmpty, kUnsupported (memory of a pager).
   // Ranges that ascend within a region go into one call.
   Error Discard(absl::Span<const PageRange> ranges);
 

@@ -611,7 +611,9 @@ void SpaceModel::CheckInvariants(Depth depth) {
 
 // Every pager was told of the end of its mapping, or is as soon as nobody looks at that any more.
 void SpaceModel::CheckReleased() {
-  const auto is_mapped = [](const std::unique_ptr<StampedPager>& pager) { return pager->mapped() && !pager->released(); };
+  const auto is_mapped = [](const std::unique_ptr<StampedPager>& pager) {
+    return pager->mapped() && !pager->released();
+  };
   for (int attempt = 0; attempt < 5000 && std::any_of(pagers_.begin(), pagers_.end(), is_mapped); ++attempt) {
     space_.Tick();
     if (attempt > 10) std::this_thread::sleep_for(std::chrono::milliseconds(1));

@@ -3,6 +3,10 @@
 // A model either has the space to itself, and then knows all of it, on a FakeKernel whose calls can be made to fail;
 // or it is one of several, each used by a thread of its own. Then it knows the pages that it mapped, which nobody else
 // touches, and what is beside them may be anybody's. In the arenas (SharedPages) all of them work on the same pages.
+//
+// A page is anonymous or shows a Source (space_sources.h). Its content is its own (anonymous memory, a pager's page,
+// a copy in a private file mapping) or what the source holds. What would be a SIGBUS is never touched: pages beyond
+// the end of a file, and those that a pager was told to fail; the kernel is asked to touch them instead (Probe).
 #ifndef FREEHOLD_TESTS_VM_SPACE_MODEL_H_
 #define FREEHOLD_TESTS_VM_SPACE_MODEL_H_
 

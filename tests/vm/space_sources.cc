@@ -123,7 +123,8 @@ Result<Pages> StampedPager::Read(std::uint64_t page, absl::Span<std::byte> into)
   const std::size_t count = into.size() / kPageSize;
   const Result<Pages> read = ReadNow(page, count, into);
   // Now and then there is time for others to change what the content is for.
-  if (slow_.fetch_add(1, std::memory_order_relaxed) % 4 == 3) std::this_thread::sleep_for(std::chrono::microseconds(50));
+  const bool slow = slow_.fetch_add(1, std::memory_order_relaxed) % 4 == 3;
+  if (slow) std::this_thread::sleep_for(std::chrono::microseconds(50));
   return read;
 }
 
