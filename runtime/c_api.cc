@@ -373,13 +373,14 @@ int freehold_map(freehold_space* handle, size_t bytes, const freehold_map_option
   if (!std::has_single_bit(alignment) || alignment < vm::kPageSize) return EINVAL;
   const vm::Result<vm::Pages> count = ToPages(bytes);
   if (!count.ok()) return Result(count.error());
+  const auto huge_pages = options.huge_pages != 0 ? vm::os::HugePages::kPrefer : vm::os::HugePages::kAvoid;
   const vm::Result<vm::PageRange> mapped =
       space->Map(*count, {.placement = *placement,
                           .address = options.address,
                           .alignment = vm::PagesFor({alignment}),
                           .protection = *protection,
                           .content = *content,
-                          .huge_pages = options.huge_pages != 0 ? vm::os::HugePages::kPrefer : vm::os::HugePages::kAvoid,
+                          .huge_pages = huge_pages,
                           .populate = options.populate != 0,
                           .lock = *lock});
   if (!mapped.ok()) return Result(mapped.error());

@@ -41,8 +41,8 @@ const char* freehold_version(void);
 typedef struct freehold_space freehold_space;
 
 /* The space that malloc of this process comes from, and mmap where the shared library is there. Null if Freehold serves
- * neither, by FREEHOLD_MALLOC and FREEHOLD_MMAP, or because the kernel granted no address space. It lives as long as the
- * process. A program unmaps and changes what it mapped itself, and nothing else in it. */
+ * neither, by FREEHOLD_MALLOC and FREEHOLD_MMAP, or because the kernel granted no address space. It lives as long as
+ * the process. A program unmaps and changes what it mapped itself, and nothing else in it. */
 freehold_space* freehold_process_space(void);
 
 /* For limits of which 0 means the default: none at all. */
@@ -202,8 +202,8 @@ typedef struct freehold_populate_options {
 } freehold_populate_options;
 
 /* Makes the pages of the range present, so that touching them waits for nothing. Holds no lock over more than a chunk.
- * `done`, unless null, gets how far it came, on these errors too: ETIMEDOUT, ECANCELED, ENOMEM (what was there is mapped
- * no more), EFAULT (the file ends there), EOPNOTSUPP (memory that may not be written). */
+ * `done`, unless null, gets how far it came, on these errors too: ETIMEDOUT, ECANCELED, ENOMEM (what was there is
+ * mapped no more), EFAULT (the file ends there), EOPNOTSUPP (memory that may not be written). */
 int freehold_populate(freehold_space* space, void* address, size_t bytes, const freehold_populate_options* options,
                       size_t* done);
 
@@ -236,14 +236,15 @@ int freehold_stack_pool_create(freehold_space* space, freehold_stack_pool** pool
 /* Gives everything back. REQUIRES: nobody uses it, or a stack of it, any more. */
 int freehold_stack_pool_destroy(freehold_stack_pool* pool);
 
-/* A stack of `bytes`, and perhaps a sixteenth more; below that at least `guard` bytes trap, and a page. What is on it is
- * whatever it is. In steady state without a system call. */
+/* A stack of `bytes`, and perhaps a sixteenth more; below that at least `guard` bytes trap, and a page. What is on it
+ * is whatever it is. In steady state without a system call. */
 int freehold_stack_acquire(freehold_stack_pool* pool, size_t bytes, size_t guard, freehold_stack** stack);
 
 /* Where it is: its lowest address, and its length. */
 int freehold_stack_range(const freehold_stack* stack, void** address, size_t* bytes);
 
-/* REQUIRES: it was acquired from this pool, and nothing runs on it any more; if it is free already, the program stops. */
+/* REQUIRES: it was acquired from this pool, and nothing runs on it any more. If it is free already, the program
+ * stops. */
 int freehold_stack_release(freehold_stack_pool* pool, freehold_stack* stack);
 
 /* ---- Looking ---- */

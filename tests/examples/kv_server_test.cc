@@ -185,8 +185,8 @@ TEST_F(KvServerTest, SavesAndLoads) {
 }
 
 TEST_F(KvServerTest, RefusesFilesOfOthers) {
-  for (const char* text : {"no newline", "nosize\n", " 3\nabc\n", "key 3\nab", "key 3\nabc", "key 3\nabcd", "key x\nabc\n",
-                           "key 3\nabc\nmore\n", "key 18446744073709551615\nabc\n"}) {
+  for (const char* text : {"no newline", "nosize\n", " 3\nabc\n", "key 3\nab", "key 3\nabc", "key 3\nabcd",
+                           "key x\nabc\n", "key 3\nabc\nmore\n", "key 18446744073709551615\nabc\n"}) {
     std::ofstream(file_) << text;
     Server server(*space_, file_);
     EXPECT_EQ(server.Load(), file_ + ": not a saved table") << text;
@@ -209,8 +209,8 @@ TEST_F(KvServerTest, SaysWhyItCannotSave) {
   EXPECT_NE(second.Listen(server_->port()), "");
 }
 
-// Every writer sets "N.first" to a number and then "N.second" to the same: a snapshot of one moment finds them equal, or
-// the first one ahead by one.
+// Every writer sets "N.first" to a number and then "N.second" to the same: a snapshot of one moment finds them equal,
+// or the first one ahead by one.
 TEST_F(KvServerTest, ASnapshotIsOfOneMoment) {
   Start();
   constexpr int kWriters = 3;
