@@ -19,10 +19,11 @@ constexpr std::string_view kPrefix = "FREEHOLD_";
 // No name in the table is longer; of longer ones that are not in it, the beginning is compared.
 constexpr std::size_t kMaxName = 31;
 
-constexpr std::string_view kMallocChoices[] = {"freehold", "libc"};
+constexpr std::string_view kMallocChoices[] = {"freehold", "libc", "mimalloc"};
 constexpr std::string_view kStacksChoices[] = {"freehold", "libc"};
 constexpr std::string_view kLockPolicies[] = {"coarse", "tree", "adaptive"};
-static_assert(static_cast<int>(MallocChoice::kLibc) == 1 && static_cast<int>(StacksChoice::kLibc) == 1 &&
+static_assert(static_cast<int>(MallocChoice::kLibc) == 1 && static_cast<int>(MallocChoice::kMimalloc) == 2 &&
+              static_cast<int>(StacksChoice::kLibc) == 1 &&
               static_cast<int>(LockPolicy::kCoarse) == 0 &&
               static_cast<int>(LockPolicy::kTree) == 1 &&
               static_cast<int>(LockPolicy::kAdaptive) == 2);
@@ -58,10 +59,15 @@ std::uint64_t Load(const Config& config) {
 constexpr Option kOptions[] = {
     {.name = "malloc",
      .type = OptionType::kChoice,
-     .help = "who serves malloc and operator new; libc switches Freehold off",
+     .help = "who serves malloc and operator new; mimalloc gets its memory from mmap, so from Freehold",
      .choices = kMallocChoices,
      .store = Store<&Config::malloc>,
      .load = Load<&Config::malloc>},
+    {.name = "mmap",
+     .type = OptionType::kSwitch,
+     .help = "serve mmap, munmap, mprotect and their family; off: they are the kernel's",
+     .store = Store<&Config::mmap>,
+     .load = Load<&Config::mmap>},
     {.name = "stacks",
      .type = OptionType::kChoice,
      .help = "where the stacks of new threads come from",
@@ -94,6 +100,14 @@ constexpr Option kOptions[] = {
      .most = vm::TiB(64).value,
      .store = Store<&Config::free_resident_limit>,
      .load = Load<&Config::free_resident_limit>},
+    {.name = "window-limit",
+     .type = OptionType::kBytes,
+     .help = "parts of files, mapped by mmap to be read, that stay mapped for re-use at most, per region; 0: files are "
+             "the kernel's",
+     .least = 0,
+     .most = vm::TiB(64).value,
+     .store = Store<&Config::window_limit>,
+     .load = Load<&Config::window_limit>},
     {.name = "keeper",
      .type = OptionType::kSwitch,
      .help = "a thread that gives freed memory back while the program idles; off: only the "
@@ -132,6 +146,9 @@ constexpr Option kOptions[] = {
      .help = "print what the runtime decided at its start",
      .store = Store<&Config::verbose>,
      .load = Load<&Config::verbose>},
+    {.name = "mimalloc",
+     .type = OptionType::kPath,
+     .help = "the libmimalloc.so to preload for --malloc=mimalloc, instead of the system's"},
     {.name = "library",
      .type = OptionType::kPath,
      .help = "the libfreehold.so to preload, instead of the one that belongs to this program"},

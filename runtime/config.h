@@ -21,22 +21,26 @@
 
 namespace freehold::runtime {
 
-enum class MallocChoice : std::uint8_t { kFreehold, kLibc };
+enum class MallocChoice : std::uint8_t { kFreehold, kLibc, kMimalloc };
 enum class StacksChoice : std::uint8_t { kFreehold, kLibc };
 
 struct Config {
   // Address space to reserve. Halved until the kernel grants it; capped by RLIMIT_AS (runtime.h).
   vm::Bytes reserve = vm::TiB(16);
-  // kLibc: every call goes to libc's own malloc, and Freehold reserves nothing.
+  // kLibc: every call goes to libc's own malloc. kMimalloc: the same, behind a libmimalloc.so that is preloaded in
+  // front of this library, as `freehold run` does, and is then not called.
   MallocChoice malloc = MallocChoice::kFreehold;
-  // Where the stacks of new threads come from (thread_stacks.h). kLibc where malloc is.
+  // Whether the mmap family is served too (preloaded only). Without it, and with another malloc, nothing is reserved.
+  bool mmap = true;
+  // Where the stacks of new threads come from (thread_stacks.h). kLibc where neither malloc nor mmap has a space.
   StacksChoice stacks = StacksChoice::kFreehold;
   // Say which thread overflowed its stack (stack_overflow.h).
   bool overflow_report = true;
-  // See vm::AddressSpaceOptions for these four.
+  // See vm::AddressSpaceOptions for these five.
   vm::sync::LockPolicy lock_policy = vm::sync::LockPolicy::kAdaptive;
   bool strict_unmap = false;
   vm::Bytes free_resident_limit = vm::MiB(256);
+  vm::Bytes window_limit = vm::MiB(256);
   vm::Nanoseconds decay = vm::Milliseconds(1000);
   // Whether a thread may be started that gives freed memory back while the program idles
   // (keeper.h).

@@ -12,28 +12,29 @@
 namespace freehold::runtime {
 namespace {
 
-bool Serves() { return process_runtime.server() == Server::kFreehold; }
+bool ServesMalloc() { return process_runtime.server() == Server::kFreehold; }
 
 // In lock order: stacks and the heap, which call into the space, and then the space.
 void PrepareFork() {
-  if (!Serves()) return;
+  if (!process_runtime.has_space()) return;
   process_thread_stacks.PrepareFork();
-  process_runtime.heap().PrepareFork(CurrentThreadCache());
+  if (ServesMalloc()) process_runtime.heap().PrepareFork(CurrentThreadCache());
   process_runtime.space().PrepareFork();
 }
 
 void ParentAfterFork() {
-  if (!Serves()) return;
+  if (!process_runtime.has_space()) return;
   process_runtime.space().ParentAfterFork();
-  process_runtime.heap().ParentAfterFork(CurrentThreadCache());
+  if (ServesMalloc()) process_runtime.heap().ParentAfterFork(CurrentThreadCache());
   process_thread_stacks.ParentAfterFork();
 }
 
 void ChildAfterFork() {
-  if (!Serves()) return;
+  if (!process_runtime.has_space()) return;
   vm::os::ForgetThreadIdAfterFork();
   process_runtime.space().ChildAfterFork();
-  process_runtime.heap().ChildAfterFork(CurrentThreadCache());
+  if (ServesMalloc()) process_runtime.heap().ChildAfterFork(CurrentThreadCache());
+  if (ProcessMappings* mappings = process_runtime.mappings()) mappings->ChildAfterFork();
   process_thread_stacks.ChildAfterFork();
   ForgetOtherThreads();
   process_keeper.ChildAfterFork();

@@ -29,6 +29,8 @@ constexpr Nanoseconds kLookInterval = vm::Milliseconds(10);
 
 Nanoseconds Now() { return process_runtime.kernel().Now(); }
 
+bool ServesMalloc() { return process_runtime.server() == Server::kFreehold; }
+
 // The thread that is being created takes over the mask: it must not run the program's signal
 // handlers.
 class BlockedSignals {
@@ -70,7 +72,7 @@ void Keeper::LookWithoutThread(const void* caller) {
   if (!Due(last_look_, kLookInterval)) return;
   const vm::AddressSpaceStats stats = process_runtime.space().Stats();
   if (stats.mapped + stats.free_resident < kLargeProcess) return;
-  if (MayStartFor(caller)) return Start();
+  if (caller != nullptr && MayStartFor(caller)) return Start();
   // As often as there is something to tick for; and this caller may not be the last.
   nudges_wanted_.store(1, std::memory_order_relaxed);
   if (Due(last_tick_, kTick)) Tick();
@@ -125,11 +127,13 @@ void* Keeper::ThreadMain(void* keeper) {
 }
 
 Bytes Keeper::Decayable() {
-  return process_runtime.heap().Stats().free_dirty + process_runtime.space().Stats().free_resident;
+  const vm::AddressSpaceStats space = process_runtime.space().Stats();
+  const Bytes mapped = space.free_resident + space.window_bytes;
+  return ServesMalloc() ? process_runtime.heap().Stats().free_dirty + mapped : mapped;
 }
 
 void Keeper::Tick() {
-  process_runtime.heap().Tick(Now());
+  if (ServesMalloc()) process_runtime.heap().Tick(Now());
   process_runtime.space().Tick();
 }
 

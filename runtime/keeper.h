@@ -62,6 +62,14 @@ class Keeper {
     if (state_.load(std::memory_order_relaxed) == State::kAbsent) LookWithoutThread(caller);
   }
 
+  // The same, for memory that the program unmapped. Without the right to start a thread, since the caller may be
+  // somebody else's malloc, which the start of a thread would call; `may_start`: it is not.
+  void NudgeOnUnmap(const void* caller, bool may_start) {
+    const State state = state_.load(std::memory_order_relaxed);
+    if (state == State::kIdle) Wake();
+    if (state == State::kAbsent) LookWithoutThread(may_start ? caller : nullptr);
+  }
+
   // Finds out where libc lies. Once, at start, outside of malloc; without it no thread is ever
   // created.
   void PrepareToStart();
@@ -95,6 +103,7 @@ class Keeper {
 
   bool MayStartFor(const void* caller) const;
   void Wake();
+  // `caller`: null if no thread may be started.
   void LookWithoutThread(const void* caller);
   void Start();
   bool CreateThread();

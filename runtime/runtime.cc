@@ -64,6 +64,7 @@ vm::AddressSpaceOptions SpaceOptions(const Config& config) {
   options.regions_per_zone = options.reserve < kFewRegions ? 1 : 0;
   options.strict_unmap = config.strict_unmap;
   options.free_resident_limit = config.free_resident_limit;
+  options.window_limit = config.window_limit;
   options.decay = config.decay;
   options.record_range_locks = config.record_range_locks;
   return options;
@@ -124,7 +125,7 @@ Server Runtime::Start(const char* const* environment) {
   Server server = Server::kUndecided;
   if (server_.compare_exchange_strong(server, Server::kStarting, std::memory_order_acquire)) {
     config_ = LoadConfig(environment);
-    server = config_.malloc == MallocChoice::kFreehold ? StartFreehold() : Server::kLibc;
+    server = StartFreehold();
     // Release pairs with the acquires in EnsureStarted and below.
     server_.store(server, std::memory_order_release);
     vm::os::FutexWake(word, INT32_MAX);
@@ -136,27 +137,48 @@ Server Runtime::Start(const char* const* environment) {
   return server;
 }
 
-Server Runtime::StartFreehold() {
-  const vm::Result<vm::AddressSpace*> space =
-      vm::AddressSpace::Create(kernel_, SpaceOptions(config_));
+bool Runtime::StartSpace() {
+  const vm::Result<vm::AddressSpace*> space = vm::AddressSpace::Create(kernel_, SpaceOptions(config_));
   if (!space.ok()) {
     ReportFailure(config_, space.error());
-    return Server::kLibc;
+    return false;
   }
+  space_ = *space;
+  return true;
+}
+
+bool Runtime::StartHeap() {
   const vm::Result<allocator::ObjectHeap*> heap =
-      allocator::ObjectHeap::Create(**space, HeapOptions(config_, **space));
+      allocator::ObjectHeap::Create(*space_, HeapOptions(config_, *space_));
   if (!heap.ok()) {
     ReportFailure(config_, heap.error());
-    vm::AddressSpace::Destroy(*space);
-    return Server::kLibc;
+    return false;
   }
   heap_ = *heap;
-  if (config_.telemetry && !telemetry_.Publish(**space, **heap, kernel_) && config_.verbose) {
+  return true;
+}
+
+Server Runtime::StartFreehold() {
+  const bool mallocs = config_.malloc == MallocChoice::kFreehold;
+  const bool maps = config_.mmap && &has_mmap_shim != nullptr;
+  if (!(mallocs || maps) || !StartSpace()) return Server::kLibc;
+  if (mallocs && !StartHeap()) {
+    vm::AddressSpace::Destroy(space_);
+    space_ = nullptr;
+    return Server::kLibc;
+  }
+  serves_mappings_ = maps;
+  if (maps) {
+    // mimalloc asks for aligned memory by asking for addresses.
+    mappings_.Init(*space_, {.follow_hints = config_.malloc != MallocChoice::kMimalloc,
+                             .map_files = config_.window_limit.value != 0});
+  }
+  if (config_.telemetry && !telemetry_.Publish(*space_, heap_, kernel_) && config_.verbose) {
     Message().Append("the system refuses the telemetry page: `freehold stat` and the like see nothing").Report();
   }
-  WatchThreadExits();
-  if (config_.verbose) ReportStart(config_, **space);
-  return Server::kFreehold;
+  if (mallocs) WatchThreadExits();
+  if (config_.verbose) ReportStart(config_, *space_);
+  return mallocs ? Server::kFreehold : Server::kLibc;
 }
 
 }  // namespace freehold::runtime

@@ -20,6 +20,7 @@
 
 #include "allocator/object_heap.h"
 #include "runtime/config.h"
+#include "runtime/process_mappings.h"
 #include "runtime/telemetry.h"
 #include "vm/address_space.h"
 #include "vm/os/linux_kernel.h"
@@ -31,8 +32,11 @@ enum class Server : std::uint32_t {
   kUndecided,  // nothing was allocated yet
   kStarting,
   kFreehold,
-  kLibc,  // FREEHOLD_MALLOC=libc, or there was no address space to be had
+  kLibc,  // FREEHOLD_MALLOC is not freehold, or there was no address space to be had
 };
+
+// Defined by the mmap shim, where that is linked: then there is a space for it even if libc serves malloc.
+extern const bool has_mmap_shim __attribute__((weak));
 
 class Runtime {
  public:
@@ -54,16 +58,26 @@ class Runtime {
   const Config& config() const { return config_; }
   // REQUIRES: EnsureStarted() returned kFreehold.
   allocator::ObjectHeap& heap() const { return *heap_; }
-  vm::AddressSpace& space() const { return heap_->space(); }
+  // REQUIRES: has_space().
+  vm::AddressSpace& space() const { return *space_; }
+  // REQUIRES, as the next one: EnsureStarted() returned a value.
+  bool has_space() const { return space_ != nullptr; }
+  // Null if the mmap family is the kernel's.
+  ProcessMappings* mappings() { return serves_mappings_ ? &mappings_ : nullptr; }
   vm::os::Kernel& kernel() { return kernel_; }
 
  private:
   Server Start(const char* const* environment);
   Server StartFreehold();
+  bool StartSpace();
+  bool StartHeap();
 
   std::atomic<Server> server_{Server::kUndecided};  // written by the thread that starts the runtime
   Config config_;
+  vm::AddressSpace* space_ = nullptr;
   allocator::ObjectHeap* heap_ = nullptr;
+  ProcessMappings mappings_;
+  bool serves_mappings_ = false;
   vm::os::LinuxKernel kernel_;
   Telemetry telemetry_;
 };

@@ -40,7 +40,7 @@ TelemetryPage* MapPage() {
 
 }  // namespace
 
-bool Telemetry::Publish(const vm::AddressSpace& space, const allocator::ObjectHeap& heap,
+bool Telemetry::Publish(const vm::AddressSpace& space, const allocator::ObjectHeap* heap,
                         const vm::os::LinuxKernel& kernel) {
   FREEHOLD_CHECK(page_ == nullptr);
   page_ = MapPage();
@@ -58,7 +58,7 @@ bool Telemetry::Publish(const vm::AddressSpace& space, const allocator::ObjectHe
   const auto add = [](void* self, const vm::Metric& metric) { static_cast<Telemetry*>(self)->Add(metric); };
   space.ForEachRegion(add_region, this);
   space.ForEachMetric(add, this);
-  heap.ForEachMetric(add, this);
+  if (heap != nullptr) heap->ForEachMetric(add, this);
   kernel.ForEachMetric(add, this);
   // After everything else, for readers of a process that has just started.
   page_->magic.store(TelemetryPage::kMagic, std::memory_order_release);

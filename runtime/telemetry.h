@@ -87,8 +87,9 @@ class Telemetry {
   Telemetry(const Telemetry&) = delete;
   Telemetry& operator=(const Telemetry&) = delete;
 
-  // False when the system refuses the mapping: then nobody can look inside, and all else works.
-  bool Publish(const vm::AddressSpace& space, const allocator::ObjectHeap& heap, const vm::os::LinuxKernel& kernel);
+  // False when the system refuses the mapping: then nobody can look inside, and all else works. `heap`: null if libc
+  // serves malloc.
+  bool Publish(const vm::AddressSpace& space, const allocator::ObjectHeap* heap, const vm::os::LinuxKernel& kernel);
   // Adds one metric more. REQUIRES: fewer than kMaxMetrics. Nothing happens unless published.
   void Add(const vm::Metric& metric);
 

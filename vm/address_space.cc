@@ -321,6 +321,17 @@ Result<VmaInfo> AddressSpace::Lookup(PageNumber page) const {
   return info;
 }
 
+Result<VmaInfo> AddressSpace::LookupNext(PageNumber page) const {
+  if (!reservation_.Contains(page)) return ErrorCode::kOutsideReservation;
+  while (page < reservation_.end) {
+    VmaState state;
+    const VmaInfo info = RegionOf(page)->LookupExtent(page, state);
+    if (state == VmaState::kMapped) return info;
+    page = info.range.end;
+  }
+  return ErrorCode::kNotMapped;
+}
+
 Result<VmaInfo> AddressSpace::LookupHeld(PageNumber page, const sync::RangeLock::Guard& guard) const {
   VmaState state;
   const VmaInfo info = RegionOf(page)->LookupHeld(page, state, guard);

@@ -166,6 +166,12 @@ enum class Advice : std::uint8_t {
   kPageOut,      // should go to swap now
 };
 
+// What becomes of advice that only the kernel understands; see AdviseKernel.
+enum class AdviceEffect : std::uint8_t {
+  kOnce,     // something happens to pages now
+  kLasting,  // the kernel VMA has an attribute from now on
+};
+
 struct RemapOptions {
   // kAnywhere: where it is if it can be, else wherever Map would put it. kFixed: exactly at `address`; kOverlap
   // when something is mapped there. kReplace: what is mapped there is unmapped first, and stays so on failure.
@@ -297,6 +303,10 @@ class AddressSpace {
   // The VMA that holds `page`; kNotMapped when there is none. Takes no lock and writes nothing.
   Result<VmaInfo> Lookup(PageNumber page) const;
 
+  // The first VMA that ends after `page`; kNotMapped when there is none. Locks as Lookup; passes over free memory
+  // extent by extent, so what is mapped and unmapped meanwhile may be missed.
+  Result<VmaInfo> LookupNext(PageNumber page) const;
+
   // Makes the pages of `range` present, in chunks of at most 2 MiB, each under a shared range lock of that
   // chunk only. Returns the pages done. Errors: kNotMapped, kUnsupported (not writable; of files, whatever may be read
   // will do), kReplaced (unmapped or replaced meanwhile), kSystem (EFAULT: the file ends there; EIO), kDeadline,
@@ -317,6 +327,12 @@ class AddressSpace {
   // kSystem (what comes after is not advised; EINVAL for locked memory, which cannot be dropped, freed, cold or
   // paged out).
   Error Advise(PageRange range, Advice advice);
+
+  // Passes `advice`, a value of madvise(2) that Advise has no word for, to the kernel for whatever is mapped in
+  // `range`, VMA by VMA, kOnce in pieces of 2 MiB. What lasts ends with the mapping: whoever gets the addresses next
+  // gets memory without it. In a heap zone that takes a kernel VMA of its own meanwhile (heap_splits). Errors: as
+  // Advise; kUnsupported for what a pager fills.
+  Error AdviseKernel(PageRange range, int advice, AdviceEffect effect);
 
   // Which pages of `range` are resident now: 1 or 0 in the byte of each, as mincore(2). The range must be
   // mapped throughout. Takes no lock, so it is out of date when it returns. Errors: kEmpty, kOverflow,
@@ -345,6 +361,11 @@ class AddressSpace {
 
   PageRange reservation() const { return reservation_; }
   bool Contains(const void* address) const { return reservation_.Contains(PageNumber::Of(address)); }
+  // The region of `page`, which no mapping extends beyond. REQUIRES: the reservation contains the page.
+  PageRange RegionAt(PageNumber page) const {
+    const std::size_t region = (page - reservation_.first).value >> region_shift_;
+    return PageRange::Of(reservation_.first + Pages{region << region_shift_}, {std::size_t{1} << region_shift_});
+  }
   os::Kernel& kernel() const { return *kernel_; }
   // Keeps backings that a lookup reported from being destroyed while a reader is inside. Tick polls it.
   sync::EpochDomain& epochs() { return epochs_; }
@@ -462,6 +483,7 @@ class AddressSpace {
   Error SetMemoryLock(PageRange range, os::MemoryLock lock);
   // One piece of what Advise works on: as long as all of `part` belongs to the VMA `generation`; else kReplaced.
   Error AdvisePart(PageRange part, std::uint64_t generation, Advice advice);
+  Error AdviseKernelPart(PageRange part, std::uint64_t generation, int advice);
   Result<PageRange> MapInZone(Zone zone, Pages count, const MapOptions& options);
   Result<PageRange> MapElsewhere(Zone zone, std::size_t own, Pages count, const MapOptions& options);
   Result<PageRange> MapNear(Pages count, const MapOptions& options);

@@ -8,6 +8,7 @@
 
 #include "vm/address_space.h"
 #include "vm/backing.h"
+#include "vm/file_mapping.h"
 #include "vm/purge_stage.h"
 #include "vm/region.h"
 
@@ -69,6 +70,66 @@ Error AddressSpace::AdvisePart(PageRange part, std::uint64_t generation, Advice 
     case Advice::kPageOut: return kernel_->AdviseReclaim(part, os::ReclaimHint::kPageOut);
     default: return purge_stage_->Discard({&part, 1});
   }
+}
+
+Error AddressSpace::AdviseKernel(PageRange range, int advice, AdviceEffect effect) {
+  if (const Error error = CheckRange(range); !error.ok()) return error;
+  bool hole = false;
+  for (PageNumber page = range.first; page < range.end;) {
+    VmaState state;
+    const VmaInfo extent = RegionOf(page)->LookupExtent(page, state);
+    PageRange part = {page, std::min(range.end, extent.range.end)};
+    if (state != VmaState::kMapped) {
+      hole = true;
+      page = part.end;
+      continue;
+    }
+    Error error;
+    if (effect == AdviceEffect::kLasting) {
+      error = RegionOf(page)->AdviseKernel(part, extent.generation, advice);
+    } else {
+      part.end = std::min(part.end, PageNumber{(page.value / kPagesPerHugePage + 1) * kPagesPerHugePage});
+      error = AdviseKernelPart(part, extent.generation, advice);
+    }
+    if (error.code == ErrorCode::kReplaced) continue;
+    if (!error.ok()) return error;
+    page = part.end;
+  }
+  return hole ? Error{ErrorCode::kNotMapped} : Error::Ok();
+}
+
+Error AddressSpace::AdviseKernelPart(PageRange part, std::uint64_t generation, int advice) {
+  const Guard guard(RegionOf(part.first)->range_lock(), part, Mode::kShared, sync::Operation::kAdvise);
+  const Result<VmaInfo> vma = LookupHeld(part.first, guard);
+  if (!vma.ok() || vma->generation != generation || !vma->range.Contains(part)) return {ErrorCode::kReplaced};
+  if (vma->backing != nullptr && vma->backing->paged()) return {ErrorCode::kUnsupported};
+  return kernel_->Advise(part, advice);
+}
+
+// The steps of Protect. Marked although the kernel may refuse: it may have followed the advice for a part.
+Error Region::AdviseKernel(PageRange part, std::uint64_t generation, int advice) {
+  const Guard guard(range_lock_, part, Mode::kExclusive, sync::Operation::kAdvise);
+  VmaState state;
+  const VmaInfo vma = LookupHeld(part.first, state, guard);
+  if (state != VmaState::kMapped || vma.generation != generation || !vma.range.Contains(part)) {
+    return {ErrorCode::kReplaced};
+  }
+  if (vma.backing != nullptr && vma.backing->paged()) return {ErrorCode::kUnsupported};
+  const RegionPage first = ToRegion(part.first);
+  const RegionPage end = ToRegion(part.end);
+  if (const Error error = MakeBusy(first, end); !error.ok()) return error;
+  NoteChange(vma.backing, FileChange::kAttributes);
+  const Error error = shared_.kernel->Advise(part, advice);
+  if (is_heap()) {
+    sync::SpinLockHolder holder(tree_lock_);
+    heap_splits_.Add(1);
+  }
+  ChangeBusy(first, end, [&](Vma& changed) {
+    changed.foreign = true;
+    // In the mapping zone, that it was accessible, and so needs a reset.
+    changed.kernel_vma = changed.kernel_vma || !is_heap();
+  });
+  return error;
 }
 
 Error AddressSpace::Residency(PageRange range, absl::Span<std::uint8_t> resident) const {

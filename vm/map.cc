@@ -366,9 +366,8 @@ Vma* Region::ClaimExtentLocked(RegionPage page, Claim& claim) {
   const bool mapped = vma->Is(VmaState::kMapped);
   claim.clean = claim.clean && !mapped && vma->knowledge == Knowledge::kClean && vma->is_zones_own();
   claim.locked = claim.locked || vma->locked();
-  // What is foreign and mapped without a backing is anonymous memory all the same.
-  claim.foreign = claim.foreign || vma->foreign;
-  claim.backed = claim.backed || vma->attributes().backing != nullptr || (vma->foreign && !mapped);
+  // Anonymous memory with a kernel VMA of its own may have advice that must not last beyond it.
+  claim.backed = claim.backed || vma->attributes().backing != nullptr || vma->foreign;
   claim.occupied = claim.occupied || mapped;
   if (mapped) return vma;
   if (vma->Is(VmaState::kCached)) free_.Remove(vma);
@@ -426,7 +425,7 @@ void Region::PublishFixedLocked(const Claim& claim, const MapOptions& options, s
     // In the mapping zone, old content (Content::kAnything) may lie behind a protection of kNone.
     vma->kernel_vma = is_heap() ? protection != os::Protection::kReadWrite
                                 : protection != os::Protection::kNone || !claim.clean || locked;
-    vma->foreign = options.backing != nullptr || (claim.foreign && !claim.backed);
+    vma->foreign = options.backing != nullptr;
     if (is_heap() && (vma->kernel_vma || locked)) heap_splits_.Add(1);
     PublishLocked(vma, page - from,
                   AttributesOf(options, claim.first, continued != 0 ? continued : claim.generation));

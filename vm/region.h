@@ -85,6 +85,9 @@ class alignas(kPageSize) Region {
   Error Unmap(PageRange part, const VmaInfo* only = nullptr);
   // protect.cc
   Error Protect(PageRange part, os::Protection protection);
+  // advise.cc
+  // Lasting advice for `part` of the VMA `generation`. Errors: kReplaced, kUnsupported, kNoMetadata, kSystem.
+  Error AdviseKernel(PageRange part, std::uint64_t generation, int advice);
   // remap.cc
   // Maps what follows `part`, which belongs to the VMA `vma`, as the rest of it, `count` pages in all. Errors:
   // kReplaced (`vma` is not what it was), kNoRoom (something is mapped there), others as MapFixed.
@@ -165,8 +168,7 @@ class alignas(kPageSize) Region {
     // Of what is claimed so far:
     bool clean = true;    // no page was used since it was last zero
     bool locked = false;  // the kernel has some of it locked
-    bool foreign = false;  // some of it came by Remap
-    bool backed = false;   // some of it has a backing, or the remains of one
+    bool backed = false;   // some of it has a kernel VMA of its own: a backing's, its remains, a moved or advised one
     bool occupied = false; // some of it is mapped
     bool lost = false;     // the kernel has something else in place of what is mapped
   };

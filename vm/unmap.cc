@@ -16,6 +16,9 @@ namespace {
 // Pages that one residency sample looks at.
 constexpr std::size_t kSamplePages = 512;
 
+// A guard takes an entry in a page table for each page: 2 MiB of tables for this.
+constexpr Bytes kMostGuarded = GiB(1);
+
 }  // namespace
 
 Error Region::Unmap(PageRange part, const VmaInfo* only) {
@@ -262,7 +265,8 @@ Error Region::ReplaceForeign(PageRange range) {
 
 // Strict unmap: accesses to `range` trap from now on; its content is gone. False when the kernel refuses.
 bool Region::Trap(PageRange range) {
-  if (shared_.kernel->features().guard_regions && shared_.kernel->InstallGuard(range).ok()) return true;
+  const bool guards = shared_.kernel->features().guard_regions && range.count().bytes() <= kMostGuarded;
+  if (guards && shared_.kernel->InstallGuard(range).ok()) return true;
   return shared_.purge_stage->Discard({&range, 1}).ok() &&
          shared_.kernel->Protect(range, os::Protection::kNone).ok();
 }

@@ -1,7 +1,10 @@
 #include "runtime/cli/run.h"
 
+#include <dlfcn.h>
+#include <link.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstdlib>
@@ -13,6 +16,7 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "absl/strings/string_view.h"
 #include "runtime/cli/program_file.h"
@@ -39,10 +43,12 @@ constexpr int kNotFound = 127;
 
 constexpr char kLibraryName[] = "libfreehold.so";
 constexpr char kLibraryVariable[] = "FREEHOLD_LIBRARY";
+constexpr char kMallocVariable[] = "FREEHOLD_MALLOC";
+constexpr char kMimallocVariable[] = "FREEHOLD_MIMALLOC";
 
 constexpr char kHelpHead[] = R"(Usage: freehold run [OPTIONS] [--] PROGRAM [ARGUMENTS]
 
-Runs PROGRAM, unmodified, with the malloc of libfreehold.so: the library is put in front of
+Runs PROGRAM, unmodified, with the malloc and the mmap of libfreehold.so: the library is put in front of
 LD_PRELOAD and the options become environment variables, so that the program's children run on
 Freehold too. Process id, streams, signals and exit status are the program's. Without effect on
 statically linked programs and on those that run with more privileges than their caller.
@@ -52,7 +58,7 @@ Options, each with its variable and default:
 
 constexpr char kHelpTail[] = R"(
 Exit status: the program's; 127 if there is no such program, 126 if it cannot be executed, 125 if
-libfreehold.so is missing, 2 for wrong arguments.
+libfreehold.so or libmimalloc.so is missing, 2 for wrong arguments.
 )";
 
 struct Setting {
@@ -193,15 +199,38 @@ std::optional<std::string> FindLibrary() {
   return std::nullopt;
 }
 
-// Puts `library` in front of what LD_PRELOAD already names.
-void Preload(const std::string& library) {
+bool WantsMimalloc() {
+  const char* malloc = std::getenv(kMallocVariable);
+  Config config;
+  if (malloc != nullptr) runtime::SetOption("malloc", malloc, config, [](const Problem&) {});
+  return config.malloc == runtime::MallocChoice::kMimalloc;
+}
+
+// The path of the library that was asked for, or of the system's, wherever the dynamic linker finds that.
+std::optional<std::string> FindMimalloc() {
+  if (const char* chosen = std::getenv(kMimallocVariable); chosen != nullptr && *chosen != '\0') {
+    auto found = ReadableFile(chosen);
+    if (!found) Print(absl::StrCat(chosen, ": ", std::strerror(errno)));
+    return found;
+  }
+  for (const char* name : {"libmimalloc.so.2", "libmimalloc.so.3", "libmimalloc.so"}) {
+    void* handle = dlopen(name, RTLD_LAZY | RTLD_LOCAL);
+    link_map* map = nullptr;
+    if (handle != nullptr && dlinfo(handle, RTLD_DI_LINKMAP, &map) == 0) return ReadableFile(map->l_name);
+  }
+  Print("no libmimalloc.so on this system (Debian: libmimalloc2.0); name it with --mimalloc");
+  return std::nullopt;
+}
+
+// Puts `libraries` in front of what LD_PRELOAD names otherwise.
+void Preload(const std::vector<std::string>& libraries) {
   const char* variable = std::getenv("LD_PRELOAD");
-  const std::string others = variable != nullptr ? variable : "";
-  const std::vector<std::string> names =
-      absl::StrSplit(others, absl::ByAnyChar(" :"), absl::SkipEmpty());
-  if (!names.empty() && names[0] == library) return;
-  setenv("LD_PRELOAD", names.empty() ? library.c_str() : absl::StrCat(library, ":", others).c_str(),
-         1);
+  std::vector<std::string> names = libraries;
+  for (std::string& other : std::vector<std::string>(
+           absl::StrSplit(variable != nullptr ? variable : "", absl::ByAnyChar(" :"), absl::SkipEmpty()))) {
+    if (std::find(libraries.begin(), libraries.end(), other) == libraries.end()) names.push_back(std::move(other));
+  }
+  setenv("LD_PRELOAD", absl::StrJoin(names, ":").c_str(), 1);
 }
 
 int StatusOf(int error) { return error == ENOENT ? kNotFound : kNotExecutable; }
@@ -230,13 +259,22 @@ int Run(int count, char** arguments) {
   CleanEnvironment();
   for (const Setting& setting : line.settings)
     setenv(setting.variable.c_str(), setting.value.c_str(), 1);
+  std::vector<std::string> libraries;
+  // In front: its malloc is the one that programs bind to, and its own memory comes from the shim's mmap.
+  if (WantsMimalloc()) {
+    const auto mimalloc = FindMimalloc();
+    if (!mimalloc) return kCannotRun;
+    libraries.push_back(*mimalloc);
+  }
   const auto library = FindLibrary();
   if (!library) return kCannotRun;
-  if (library->find_first_of(" :") != std::string::npos) {
-    Print(absl::StrCat(*library, ": a path with a space or a colon cannot be preloaded"));
+  libraries.push_back(*library);
+  for (const std::string& path : libraries) {
+    if (path.find_first_of(" :") == std::string::npos) continue;
+    Print(absl::StrCat(path, ": a path with a space or a colon cannot be preloaded"));
     return kCannotRun;
   }
-  Preload(*library);
+  Preload(libraries);
   return Execute(line.program);
 }
 

@@ -2,8 +2,12 @@
 
 #include "runtime/fork.h"
 #include "runtime/keeper.h"
+#include "runtime/message.h"
 #include "runtime/runtime.h"
 #include "runtime/shim/malloc_report.h"
+
+// Of libmimalloc.so, where that is in the process.
+extern "C" int mi_version(void) __attribute__((weak));
 
 namespace freehold::runtime::shim {
 namespace {
@@ -15,7 +19,11 @@ __attribute__((destructor)) void OnProcessExit() { ReportAtExit(); }
 }  // namespace
 
 void OnProcessStart(const char* const* environment) {
-  if (process_runtime.EnsureStarted(environment) != Server::kFreehold) return;
+  process_runtime.EnsureStarted(environment);
+  if (process_runtime.config().malloc == MallocChoice::kMimalloc && &mi_version == nullptr) {
+    Message().Append("libmimalloc.so is not preloaded; libc serves malloc instead").Report();
+  }
+  if (!process_runtime.has_space()) return;
   process_keeper.PrepareToStart();
   RegisterForkHandlers();
 }

@@ -97,7 +97,7 @@ TEST_F(CliTest, WrongOptions) {
       {{"--decay=5", "true"}, "unknown option --decay; did you mean --decay-ms?"},
       {{"--decay-ms", "true"}, "--decay-ms needs a value: --decay-ms=MS"},
       {{"--keeper=perhaps", "true"}, "--keeper=perhaps is not on or off"},
-      {{"--malloc=best", "true"}, "--malloc=best is not freehold or libc"},
+      {{"--malloc=best", "true"}, "--malloc=best is not freehold or libc or mimalloc"},
       {{"--library=", "true"}, "--library= is not a path"},
       {{"-k", "true"}, "unknown option -k"},
   };

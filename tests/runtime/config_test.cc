@@ -87,6 +87,8 @@ TEST(ConfigTest, Sizes) {
   EXPECT_EQ(Good("FREEHOLD_RESERVE=131072K").reserve, vm::MiB(128));
   EXPECT_EQ(Good("FREEHOLD_RESERVE=134217728").reserve, vm::MiB(128));
   EXPECT_EQ(Good("FREEHOLD_FREE_RESIDENT_LIMIT=0").free_resident_limit, vm::Bytes{0});
+  EXPECT_EQ(Good("FREEHOLD_WINDOW_LIMIT=0").window_limit, vm::Bytes{0});
+  EXPECT_EQ(Good("FREEHOLD_WINDOW_LIMIT=64M").window_limit, vm::MiB(64));
   for (const char* bad :
        {"FREEHOLD_RESERVE=", "FREEHOLD_RESERVE=G", "FREEHOLD_RESERVE=-1G", "FREEHOLD_RESERVE=1P",
         "FREEHOLD_RESERVE=1.5T", "FREEHOLD_RESERVE=1 T", "FREEHOLD_RESERVE=1TB",
@@ -105,6 +107,9 @@ TEST(ConfigTest, Switches) {
                          "FREEHOLD_STRICT_UNMAP=true", "FREEHOLD_STRICT_UNMAP=yes"}) {
     EXPECT_TRUE(Good(on).strict_unmap) << on;
   }
+  EXPECT_TRUE(Config().mmap);
+  EXPECT_FALSE(Good("FREEHOLD_MMAP=off").mmap);
+  ExpectBad("FREEHOLD_MMAP=libc");
   ExpectBad("FREEHOLD_KEEPER=");
   ExpectBad("FREEHOLD_KEEPER=2");
   ExpectBad("FREEHOLD_KEEPER=offf");
@@ -123,6 +128,7 @@ TEST(ConfigTest, Times) {
 TEST(ConfigTest, Choices) {
   EXPECT_EQ(Good("FREEHOLD_MALLOC=libc").malloc, MallocChoice::kLibc);
   EXPECT_EQ(Good("FREEHOLD_MALLOC=Freehold").malloc, MallocChoice::kFreehold);
+  EXPECT_EQ(Good("FREEHOLD_MALLOC=mimalloc").malloc, MallocChoice::kMimalloc);
   EXPECT_EQ(Good("FREEHOLD_LOCK_POLICY=coarse").lock_policy, vm::sync::LockPolicy::kCoarse);
   EXPECT_EQ(Good("FREEHOLD_LOCK_POLICY=tree").lock_policy, vm::sync::LockPolicy::kTree);
   EXPECT_EQ(Good("FREEHOLD_LOCK_POLICY=adaptive").lock_policy, vm::sync::LockPolicy::kAdaptive);

@@ -198,7 +198,7 @@ INSTANTIATE_TEST_SUITE_P(
                   "object.*\n"},
         WrongFree{"inside-large",
                   "freehold: free\\(0x[0-9a-f]+\\): interior pointer .4096 bytes into .*\n"},
-        WrongFree{"mapped", "freehold: free\\(0x[0-9a-f]+\\): not from this heap\n"},
+        WrongFree{"mapped", "freehold: free\\(0x[0-9a-f]+\\): not an object: .*\n"},
         WrongFree{"realloc-foreign", "freehold: realloc\\(0x[0-9a-f]+\\): not from this heap\n"},
         WrongFree{"number", "freehold: free\\(0x1000\\): not from this heap\n"}),
     [](const auto& info) {

@@ -1,6 +1,9 @@
 // AddressSpace::Advise and Residency: content, residency, holes, kernel VMAs, and which calls it takes.
+#include <sys/mman.h>
+
 #include <cerrno>
 #include <cstdint>
+#include <fstream>
 #include <string>
 #include <vector>
 
@@ -255,6 +258,69 @@ TEST_P(AdviseTest, StopsAtTheKernelsError) {
   EXPECT_TRUE(IsFilledWith(P(4, 4), 0xaa));
 }
 
+// ---- Advice for the kernel ----
+
+TEST_P(AdviseTest, OneTimeAdviceGoesToTheKernelPieceByPiece) {
+  MustMapAt(*space_, P(0, 4));
+  MustMapAt(*space_, P(4, 2 * kPagesPerHugePage));
+  kernel_.ClearCalls();
+  EXPECT_EQ(space_->AdviseKernel(P(1, kPagesPerHugePage + 2), MADV_WILLNEED, AdviceEffect::kOnce), Error::Ok());
+  ASSERT_EQ(kernel_.Calls().size(), 3u) << "two VMAs, and a border of 2 MiB";
+  for (const auto& call : kernel_.Calls()) {
+    EXPECT_EQ(call.operation, Operation::kAdvise);
+    EXPECT_EQ(call.advice, MADV_WILLNEED);
+  }
+  EXPECT_EQ(kernel_.Calls()[0].ranges, std::vector<PageRange>{P(1, 3)});
+  EXPECT_EQ(kernel_.Calls()[1].ranges, std::vector<PageRange>{P(4, kPagesPerHugePage - 4)});
+  EXPECT_EQ(kernel_.Calls()[2].ranges, std::vector<PageRange>{P(kPagesPerHugePage, 3)});
+  kernel_.ClearCalls();
+  ASSERT_TRUE(space_->Unmap(P(0, 4)).ok());
+  EXPECT_EQ(kernel_.CallCount(Operation::kReset), 0u) << "nothing to take back";
+}
+
+TEST_P(AdviseTest, LastingAdviceEndsWithTheMapping) {
+  MustMapAt(*space_, P(0, 8));
+  Fill(P(0, 8), 0xaa);
+  kernel_.ClearCalls();
+  EXPECT_EQ(space_->AdviseKernel(P(2, 3), MADV_DONTDUMP, AdviceEffect::kLasting), Error::Ok());
+  ASSERT_EQ(kernel_.Calls().size(), 1u);
+  EXPECT_EQ(kernel_.Calls()[0].ranges, std::vector<PageRange>{P(2, 3)});
+  EXPECT_TRUE(IsFilledWith(P(0, 8), 0xaa));
+  kernel_.ClearCalls();
+  ASSERT_TRUE(space_->Unmap(P(0, 8)).ok());
+  EXPECT_EQ(kernel_.CallCount(Operation::kReset), 1u) << "before anybody else can have the addresses";
+  MustMapAt(*space_, P(0, 8));
+  EXPECT_TRUE(IsZero(P(0, 8)));
+  Fill(P(0, 8), 0xbb);
+}
+
+TEST_P(AdviseTest, LastingAdviceEndsWhereSomethingElseIsMapped) {
+  for (const Protection protection : {Protection::kReadWrite, Protection::kReadWriteExec}) {
+    const PageRange range = MustMap(*space_, 8, {.protection = protection});
+    Fill(range, 0xaa);
+    EXPECT_EQ(space_->AdviseKernel(Part(range, 0, 4), MADV_DONTDUMP, AdviceEffect::kLasting), Error::Ok());
+    kernel_.ClearCalls();
+    MustMap(*space_, 2, At(Part(range, 1, 2).first, Placement::kReplace, protection));
+    EXPECT_EQ(kernel_.CallCount(Operation::kReset), 1u);
+    EXPECT_TRUE(IsZero(Part(range, 1, 2)));
+    EXPECT_TRUE(IsFilledWith(Part(range, 0, 1), 0xaa));
+    EXPECT_TRUE(IsFilledWith(Part(range, 3, 5), 0xaa));
+  }
+}
+
+TEST_P(AdviseTest, AdviceForTheKernelTellsOfHolesAndErrors) {
+  MustMapAt(*space_, P(0, 2));
+  MustMapAt(*space_, P(4, 2));
+  for (const AdviceEffect effect : {AdviceEffect::kOnce, AdviceEffect::kLasting}) {
+    kernel_.ClearCalls();
+    EXPECT_EQ(space_->AdviseKernel(P(0, 6), MADV_DODUMP, effect).code, ErrorCode::kNotMapped);
+    EXPECT_EQ(kernel_.CallCount(Operation::kAdvise), 2u) << "the rest is advised";
+    kernel_.FailNth(Operation::kAdvise, 1, ENOMEM);
+    EXPECT_EQ(space_->AdviseKernel(P(0, 2), MADV_DODUMP, effect), Error::System(ENOMEM));
+    EXPECT_EQ(space_->AdviseKernel(P(0, 0), MADV_DODUMP, effect).code, ErrorCode::kEmpty);
+  }
+}
+
 FREEHOLD_INSTANTIATE_POLICIES(AdviseTest);
 
 // ---- On the real kernel ----
@@ -281,6 +347,47 @@ TEST(AdviseLinuxTest, EveryAdviceInEveryZone) {
     ASSERT_TRUE(space->Advise(Part(range, 0, 600), Advice::kWillNeed).ok());
     const std::string line = Residents(*space, range);
     EXPECT_EQ(line.substr(0, 600), std::string(600, 'R'));
+  }
+}
+
+// Flags of the kernel VMA that holds `range`, from /proc/self/smaps.
+std::string KernelFlags(PageRange range) {
+  std::ifstream smaps("/proc/self/smaps");
+  bool here = false;
+  for (std::string line; std::getline(smaps, line);) {
+    std::size_t first = 0;
+    std::size_t end = 0;
+    if (std::sscanf(line.c_str(), "%zx-%zx", &first, &end) == 2) {
+      here = first <= range.first.value * kPageSize && range.end.value * kPageSize <= end;
+    }
+    if (here && line.starts_with("VmFlags:")) return line + " ";
+  }
+  return "";
+}
+
+TEST(AdviseLinuxTest, LastingAdviceInEveryZone) {
+  os::LinuxKernel kernel;
+  TestSpace space(kernel);
+  const MapOptions kinds[] = {
+      {}, {.huge_pages = os::HugePages::kPrefer}, {.protection = Protection::kReadWriteExec}};
+  for (const MapOptions& kind : kinds) {
+    const PageRange range = MustMap(*space, 1024, kind);
+    const PageRange part = Part(range, 1, 1000);
+    Fill(range, 0xaa);
+    EXPECT_EQ(space->AdviseKernel(part, MADV_WIPEONFORK, AdviceEffect::kLasting), Error::Ok());
+    EXPECT_NE(KernelFlags(part).find(" wf "), std::string::npos);
+    MapOptions again = kind;
+    again.placement = Placement::kReplace;
+    again.address = part.address();
+    ASSERT_TRUE(space->Map(Part(part, 0, 500).count(), again).ok());
+    EXPECT_EQ(KernelFlags(Part(part, 0, 500)).find(" wf "), std::string::npos);
+    ASSERT_TRUE(space->Unmap(range).ok());
+    again.placement = Placement::kFixed;
+    again.address = range.address();
+    ASSERT_TRUE(space->Map(range.count(), again).ok());
+    EXPECT_EQ(KernelFlags(part).find(" wf "), std::string::npos);
+    EXPECT_TRUE(IsZero(range));
+    Fill(range, 0xbb);
   }
 }
 

@@ -1,6 +1,8 @@
 // DESIGN §4, rule (d): under a region's tree lock there is no system call, no page touch, no wait and no
 // allocation of metadata. Every entry that could break it refuses to be called under a short lock, and all verbs
 // run without ever being refused.
+#include <sys/mman.h>
+
 #include <atomic>
 #include <cerrno>
 #include <cstdio>
@@ -85,6 +87,7 @@ void ExpectKernelRefuses(os::Kernel& kernel,
     std::uint8_t resident[4];
     (void)kernel.QueryResident(part, absl::MakeSpan(resident));
   });
+  expect("Advise", [&] { (void)kernel.Advise(part, MADV_NORMAL); });
   expect("AdviseReclaim", [&] { (void)kernel.AdviseReclaim(part, os::ReclaimHint::kCold); });
   expect("TouchForWrite", [&] { kernel.TouchForWrite(part); });
   expect("Zero", [&] { kernel.Zero(part); });

@@ -336,6 +336,10 @@ class HookedKernel final : public os::Kernel {
     Reach(Operation::kAdviseReclaim, range);
     return next_.AdviseReclaim(range, hint);
   }
+  Error Advise(PageRange range, int advice) override {
+    Reach(Operation::kAdvise, range);
+    return next_.Advise(range, advice);
+  }
   Error InstallGuard(PageRange range) override {
     Reach(Operation::kInstallGuard, range);
     return next_.InstallGuard(range);

@@ -247,6 +247,12 @@ Error FakeKernel::AdviseReclaim(PageRange range, ReclaimHint hint) {
              [&] { return real_.AdviseReclaim(range, hint); });
 }
 
+// Leaves the model alone: it knows no other attributes of pages.
+Error FakeKernel::Advise(PageRange range, int advice) {
+  return Run({.operation = Operation::kAdvise, .ranges = {range}, .result = {}, .advice = advice},
+             [&] { return real_.Advise(range, advice); });
+}
+
 Error FakeKernel::InstallGuard(PageRange range) {
   return Run({.operation = Operation::kInstallGuard, .ranges = {range}, .result = {}},
              [&]() -> Error {
@@ -635,6 +641,8 @@ const char* ToString(FakeKernel::Operation operation) {
       return "AdviseHugePages";
     case FakeKernel::Operation::kAdviseReclaim:
       return "AdviseReclaim";
+    case FakeKernel::Operation::kAdvise:
+      return "Advise";
     case FakeKernel::Operation::kInstallGuard:
       return "InstallGuard";
     case FakeKernel::Operation::kRemoveGuard:

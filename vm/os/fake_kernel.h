@@ -45,6 +45,7 @@ class FakeKernel final : public Kernel {
     kDiscard,
     kAdviseHugePages,
     kAdviseReclaim,
+    kAdvise,
     kInstallGuard,
     kRemoveGuard,
     kCountResident,
@@ -72,6 +73,7 @@ class FakeKernel final : public Kernel {
     Protection protection = Protection::kNone;  // kProtect
     HugePages huge_pages = HugePages::kAvoid;   // kAdviseHugePages
     ReclaimHint reclaim = ReclaimHint::kFree;   // kAdviseReclaim
+    int advice = 0;                             // kAdvise
     FileView view = {};                         // kMapFile, kReplaceByFile
     Access access = Access::kRead;              // kFaultIn
   };
@@ -101,6 +103,7 @@ class FakeKernel final : public Kernel {
   Error Discard(absl::Span<const PageRange> ranges) override;
   Error AdviseHugePages(PageRange range, HugePages advice) override;
   Error AdviseReclaim(PageRange range, ReclaimHint hint) override;
+  Error Advise(PageRange range, int advice) override;
   Error InstallGuard(PageRange range) override;
   Error RemoveGuard(PageRange range) override;
   Result<Pages> CountResident(PageRange range) override;

@@ -144,6 +144,9 @@ class Kernel {
   virtual Error AdviseHugePages(PageRange range, HugePages advice) = 0;
   // Says what may happen to the pages of `range`; changes no kernel VMA. EINVAL for locked memory.
   virtual Error AdviseReclaim(PageRange range, ReclaimHint hint) = 0;
+  // Gives the kernel any other advice, a value of madvise(2). What it does, and what it leaves behind in kernel VMAs
+  // for good, is the caller's to know. On error a part may have been advised.
+  virtual Error Advise(PageRange range, int advice) = 0;
   // Makes accesses to `range` trap without changing kernel VMAs; drops the content. kUnsupported,
   // and nothing changed, on kernels before 6.13, where a filter refuses it, and for locked memory:
   // then Protect instead.

@@ -490,6 +490,11 @@ Error LinuxKernel::AdviseReclaim(PageRange range, ReclaimHint hint) {
   return ToError(Madvise(range, kAdvice[static_cast<std::size_t>(hint)]));
 }
 
+Error LinuxKernel::Advise(PageRange range, int advice) {
+  CheckRange("os::Advise", range);
+  return ToError(Madvise(range, advice));
+}
+
 Error LinuxKernel::InstallGuard(PageRange range) {
   CheckRange("os::InstallGuard", range);
   Count(Call::kMadvise);

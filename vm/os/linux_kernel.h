@@ -56,6 +56,7 @@ class LinuxKernel final : public Kernel {
   Error Discard(absl::Span<const PageRange> ranges) override;
   Error AdviseHugePages(PageRange range, HugePages advice) override;
   Error AdviseReclaim(PageRange range, ReclaimHint hint) override;
+  Error Advise(PageRange range, int advice) override;
   Error InstallGuard(PageRange range) override;
   Error RemoveGuard(PageRange range) override;
   Result<Pages> CountResident(PageRange range) override;

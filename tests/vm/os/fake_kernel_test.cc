@@ -2,6 +2,8 @@
 // and that it fails, and stops the test, when it must.
 #include "vm/os/fake_kernel.h"
 
+#include <sys/mman.h>
+
 #include <atomic>
 #include <cerrno>
 #include <cinttypes>
@@ -213,6 +215,8 @@ FallibleOperations() {
        [](FakeKernel& kernel, PageRange range) {
          return kernel.AdviseReclaim(range, ReclaimHint::kCold);
        }},
+      {Operation::kAdvise,
+       [](FakeKernel& kernel, PageRange range) { return kernel.Advise(range, MADV_DONTDUMP); }},
       {Operation::kQueryResident,
        [](FakeKernel& kernel, PageRange range) {
          std::vector<std::uint8_t> resident(range.count().value);

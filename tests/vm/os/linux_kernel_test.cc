@@ -853,6 +853,7 @@ std::vector<std::pair<const char*, std::function<void()>>> AllOperations(LinuxKe
        }},
       {"AdviseReclaim",
        [&kernel, range] { (void)kernel.AdviseReclaim(range, ReclaimHint::kCold); }},
+      {"Advise", [&kernel, range] { (void)kernel.Advise(range, MADV_NORMAL); }},
       {"Reset", [&kernel, range] { (void)kernel.Reset(range); }},
       // Files: refused, with the range left as it is or reset.
       {"IdentifyFile", [&kernel] { (void)kernel.IdentifyFile(-1); }},
