@@ -317,6 +317,19 @@ long ProcessMappings::Protect(void* address, std::size_t length, int protection)
   return SyscallFailed(inside) ? inside : ForBoth({}, parts.above, pass);
 }
 
+long ProcessMappings::ProtectByKey(void* address, std::size_t length, int protection, int key) {
+  const Parts parts = PartsOf(address, length);
+  if (key == -1) return Protect(address, length, protection);
+  if (parts.touches_space()) {
+    // A key lasts as advice does: with some that changes nothing, the space takes note. Holes are the kernel's to tell.
+    (void)space_->AdviseKernel(parts.inside, MADV_DODUMP, AdviceEffect::kLasting);
+  }
+  const long result = RawSyscall(SYS_pkey_mprotect, address, length, protection, key);
+  if (SyscallFailed(result) || !parts.touches_space()) return result;
+  // And of the protection, which leaves the key as it is.
+  return Negative(space_->Protect(parts.inside, ToProtection(protection)));
+}
+
 // ---- mremap ----
 
 long ProcessMappings::Remap(void* address, std::size_t old_length, std::size_t new_length, int flags,

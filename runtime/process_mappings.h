@@ -43,6 +43,7 @@ class ProcessMappings {
   long Map(void* address, std::size_t length, int protection, int flags, int descriptor, off_t offset);
   long Unmap(void* address, std::size_t length);
   long Protect(void* address, std::size_t length, int protection);
+  long ProtectByKey(void* address, std::size_t length, int protection, int key);  // pkey_mprotect
   long Remap(void* address, std::size_t old_length, std::size_t new_length, int flags, void* new_address);
   long Advise(void* address, std::size_t length, int advice);
   long LockMemory(const void* address, std::size_t length, int flags);  // mlock2
