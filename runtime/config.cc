@@ -20,9 +20,10 @@ constexpr std::string_view kPrefix = "FREEHOLD_";
 constexpr std::size_t kMaxName = 31;
 
 constexpr std::string_view kMallocChoices[] = {"freehold", "libc", "mimalloc"};
+constexpr std::string_view kStacksChoices[] = {"freehold", "libc"};
 constexpr std::string_view kLockPolicies[] = {"coarse", "tree", "adaptive"};
-static_assert(static_cast<int>(MallocChoice::kLibc) == 1 &&
-              static_cast<int>(MallocChoice::kMimalloc) == 2 &&
+static_assert(static_cast<int>(MallocChoice::kLibc) == 1 && static_cast<int>(MallocChoice::kMimalloc) == 2 &&
+              static_cast<int>(StacksChoice::kLibc) == 1 &&
               static_cast<int>(LockPolicy::kCoarse) == 0 &&
               static_cast<int>(LockPolicy::kTree) == 1 &&
               static_cast<int>(LockPolicy::kAdaptive) == 2);
@@ -67,6 +68,17 @@ constexpr Option kOptions[] = {
      .help = "serve mmap, munmap, mprotect and their family; off: they are the kernel's",
      .store = Store<&Config::mmap>,
      .load = Load<&Config::mmap>},
+    {.name = "stacks",
+     .type = OptionType::kChoice,
+     .help = "where the stacks of new threads come from",
+     .choices = kStacksChoices,
+     .store = Store<&Config::stacks>,
+     .load = Load<&Config::stacks>},
+    {.name = "overflow-report",
+     .type = OptionType::kSwitch,
+     .help = "say which thread overflowed its stack, unless the program handles SIGSEGV itself",
+     .store = Store<&Config::overflow_report>,
+     .load = Load<&Config::overflow_report>},
     {.name = "reserve",
      .type = OptionType::kBytes,
      .help = "address space to reserve; costs no memory; halved until the system grants it",

@@ -22,6 +22,7 @@
 namespace freehold::runtime {
 
 enum class MallocChoice : std::uint8_t { kFreehold, kLibc, kMimalloc };
+enum class StacksChoice : std::uint8_t { kFreehold, kLibc };
 
 struct Config {
   // Address space to reserve. Halved until the kernel grants it; capped by RLIMIT_AS (runtime.h).
@@ -31,6 +32,10 @@ struct Config {
   MallocChoice malloc = MallocChoice::kFreehold;
   // Whether the mmap family is served too (preloaded only). Without it, and with another malloc, nothing is reserved.
   bool mmap = true;
+  // Where the stacks of new threads come from (thread_stacks.h). kLibc where malloc is not Freehold's.
+  StacksChoice stacks = StacksChoice::kFreehold;
+  // Say which thread overflowed its stack (stack_overflow.h).
+  bool overflow_report = true;
   // See vm::AddressSpaceOptions for these five.
   vm::sync::LockPolicy lock_policy = vm::sync::LockPolicy::kAdaptive;
   bool strict_unmap = false;

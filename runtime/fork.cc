@@ -6,6 +6,7 @@
 #include "runtime/message.h"
 #include "runtime/runtime.h"
 #include "runtime/thread.h"
+#include "runtime/thread_stacks.h"
 #include "vm/os/thread_id.h"
 
 namespace freehold::runtime {
@@ -13,22 +14,30 @@ namespace {
 
 bool ServesMalloc() { return process_runtime.server() == Server::kFreehold; }
 
-// In lock order: the heap, which calls into the space, and then the space.
+// In lock order: stacks and the heap, which call into the space, and then the space.
 void PrepareFork() {
-  if (ServesMalloc()) process_runtime.heap().PrepareFork(CurrentThreadCache());
+  if (ServesMalloc()) {
+    process_thread_stacks.PrepareFork();
+    process_runtime.heap().PrepareFork(CurrentThreadCache());
+  }
   if (process_runtime.has_space()) process_runtime.space().PrepareFork();
 }
 
 void ParentAfterFork() {
   if (process_runtime.has_space()) process_runtime.space().ParentAfterFork();
-  if (ServesMalloc()) process_runtime.heap().ParentAfterFork(CurrentThreadCache());
+  if (!ServesMalloc()) return;
+  process_runtime.heap().ParentAfterFork(CurrentThreadCache());
+  process_thread_stacks.ParentAfterFork();
 }
 
 void ChildAfterFork() {
   if (!process_runtime.has_space()) return;
   vm::os::ForgetThreadIdAfterFork();
   process_runtime.space().ChildAfterFork();
-  if (ServesMalloc()) process_runtime.heap().ChildAfterFork(CurrentThreadCache());
+  if (ServesMalloc()) {
+    process_runtime.heap().ChildAfterFork(CurrentThreadCache());
+    process_thread_stacks.ChildAfterFork();
+  }
   if (ProcessMappings* mappings = process_runtime.mappings()) mappings->ChildAfterFork();
   ForgetOtherThreads();
   process_keeper.ChildAfterFork();

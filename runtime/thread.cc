@@ -86,6 +86,10 @@ CacheLease::~CacheLease() {
 
 void NeverAttachThisThread() { thread_ended = true; }
 
+void AttachThisThreadNoMore() {
+  if (thread_cache == nullptr) thread_ended = true;
+}
+
 void WatchThreadExits() {
   has_exit_key = pthread_key_create(&exit_key, OnThreadExit) == 0;
   if (!has_exit_key)

@@ -46,6 +46,11 @@ class CacheLease {
 // Lets the calling thread never attach: for threads of the runtime's own, which hardly allocate.
 void NeverAttachThisThread();
 
+// The calling thread's destructors are about to be over: unless it is attached, it borrows from now on. Libc frees after
+// the last destructor, too: the thread-local storage of a detached thread that has a stack of ours. Who attached then
+// would never be detached.
+void AttachThisThreadNoMore();
+
 // Arranges for threads to be detached when they end. Once, before the first is attached.
 void WatchThreadExits();
 

@@ -84,6 +84,13 @@ def file_mapping_names():
     return set().union(*(names(template, SPACES) for template in cases))
 
 
+def stack_names():
+    return set().union(
+        *(names(f"thread_create/{{}}/{case}", ("freehold", "glibc")) for case in ("default", "deep_1MiB")),
+        *(names(f"thread_create/{{}}/{case}", ("freehold", "glibc"), (1,)) for case in ("16MiB", "64MiB", "10000_live")),
+        names("fiber_stack/{}/256KiB", ("freehold", "kernel")))
+
+
 def malloc_names():
     any_threads = ["small_lifo/{}/64B", "small_lifo/{}/mixed", "small_fifo/{}", "mixed_random/{}",
                    "burst/{}/lifo", "burst/{}/fifo", "burst/{}/random", "thread_churn/{}",
@@ -194,6 +201,13 @@ class BenchmarksSmokeTest(unittest.TestCase):
             if run["name"].startswith("fault_isolation/"):
                 # Too few faults for a ratio.
                 self.assertGreaterEqual(run["p99_ratio"], 0)
+
+    def test_stack_benchmark(self):
+        document = self.run_benchmark("stack_benchmark", stack_names())
+        self.assertEqual(self.measured_targets(document), ({"P8"}, {"P8"}))
+        for run in document["benchmarks"]:
+            if run["name"] == "thread_create/glibc/10000_live/threads:1":
+                self.assertGreaterEqual(run["kernel_vmas_added"], 100)  # of as many threads; guards count too
 
     def test_file_mapping_benchmark(self):
         document = self.run_benchmark("file_mapping_benchmark", file_mapping_names())

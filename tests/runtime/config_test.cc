@@ -152,7 +152,7 @@ TEST(ConfigTest, UnknownNamesComeWithTheMostSimilarOne) {
   const std::pair<const char*, const char*> cases[] = {{"RESERV", "reserve"},
                                                        {"KEEPERS", "keeper"},
                                                        {"STRICTUNMAP", "strict-unmap"},
-                                                       {"STATS", "stats-at-exit"},
+                                                       {"STATS_AT", "stats-at-exit"},
                                                        {"LOCK_POLICIES", "lock-policy"},
                                                        {"MALOC", "malloc"},
                                                        {"FREE_LIMIT", "free-resident-limit"},
