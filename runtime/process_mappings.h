@@ -77,8 +77,9 @@ class ProcessMappings {
   long MapFixed(const MapRequest& request, const Parts& parts);
   long MapFixedPart(const MapRequest& request, vm::PageRange part);
   long MapForeign(const MapRequest& request, vm::PageRange part);
-  // `source` takes the place of `part`; undoes nothing when it fails.
-  vm::Error MoveIn(vm::PageRange part, const KernelBacking::Source& source, const vm::MapOptions& options, bool shared);
+  // `source` takes the place of `part`. `moved`: it is not where it was, also if the call failed afterwards.
+  vm::Error MoveIn(vm::PageRange part, const KernelBacking::Source& source, const vm::MapOptions& options, bool shared,
+                   bool& moved);
   bool IsWindow(const MapRequest& request) const;
 
   long RemapFrom(vm::PageRange range, vm::Pages count, int flags, void* new_address);
