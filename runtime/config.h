@@ -32,7 +32,7 @@ struct Config {
   MallocChoice malloc = MallocChoice::kFreehold;
   // Whether the mmap family is served too (preloaded only). Without it, and with another malloc, nothing is reserved.
   bool mmap = true;
-  // Where the stacks of new threads come from (thread_stacks.h). kLibc where malloc is not Freehold's.
+  // Where the stacks of new threads come from (thread_stacks.h). kLibc where neither malloc nor mmap has a space.
   StacksChoice stacks = StacksChoice::kFreehold;
   // Say which thread overflowed its stack (stack_overflow.h).
   bool overflow_report = true;

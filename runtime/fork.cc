@@ -16,17 +16,16 @@ bool ServesMalloc() { return process_runtime.server() == Server::kFreehold; }
 
 // In lock order: stacks and the heap, which call into the space, and then the space.
 void PrepareFork() {
-  if (ServesMalloc()) {
-    process_thread_stacks.PrepareFork();
-    process_runtime.heap().PrepareFork(CurrentThreadCache());
-  }
-  if (process_runtime.has_space()) process_runtime.space().PrepareFork();
+  if (!process_runtime.has_space()) return;
+  process_thread_stacks.PrepareFork();
+  if (ServesMalloc()) process_runtime.heap().PrepareFork(CurrentThreadCache());
+  process_runtime.space().PrepareFork();
 }
 
 void ParentAfterFork() {
-  if (process_runtime.has_space()) process_runtime.space().ParentAfterFork();
-  if (!ServesMalloc()) return;
-  process_runtime.heap().ParentAfterFork(CurrentThreadCache());
+  if (!process_runtime.has_space()) return;
+  process_runtime.space().ParentAfterFork();
+  if (ServesMalloc()) process_runtime.heap().ParentAfterFork(CurrentThreadCache());
   process_thread_stacks.ParentAfterFork();
 }
 
@@ -34,11 +33,9 @@ void ChildAfterFork() {
   if (!process_runtime.has_space()) return;
   vm::os::ForgetThreadIdAfterFork();
   process_runtime.space().ChildAfterFork();
-  if (ServesMalloc()) {
-    process_runtime.heap().ChildAfterFork(CurrentThreadCache());
-    process_thread_stacks.ChildAfterFork();
-  }
+  if (ServesMalloc()) process_runtime.heap().ChildAfterFork(CurrentThreadCache());
   if (ProcessMappings* mappings = process_runtime.mappings()) mappings->ChildAfterFork();
+  process_thread_stacks.ChildAfterFork();
   ForgetOtherThreads();
   process_keeper.ChildAfterFork();
 }

@@ -65,12 +65,13 @@ ThreadStacks& Threads() {
 
 // Threads that come here together do the same.
 void Decide() {
-  const Config* config = process_runtime.EnsureStarted() == Server::kFreehold ? &process_runtime.config() : nullptr;
-  if (config != nullptr && config->stacks == StacksChoice::kFreehold && !WantsExecutableStacks()) {
+  (void)process_runtime.EnsureStarted();
+  const Config& config = process_runtime.config();
+  if (process_runtime.has_space() && config.stacks == StacksChoice::kFreehold && !WantsExecutableStacks()) {
     const auto overflows =
-        config->overflow_report ? ThreadStacks::Overflows::kReported : ThreadStacks::Overflows::kSilent;
+        config.overflow_report ? ThreadStacks::Overflows::kReported : ThreadStacks::Overflows::kSilent;
     const vm::Error error = process_thread_stacks.Start(process_runtime.space(), overflows, AttachThisThreadNoMore);
-    if (!error.ok() && config->verbose) {
+    if (!error.ok() && config.verbose) {
       Message().Append("no pool for stacks: ").Append(vm::ToString(error.code)).Append("; libc has its own").Report();
     }
   }

@@ -44,10 +44,10 @@ TEST(ShimLibraryTest, ShowsWhatItReplacesOnly) {
       "malloc_usable_size", "malloc_trim", "mallinfo", "mallinfo2", "malloc_info", "malloc_stats",
       "mallopt", "__libc_malloc", "__libc_calloc", "__libc_realloc", "__libc_free",
       "__libc_memalign", "__libc_valloc", "__libc_pvalloc", "__posix_memalign",
-      "mmap", "mmap64", "munmap", "mprotect", "pkey_mprotect", "mremap", "madvise", "posix_madvise", "mlock", "mlock2", "munlock",
-      "mlockall", "munlockall", "msync", "mincore",
       "pthread_create", "pthread_join", "pthread_tryjoin_np", "pthread_timedjoin_np",
       "pthread_clockjoin_np", "pthread_detach", "pthread_getattr_np",
+      "mmap", "mmap64", "munmap", "mprotect", "pkey_mprotect", "mremap", "madvise", "posix_madvise", "mlock", "mlock2", "munlock",
+      "mlockall", "munlockall", "msync", "mincore",
       // operator new and new[]: plain, nothrow, aligned, both
       "_Znwm", "_Znam", "_ZnwmRKSt9nothrow_t", "_ZnamRKSt9nothrow_t", "_ZnwmSt11align_val_t",
       "_ZnamSt11align_val_t", "_ZnwmSt11align_val_tRKSt9nothrow_t",
