@@ -197,6 +197,7 @@ struct AddressSpaceStats {
   Bytes reserved;
   Bytes committed;       // readable and writable for the kernel
   Bytes mapped;          // handed out by Map
+  Bytes mapped_ordinary; // of that, in the zones of anonymous read-write memory: not what is only reserved, or files
   Bytes free_resident;   // free or cached, possibly resident
   Bytes metadata;        // handed out for the space's own records; the largest share is the VMAs and their trees
   std::uint64_t vmas = 0;
