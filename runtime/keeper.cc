@@ -71,8 +71,10 @@ void Keeper::Wake() {
 void Keeper::LookWithoutThread(const void* caller) {
   if (!Due(last_look_, kLookInterval)) return;
   const vm::AddressSpaceStats stats = process_runtime.space().Stats();
-  if (stats.mapped + stats.free_resident < kLargeProcess) return;
-  if (caller != nullptr && MayStartFor(caller)) return Start();
+  // Address space that is set aside, for stacks or by the program, makes no process large.
+  if (stats.mapped_ordinary + stats.free_resident < kLargeProcess) return;
+  // The last thread to end may free once more: a keeper that starts then would keep the process from ending.
+  if (caller != nullptr && AnyThreadAttached() && MayStartFor(caller)) return Start();
   // As often as there is something to tick for; and this caller may not be the last.
   nudges_wanted_.store(1, std::memory_order_relaxed);
   if (Due(last_tick_, kTick)) Tick();

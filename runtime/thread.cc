@@ -90,6 +90,8 @@ void AttachThisThreadNoMore() {
   if (thread_cache == nullptr) thread_ended = true;
 }
 
+bool AnyThreadAttached() { return attached_threads.load(std::memory_order_relaxed) != 0; }
+
 void WatchThreadExits() {
   has_exit_key = pthread_key_create(&exit_key, OnThreadExit) == 0;
   if (!has_exit_key)

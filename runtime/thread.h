@@ -51,6 +51,9 @@ void NeverAttachThisThread();
 // would never be detached.
 void AttachThisThreadNoMore();
 
+// Whether a thread is attached: the next to detach may be the last.
+bool AnyThreadAttached();
+
 // Arranges for threads to be detached when they end. Once, before the first is attached.
 void WatchThreadExits();
 

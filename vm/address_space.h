@@ -197,6 +197,7 @@ struct AddressSpaceStats {
   Bytes reserved;
   Bytes committed;       // readable and writable for the kernel
   Bytes mapped;          // handed out by Map
+  Bytes mapped_ordinary; // of that, in the zones of anonymous read-write memory: not what is only reserved, or files
   Bytes free_resident;   // free or cached, possibly resident
   Bytes metadata;        // handed out for the space's own records; the largest share is the VMAs and their trees
   std::uint64_t vmas = 0;
@@ -315,7 +316,7 @@ class AddressSpace {
 
   // Drops the content of mapped read-write memory: it reads as zero, or as the file, afterwards and is not resident
   // (MADV_DONTNEED through the purge stage). Each range lies in one region. Errors: kNotMapped, kSystem,
-  // kOutsideReservation, kEmpty.
+  // kOutsideReservation, kEmpty, kUnsupported (memory of a pager).
   // Ranges that ascend within a region go into one call.
   Error Discard(absl::Span<const PageRange> ranges);
 
@@ -441,8 +442,8 @@ class AddressSpace {
   Error CheckRange(PageRange range) const;
   // Lookup by a holder of the page's range: see Region::LookupHeld.
   Result<VmaInfo> LookupHeld(PageNumber page, const sync::RangeLock::Guard& guard) const;
-  // As CheckRange, or kNotMapped: `range` lies in one region and is mapped throughout. `guard`: of the range, or
-  // null.
+  // As CheckRange, or kNotMapped, or kUnsupported: `range` lies in one region and is mapped throughout, by no pager.
+  // `guard`: of the range, or null in a read section of epochs().
   Error CheckDiscard(PageRange range, const sync::RangeLock::Guard* guard) const;
   // Map with whatever is not ordinary: a backing, notifiers, locks, populating, another protection or place.
   Result<PageRange> MapSpecial(Pages count, MapOptions options);

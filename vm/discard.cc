@@ -60,8 +60,7 @@ Error AddressSpace::CheckDiscard(PageRange range, const Guard* guard) const {
   for (PageNumber page = range.first; page < range.end;) {
     const Result<VmaInfo> vma = guard == nullptr ? Lookup(page) : LookupHeld(page, *guard);
     if (!vma.ok()) return vma.error();
-    // A backing is looked at with its range held.
-    if (guard != nullptr && vma->backing != nullptr && vma->backing->paged()) return {ErrorCode::kUnsupported};
+    if (vma->backing != nullptr && vma->backing->paged()) return {ErrorCode::kUnsupported};
     page = vma->range.end;
   }
   return Error::Ok();
@@ -70,6 +69,7 @@ Error AddressSpace::CheckDiscard(PageRange range, const Guard* guard) const {
 Error AddressSpace::Discard(absl::Span<const PageRange> ranges) {
   // Refused as a whole, before anything is dropped; what changes from here on is another thread's doing.
   for (const PageRange& range : ranges) {
+    const sync::EpochDomain::ReadGuard reader(epochs_);  // keeps backings that lookups find
     if (const Error error = CheckDiscard(range, nullptr); !error.ok()) return error;
   }
   for (std::size_t next = 0; next < ranges.size();) {

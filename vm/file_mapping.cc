@@ -62,6 +62,7 @@ Error FileBacking::Install(os::Kernel& kernel, PageRange range, std::uint64_t pa
 
 // Copies what may be written privately, as Linux's MAP_POPULATE does, and dirties nothing.
 Error FileBacking::Populate(os::Kernel& kernel, PageRange range, Protection protection) {
+  if (!Has(protection, Protection::kRead)) return {ErrorCode::kUnsupported};
   const bool copies = key_.sharing == os::Sharing::kPrivate && Has(protection, Protection::kWrite);
   return kernel.FaultIn(range, copies ? os::Access::kWrite : os::Access::kRead);
 }

@@ -463,13 +463,14 @@ Error Region::PrepareAccess(PageRange range, const MapOptions& options, Claim& c
     if (const Error error = Commit(range); !error.ok()) return error;
   }
   const os::Protection now = is_heap() ? os::Protection::kReadWrite : os::Protection::kNone;
-  if (is_heap() && shared_.options->strict_unmap) {
+  const bool replaced = claim.backed || options.backing != nullptr;
+  // What is replaced takes its traps with it, and may not allow any access.
+  if (is_heap() && shared_.options->strict_unmap && !replaced) {
     if (const Error error = Untrap(range); !error.ok()) {
       RestoreProtection(range, guard);
       return error;
     }
   }
-  const bool replaced = claim.backed || options.backing != nullptr;
   Error error;
   // Also before a replacement, which takes the lock away: so the limit is known while nothing is lost.
   if (claim.locked || options.lock != os::MemoryLock::kNone) error = LockInKernel(range, options.lock);
@@ -490,13 +491,16 @@ void Region::UndoAccess(PageRange range, const MapOptions& options, const Claim&
 
 // A backing, or anonymous memory, takes the place of another kernel VMA.
 Error Region::ReplaceInKernel(PageRange range, const MapOptions& options, Claim& claim) {
+  // A pager begins with free memory: what was there goes first, so that it is known to be gone if the pager is refused.
+  const bool resets = options.backing == nullptr || options.backing->paged();
   Error error;
-  if (options.backing != nullptr) {
-    error = options.backing->Install(*shared_.kernel, range, options.backing_page, options.protection, claim.occupied);
-  } else {
-    error = ReplaceForeign(range);
+  if (resets) error = ReplaceForeign(range);
+  claim.lost = resets && error.ok();
+  if (error.ok() && options.backing != nullptr) {
+    error = options.backing->Install(*shared_.kernel, range, options.backing_page, options.protection,
+                                     claim.occupied && !resets);
+    claim.lost = claim.lost || error.ok();
   }
-  claim.lost = error.ok();
   if (error.ok() && options.backing == nullptr && options.protection != os::Protection::kNone) {
     error = shared_.kernel->Protect(range, options.protection);
   }

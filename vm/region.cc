@@ -315,6 +315,7 @@ void Region::AddStats(AddressSpaceStats& stats) const {
   stats.reserved = stats.reserved + range_.bytes();
   stats.committed = stats.committed + pages(committed_pages_.load(std::memory_order_relaxed));
   stats.mapped = stats.mapped + pages(mapped_pages_.get());
+  if (is_heap()) stats.mapped_ordinary = stats.mapped_ordinary + pages(mapped_pages_.get());
   stats.vmas += vmas_.get();
   stats.maps += maps_.get();
   stats.unmaps += unmaps_.get();

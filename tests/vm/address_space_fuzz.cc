@@ -4,7 +4,8 @@
 //   bazel-bin/tests/vm/fuzz_corpus /tmp/corpus
 //   bazel-bin/tests/vm/address_space_fuzz -max_len=2000 /tmp/corpus
 //
-// What it finds is a file; address_space_fuzz_replay prints it as operations and performs it.
+// What it finds is a file; address_space_fuzz_replay --shrink prints the operations in it that are needed for the
+// failure, and performs them.
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>

@@ -1,9 +1,15 @@
 // Random operations on a space against a naive map of pages, checked after each; then the same operations on one
-// space from four threads. A failure prints its seed and operations; a list that once failed is kept below as a test
-// of its own.
+// space from four threads. Files and pagers are the real ones: pages of a pager come through userfaultfd, where this
+// process may use it. A failure prints its seed and operations; a list that once failed is kept below as a test of its
+// own.
 //
-//   FREEHOLD_MODEL_SECONDS=n   that long for each of the two (./runtests --long: five minutes)
+//   FREEHOLD_MODEL_SECONDS=n   that long for each of the two, instead of six seconds, with seeds that are new each time
+//                              (./runtests: half a minute; ./runtests --long: five minutes, in each configuration)
 //   FREEHOLD_MODEL_SEED=n      one run with this seed
+//
+// A run that ends in a crash prints its operations, all of them. To have only those that are needed:
+//
+//   address_space_fuzz_replay --seed n > /tmp/list; address_space_fuzz_replay --shrink /tmp/list
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
@@ -15,7 +21,9 @@
 #include "gtest/gtest.h"
 #include "tests/vm/space_model.h"
 #include "tests/vm/space_operations.h"
+#include "vm/fault.h"
 #include "vm/os/linux_kernel.h"
+#include "vm/os/userfault.h"
 
 namespace freehold::vm::test {
 namespace {
@@ -59,7 +67,7 @@ TEST(AddressSpaceModelTest, RandomOperations) {
   for (Seeds seeds(6); seeds.Next();) {
     const Variant& variant = Variants()[seeds.seed() % Variants().size()];
     const std::string run = std::string(variant.name) + ", " + seeds.ToString();
-    const std::vector<SpaceOperation> operations = RandomOperations(seeds.seed(), 4000);
+    const std::vector<SpaceOperation> operations = RandomOperations(seeds.seed(), kModelBytes);
     PrintOnCrash(&run, &operations);
     const std::string failure = RunAndShrink(operations, variant.options);
     PrintOnCrash(nullptr, nullptr);
@@ -82,10 +90,18 @@ void RunThreads(std::uint64_t seed, const AddressSpaceOptions& options) {
   const Result<AddressSpace*> created = AddressSpace::Create(kernel, options);
   ASSERT_TRUE(created.ok());
   AddressSpace& space = **created;
+  os::LinuxUserfault userfault;
+  StampedPager pager(64, kFileStamp, StampedPager::Users::kMany);
+  auto faults = std::make_unique<FaultService>(space, userfault);
+  ASSERT_TRUE(faults->Start().ok());
   // Behind the windows, in plain memory and among mappings.
-  FilePages file(os::Protection::kReadWrite);
+  FilePages backing(os::Protection::kReadWrite);
+  StampedFile file(StampedFile::Place::kDisk, StampedFile::Access::kReadOnly);
   SharedPages shared;
+  shared.backing = &backing;
   shared.file = &file;
+  shared.pager = &pager;
+  shared.faults = faults->available() ? faults.get() : nullptr;
   const PageRange all = space.reservation();
   for (const std::size_t region : {0, 3}) {
     const PageNumber first = all.first + Pages{region * (all.count().value / 4) + 4 * SpaceModel::kWindowPages};
@@ -127,7 +143,8 @@ void RunThreads(std::uint64_t seed, const AddressSpaceOptions& options) {
     ASSERT_TRUE(model.ok()) << "thread " << i << ", at the end: " << model.failure();
     known += model.pages().size();
   }
-  EXPECT_EQ(file.pages(), 0u);
+  EXPECT_EQ(backing.pages(), 0u);
+  EXPECT_EQ(pager.failure(), "");
   EXPECT_EQ(space.Stats().mapped, Pages{known}.bytes());
   for (const std::unique_ptr<SpaceModel>& model : models) {
     model->Finish();
@@ -135,6 +152,7 @@ void RunThreads(std::uint64_t seed, const AddressSpaceOptions& options) {
   }
   EXPECT_EQ(space.Stats().mapped, Bytes{0});
   space.CheckInvariants();
+  faults.reset();
   models.clear();
   AddressSpace::Destroy(&space);
 }
@@ -173,9 +191,9 @@ Span Mappings(std::uint16_t page, std::uint8_t count) { return {.where = 3, .pag
 // what had been anonymous memory showed a file when it was mapped again.
 TEST(SpaceOperationsTest, RefusedReplacementShowsTheFileAgain) {
   const Map file = {.span = Plain(0, 8), .placement = Placement::kReplace, .lock = os::MemoryLock::kOnFault,
-                    .file = 1, .file_page = 3};
+                    .backing = 1, .backing_page = 3};
   Map anonymous = file;
-  anonymous.file = 0;
+  anonymous.backing = 0;
   Map half = file;
   half.span = Plain(4, 8);
   for (std::uint8_t nth = 0; nth < 10; ++nth) {
@@ -192,7 +210,7 @@ TEST(SpaceOperationsTest, UnmapFinishesWhatLiesBesideAPin) {
     const auto part = [&](std::uint16_t page, std::uint8_t count) {
       return mappings ? Mappings(page, count) : Plain(page, count);
     };
-    ExpectFine({Map{.span = part(0, 4), .placement = Placement::kFixed, .file = 1},
+    ExpectFine({Map{.span = part(0, 4), .placement = Placement::kFixed, .backing = 1},
                 Map{.span = part(4, 4), .placement = Placement::kFixed, .lock = os::MemoryLock::kOnFault},
                 PinPages{.span = part(0, 4)}, Unmap{part(0, 8)}, PinPages{.release = true}});
   }
@@ -211,6 +229,57 @@ TEST(SpaceOperationsTest, PinnedSourceLeavesNoTarget) {
               PinPages{.span = Mappings(1, 1)}, FailCall{.nth = 0, .error = 1},
               Remap{.span = Mappings(0, 4), .same_size = true, .placement = Placement::kFixed,
                     .target = Mappings(100, 4)}});
+}
+
+// A pager that was refused on the way in left pages behind that the pager before it took for present: who touched them
+// waited for ever.
+TEST(SpaceOperationsTest, RefusedPagerLeavesThePagerBefore) {
+  const MapPager pager = {.span = Mappings(0, 8), .placement = Placement::kReplace, .page_limit = 1};
+  MapPager half = pager;
+  half.span = Mappings(4, 8);
+  for (const bool userfault : {false, true}) {
+    for (std::uint8_t nth = 0; nth < (userfault ? 4 : 10); ++nth) {
+      SCOPED_TRACE(nth);
+      const FailCall fail = {.nth = nth, .error = 1, .userfault = userfault};
+      ExpectFine({pager, Write{Mappings(0, 8)}, fail, half, Write{Mappings(0, 12)}, Unmap{Mappings(2, 6)}});
+    }
+  }
+}
+
+// What lay before a pager in the list was dropped before the whole was refused.
+TEST(SpaceOperationsTest, DiscardRefusesPagersBeforeItDropsAnything) {
+  ExpectFine({Map{.span = Plain(0, 4), .placement = Placement::kFixed}, Write{Plain(0, 4)},
+              MapPager{.span = Mappings(0, 4), .placement = Placement::kFixed, .page_limit = 1},
+              Discard{.first = Plain(0, 4), .second = Mappings(0, 4)}});
+}
+
+// The kernel's word for it, which is another one, came through.
+TEST(SpaceOperationsTest, PopulateOfAFileWithoutAccessIsUnsupported) {
+  for (const os::Sharing sharing : {os::Sharing::kPrivate, os::Sharing::kShared}) {
+    ExpectFine({MapFile{.span = Mappings(0, 4), .placement = Placement::kFixed, .protection = 2, .sharing = sharing},
+                Populate{.span = Mappings(0, 4)}});
+  }
+}
+
+// Under strict unmap, memory that replaces a file took the traps of free memory away first, from the file.
+TEST(SpaceOperationsTest, StrictSpacesReplaceFilesThatMayNotBeWritten) {
+  const MapFile file = {.span = Plain(0, 4), .placement = Placement::kFixed, .protection = 1, .file = 1,
+                        .sharing = os::Sharing::kShared};
+  ExpectFine({file, Map{.span = Plain(0, 4), .placement = Placement::kReplace}, Write{Plain(0, 4)}, Unmap{Plain(0, 4)},
+              file, Map{.span = Plain(2, 4), .placement = Placement::kReplace}, Write{Plain(0, 6)}});
+}
+
+// What had been locked in part while it was written to could move, but not move and grow.
+TEST(SpaceOperationsTest, MovesAndGrowsAFileOfSeveralKernelVmas) {
+  for (std::uint8_t nth = 0; nth < 12; ++nth) {
+    SCOPED_TRACE(nth);
+    ExpectFine({MapFile{.span = Mappings(0, 8), .placement = Placement::kFixed},
+                LockMemory{.span = Mappings(4, 4), .lock = os::MemoryLock::kOnFault}, Write{Mappings(0, 8)},
+                LockMemory{.span = Mappings(4, 4)}, FailCall{.nth = nth},
+                Remap{.span = Mappings(0, 8), .size = 96 + 11, .placement = Placement::kFixed,
+                      .target = Mappings(100, 1)},
+                Write{Mappings(101, 1)}});
+  }
 }
 
 // ---- The operations themselves ----

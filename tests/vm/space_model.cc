@@ -1,12 +1,9 @@
 #include "tests/vm/space_model.h"
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
+#include <chrono>
 #include <cstdio>
-#include <cstdlib>
+#include <thread>
 #include <utility>
 
 namespace freehold::vm::test {
@@ -15,21 +12,9 @@ namespace {
 using os::MemoryLock;
 using os::Protection;
 
-constexpr std::size_t kWordsPerPage = kPageSize / sizeof(std::uint64_t);
-// Of these words of a page, all are written and checked.
-constexpr std::size_t kWordStep = 73;
+constexpr unsigned Bit(Invalidation what) { return 1u << static_cast<unsigned>(what); }
 
 volatile std::uint64_t* WordsOf(PageNumber page) { return reinterpret_cast<volatile std::uint64_t*>(page.address()); }
-
-int AccessOf(Protection protection) {
-  const auto bits = static_cast<unsigned>(protection);
-  return ((bits & 1) != 0 ? PROT_READ : 0) | ((bits & 2) != 0 ? PROT_WRITE : 0) | ((bits & 4) != 0 ? PROT_EXEC : 0);
-}
-
-[[noreturn]] void Die(const char* what) {
-  std::perror(what);
-  std::abort();
-}
 
 std::string Text(Error error) {
   return std::string(ToString(error.code)) +
@@ -43,32 +28,6 @@ std::string Hex(PageRange range) {
   std::snprintf(text, sizeof text, "[%#zx, %#zx)", range.first.value, range.end.value);
   return text;
 }
-
-// ---- Files ----
-
-FilePages::FilePages(Protection max_protection) : Backing(max_protection), stamps(kPages) {
-  file_ = memfd_create("model", MFD_CLOEXEC);
-  if (file_ < 0 || ftruncate(file_, kPages * kPageSize) != 0) Die("memfd");
-  // Every fourth page has content from the start.
-  std::array<std::uint64_t, kWordsPerPage> content;
-  for (std::uint64_t page = 0; page < kPages; page += 4) {
-    stamps[page] = kFileStamp | page;
-    content.fill(stamps[page]);
-    if (pwrite(file_, content.data(), kPageSize, static_cast<off_t>(page * kPageSize)) != kPageSize) Die("pwrite");
-  }
-}
-
-FilePages::~FilePages() { close(file_); }
-
-// What a FakeKernel knows of the range is what Protect tells it.
-Error FilePages::Install(os::Kernel& kernel, PageRange range, std::uint64_t page, Protection protection, bool) {
-  if (const Error error = kernel.Protect(range, protection); !error.ok()) return error;
-  const void* mapped = mmap(range.address(), range.bytes().value, AccessOf(protection), MAP_SHARED | MAP_FIXED, file_,
-                            static_cast<off_t>(page * kPageSize));
-  return mapped == MAP_FAILED ? Error::System(errno) : Error::Ok();
-}
-
-void FilePages::Flush(os::Kernel&, PageRange, std::uint64_t) {}
 
 // ---- Notifiers ----
 
@@ -84,6 +43,7 @@ void Listener::Expect(bool condition, const char* what, PageRange range) {
 
 void Listener::OnMap(PageRange range) {
   const std::lock_guard lock(mutex_);
+  announced_.erase(announced_.lower_bound(range.first.value), announced_.lower_bound(range.end.value));
   if (!alone_) return;
   for (std::size_t page = range.first.value; page < range.end.value; ++page) {
     Expect(pages_.insert(page).second, "OnMap of what is mapped", range);
@@ -91,14 +51,21 @@ void Listener::OnMap(PageRange range) {
 }
 
 // Until this returns, it is as it was. It may be the target of a Remap that is refused, of which nobody was told.
-void Listener::OnInvalidate(PageRange range, Invalidation) {
+void Listener::OnInvalidate(PageRange range, Invalidation what) {
   const bool mapped = space_.Lookup(range.first).ok();
   const std::lock_guard lock(mutex_);
   Expect(mapped, "OnInvalidate of what is not mapped", range);
+  for (std::size_t page = range.first.value; page < range.end.value; ++page) announced_[page] |= Bit(what);
 }
 
+// What it knows to be mapped goes after that was announced.
 void Listener::OnClose(PageRange range) {
   const std::lock_guard lock(mutex_);
+  constexpr unsigned kEnds = Bit(Invalidation::kUnmap) | Bit(Invalidation::kReplace) | Bit(Invalidation::kMove);
+  for (auto page = pages_.lower_bound(range.first.value); page != pages_.end() && *page < range.end.value; ++page) {
+    Expect((announced_[*page] & kEnds) != 0, "OnClose without OnInvalidate", range);
+  }
+  announced_.erase(announced_.lower_bound(range.first.value), announced_.lower_bound(range.end.value));
   pages_.erase(pages_.lower_bound(range.first.value), pages_.lower_bound(range.end.value));
 }
 
@@ -110,6 +77,19 @@ std::string Listener::failure() const {
 bool Listener::Knows(std::size_t page) const {
   const std::lock_guard lock(mutex_);
   return pages_.count(page) == 1;
+}
+
+bool Listener::WasAnnounced(std::size_t page, Invalidation what) const {
+  const std::lock_guard lock(mutex_);
+  const auto found = announced_.find(page);
+  return found != announced_.end() && (found->second & Bit(what)) != 0;
+}
+
+// Of unmaps that wait for a pin, OnClose comes later.
+void Listener::ForgetAnnounced() {
+  constexpr unsigned kChanges = Bit(Invalidation::kProtect) | Bit(Invalidation::kDiscard);
+  const std::lock_guard lock(mutex_);
+  for (auto& [page, what] : announced_) what &= ~kChanges;
 }
 
 std::set<std::size_t> Listener::pages() const {
@@ -129,8 +109,17 @@ SpaceModel::SpaceModel(AddressSpace& space, os::FakeKernel& kernel)
 }
 
 SpaceModel::SpaceModel(AddressSpace& space, const SharedPages& shared, unsigned owner)
-    : space_(space), kernel_(nullptr), shared_(&shared), owner_(owner) {
+    : space_(space), kernel_(nullptr), shared_(&shared), owner_(owner), faults_(shared.faults) {
   MakeWindows();
+}
+
+SpaceModel::~SpaceModel() {
+  if (alone()) return;
+  for (std::size_t i = 0; i < kPins; ++i) SetPin(i, nullptr);
+  Listen(false);
+  for (const auto& [number, page] : pages_) (void)space_.Unmap({{number}, {number + 1}});
+  // Pagers that are called no more.
+  CheckReleased();
 }
 
 void SpaceModel::MakeWindows() {
@@ -141,8 +130,8 @@ void SpaceModel::MakeWindows() {
                                   3 * region_pages_}) {
     windows_.push_back(PageRange::Of(all_.first + vm::Pages{first}, {kWindowPages}));
   }
-  files_.push_back(std::make_unique<FilePages>(Protection::kReadWrite));
-  files_.push_back(std::make_unique<FilePages>(Protection::kRead));
+  backings_.push_back(std::make_unique<FilePages>(Protection::kReadWrite));
+  backings_.push_back(std::make_unique<FilePages>(Protection::kRead));
 }
 
 PageRange SpaceModel::RegionOf(PageNumber page) const {
@@ -167,8 +156,8 @@ bool SpaceModel::IsFree(PageRange range) {
 
 bool SpaceModel::Continues(std::size_t number, const Page& page, std::size_t next_number, const Page& next) {
   return next_number == number + 1 && next.generation == page.generation && next.protection == page.protection &&
-         next.lock == page.lock && next.file == page.file &&
-         (page.file == nullptr || next.file_page == page.file_page + 1);
+         next.lock == page.lock && next.backing == page.backing &&
+         (page.backing == nullptr || next.source_page == page.source_page + 1);
 }
 
 PageRange SpaceModel::VmaOf(PageNumber page) {
@@ -197,11 +186,18 @@ void SpaceModel::Erase(PageRange range) {
       if (PinnedIn({{at->first}, {at->first + 1}}) == Pinned::kYes) deferred_.insert(*at);
     }
   }
+  for (auto at = from; at != to; ++at) {
+    // What a failure has kept from being written back waits for the pin.
+    if (!had_failures_ || PinnedIn(range) == Pinned::kNo) CheckWrittenBack({at->first}, at->second);
+    kernel_differs_.erase(at->first);
+  }
   pages_.erase(from, to);
 }
 
 void SpaceModel::Put(PageNumber page, const Page& mapped) {
+  if (const Page* old = Find(page); old != nullptr) CheckWrittenBack(page, *old);
   pages_[page.value] = mapped;
+  kernel_differs_.erase(page.value);
   perhaps_deferred_.erase(page.value);
   deferred_.erase(page.value);
 }
@@ -231,30 +227,167 @@ void SpaceModel::ForgetDeferred() {
   }
 }
 
-void SpaceModel::SetZero(PageRange range) {
+bool SpaceModel::Page::MayHold(std::uint64_t word) const {
+  if (Is(Source::Kind::kBacking)) return word == source->StampOf(source_page);
+  const bool shows_file = Is(Source::Kind::kFile) && copied != Copied::kYes;
+  if (shows_file && word == source->StampOf(source_page)) return true;
+  return !(shows_file && copied == Copied::kNo) && (!known || word == stamp);
+}
+
+void SpaceModel::SetDropped(PageRange range) {
   for (auto at = pages_.lower_bound(range.first.value); at != pages_.end() && at->first < range.end.value; ++at) {
-    at->second.known = true;
-    at->second.stamp = 0;
+    Page& page = at->second;
+    page.known = true;
+    page.copied = Copied::kNo;
+    if (page.anonymous()) page.stamp = 0;
   }
 }
 
 void SpaceModel::SetUnknown(PageRange range) {
   for (auto at = pages_.lower_bound(range.first.value); at != pages_.end() && at->first < range.end.value; ++at) {
-    at->second.known = false;
+    Page& page = at->second;
+    if (page.anonymous()) page.known = false;
+    if (page.copied == Copied::kYes) page.copied = Copied::kPerhaps;
+  }
+}
+
+void SpaceModel::SetPopulated(PageRange range, bool all) {
+  for (auto at = pages_.lower_bound(range.first.value); at != pages_.end() && at->first < range.end.value; ++at) {
+    Page& page = at->second;
+    if (!page.IsPrivate() || !Writable(page.protection) || page.copied == Copied::kYes || !page.Exists()) continue;
+    const std::uint64_t now = page.source->StampOf(page.source_page);
+    // A copy made now differs from one that was perhaps made before.
+    if (page.copied == Copied::kPerhaps && page.stamp != now) page.known = false;
+    page.stamp = now;
+    page.copied = all ? Copied::kYes : Copied::kPerhaps;
+  }
+}
+
+void SpaceModel::SetLost(PageRange range) {
+  for (auto at = pages_.lower_bound(range.first.value); at != pages_.end() && at->first < range.end.value; ++at) {
+    Page& page = at->second;
+    if (page.anonymous()) page.known = false;
+    page.lost = page.Is(Source::Kind::kFile);
+    // It was written back, if the pager took it.
+    if (page.Is(Source::Kind::kPager) && static_cast<const StampedPager*>(page.source)->refusing()) page.known = false;
+  }
+}
+
+void SpaceModel::UnmapLost(PageRange range) {
+  for (PageNumber number = range.first; number < range.end; number = number + vm::Pages{1}) {
+    const Page* page = Find(number);
+    if (page == nullptr || !page->lost) continue;
+    const PageRange one = PageRange::Of(number, {1});
+    if (Expect("Unmap", space_.Unmap(one), ErrorCode::kOk)) Erase(one);
   }
 }
 
 void SpaceModel::Write(PageRange range) {
   for (auto at = pages_.lower_bound(range.first.value); at != pages_.end() && at->first < range.end.value; ++at) {
     Page& page = at->second;
-    if (!Writable(page.protection)) continue;
-    const std::uint64_t stamp = owner_ << 48 | ++last_stamp_;
+    if (!Writable(page.protection) || !page.Exists()) continue;
+    const std::uint64_t stamp = NewStamp();
     volatile std::uint64_t* words = WordsOf({at->first});
     for (std::size_t i = 0; i < kWordsPerPage; i += kWordStep) words[i] = stamp;
-    page.known = true;
-    page.stamp = stamp;
-    if (page.file != nullptr) page.file->stamps[page.file_page] = stamp;
+    const bool shared_file = page.Is(Source::Kind::kFile) && !page.IsPrivate();
+    if (page.Is(Source::Kind::kBacking) || shared_file) {
+      page.source->SetStamp(page.source_page, stamp);
+    } else {
+      page.known = true;
+      page.stamp = stamp;
+      page.copied = page.IsPrivate() ? Copied::kYes : Copied::kNo;
+    }
+    if (shared_file && !static_cast<const StampedFile*>(page.source)->Holds(page.source_page, stamp)) {
+      Fail("what was written to page " + Hex({{at->first}, {at->first + 1}}) + " is not in the file");
+    }
   }
+}
+
+// ---- Files ----
+
+StampedFile& SpaceModel::file(std::size_t index) {
+  if (index == kFiles - 1 && shared_ != nullptr) return *shared_->file;
+  std::unique_ptr<StampedFile>& file = files_[index];
+  if (file == nullptr) {
+    file = std::make_unique<StampedFile>(
+        index == kFiles - 1 ? StampedFile::Place::kDisk : StampedFile::Place::kMemory,
+        index == 1 ? StampedFile::Access::kReadOnly : StampedFile::Access::kReadWrite);
+  }
+  return *file;
+}
+
+SpaceModel::Extends SpaceModel::ExtendsInPlace(const Page& page) const {
+  const auto found = extends_.find(page.backing);
+  return found == extends_.end() ? Extends::kYes : found->second;
+}
+
+void SpaceModel::StartMapping(Backing* backing, bool extends) {
+  extends_[backing] = extends ? Extends::kYes : Extends::kNo;
+}
+
+void SpaceModel::NoteLocked(PageRange range, bool done) {
+  for (auto at = pages_.lower_bound(range.first.value); at != pages_.end() && at->first < range.end.value; ++at) {
+    if (!at->second.Is(Source::Kind::kFile)) continue;
+    Extends& extends = extends_[at->second.backing];
+    if (extends == Extends::kYes || done) extends = done ? Extends::kNo : Extends::kMaybe;
+  }
+}
+
+void SpaceModel::NoteWritable(PageRange range, bool done) {
+  for (auto at = pages_.lower_bound(range.first.value); at != pages_.end() && at->first < range.end.value; ++at) {
+    if (!at->second.IsPrivate() || Writable(at->second.protection)) continue;
+    Extends& extends = extends_[at->second.backing];
+    if (extends == Extends::kYes || done) extends = done ? Extends::kNo : Extends::kMaybe;
+  }
+}
+
+// Copies go with the pages of which they are.
+void SpaceModel::ResizeFile(StampedFile& file, std::uint64_t size) {
+  file.Resize(size);
+  for (Pages* pages : {&pages_, &deferred_}) {
+    for (auto& [number, page] : *pages) {
+      if (page.source != &file || page.source_page < size) continue;
+      page.copied = Copied::kNo;
+      page.known = true;
+    }
+  }
+}
+
+void SpaceModel::WriteFile(StampedFile& file, std::uint64_t page) {
+  if (file.Exists(page)) file.Write(page, NewStamp());
+}
+
+// ---- Pagers ----
+
+FaultService* SpaceModel::faults() {
+  if (alone() && own_faults_ == nullptr) {
+    userfault_ = std::make_unique<FailingUserfault>();
+    own_faults_ = std::make_unique<FaultService>(space_, *userfault_);
+    if (Expect("Start", own_faults_->Start(), ErrorCode::kOk) && own_faults_->available()) faults_ = own_faults_.get();
+  }
+  return faults_;
+}
+
+StampedPager& SpaceModel::NewPager(std::size_t capacity) {
+  const std::uint64_t stamp = kFileStamp | owner_ << 48 | (pagers_.size() + 1) << 16;
+  pagers_.push_back(std::make_unique<StampedPager>(capacity, stamp, StampedPager::Users::kOne));
+  return *pagers_.back();
+}
+
+void SpaceModel::SetInvalidated(PageRange range, bool all) {
+  for (auto at = pages_.lower_bound(range.first.value); at != pages_.end() && at->first < range.end.value; ++at) {
+    Page& page = at->second;
+    if (!page.Is(Source::Kind::kPager)) continue;
+    page.known = all;
+    page.stamp = page.source->StampOf(page.source_page);
+  }
+}
+
+void SpaceModel::CheckWrittenBack(PageNumber number, const Page& page) {
+  if (!page.Is(Source::Kind::kPager) || !page.known || !page.Exists()) return;
+  if (static_cast<const StampedPager*>(page.source)->refusing()) return;
+  if (page.source->StampOf(page.source_page) == page.stamp) return;
+  Fail("page " + Hex(PageRange::Of(number, {1})) + " was not written back");
 }
 
 void SpaceModel::MayBeDeferred(PageRange range) {
@@ -269,6 +402,18 @@ void SpaceModel::Listen(bool on) {
   std::set<std::size_t> mapped;
   for (const auto& page : pages_) mapped.insert(page.first);
   listener_ = std::make_unique<Listener>(space_, alone() ? &mapped : nullptr);
+}
+
+void SpaceModel::BeginAnnouncements() {
+  if (listener_ != nullptr) listener_->ForgetAnnounced();
+}
+
+void SpaceModel::ExpectAnnounced(PageRange range, Invalidation what) {
+  if (listener_ == nullptr) return;
+  for (auto at = pages_.lower_bound(range.first.value); at != pages_.end() && at->first < range.end.value; ++at) {
+    if (listener_->WasAnnounced(at->first, what)) continue;
+    return Fail("OnInvalidate was not called for page " + Hex({{at->first}, {at->first + 1}}));
+  }
 }
 
 // It was told of what is mapped, and of what went, unless that is pinned.
@@ -289,23 +434,33 @@ void SpaceModel::CheckListener() {
 
 // ---- Failures ----
 
-void SpaceModel::Arm(std::size_t nth_call, int sys_errno) {
+void SpaceModel::Arm(std::size_t nth_call, int sys_errno, Failing what) {
   if (kernel_ == nullptr) return;
+  armed_ = what;
   armed_call_ = nth_call;
   armed_errno_ = sys_errno;
 }
 
+std::size_t SpaceModel::InjectedFailures() const {
+  return kernel_->InjectedFailures() + (userfault_ != nullptr ? userfault_->failures() : 0);
+}
+
 Error SpaceModel::Call(const std::function<Error()>& verb, const std::function<void()>& tolerate) {
   if (armed_call_ == 0) return verb();
-  const std::size_t before = kernel_->InjectedFailures();
-  kernel_->FailNthOfAny(armed_call_, armed_errno_);
+  const std::size_t before = InjectedFailures();
+  if (armed_ == Failing::kKernel) {
+    kernel_->FailNthOfAny(armed_call_, armed_errno_);
+  } else if (faults() != nullptr) {
+    userfault_->FailNth(armed_call_, armed_errno_);
+  }
   armed_call_ = 0;
   const Error error = verb();
   kernel_->StopFailing();
-  const bool failed = kernel_->InjectedFailures() != before;
+  if (userfault_ != nullptr) userfault_->FailNth(0, 0);
+  const bool failed = InjectedFailures() != before;
   had_failures_ = had_failures_ || failed;
   // A verb that has done its work may have been refused the way back to what the kernel had before.
-  kernel_may_differ_ = kernel_may_differ_ || (failed && error.ok());
+  look_for_differences_ = look_for_differences_ || (failed && error.ok());
   if (error.ok() || !failed) return error;
   if (tolerate) tolerate();
   CheckInvariants(Depth::kContent);
@@ -325,12 +480,13 @@ bool SpaceModel::Expect(bool condition, const std::string& what) {
 }
 
 bool SpaceModel::Expect(const char* verb, Error got, Error want) {
-  return Expect(got == want, std::string(verb) + ": got '" + Text(got) + "', expected '" + Text(want) + "'");
+  if (got == want) return true;
+  return Expect(false, std::string(verb) + ": got '" + Text(got) + "', expected '" + Text(want) + "'");
 }
 
 bool SpaceModel::Expect(const char* verb, Error got, ErrorCode want) {
-  return Expect(got.code == want,
-                std::string(verb) + ": got '" + Text(got) + "', expected '" + ToString(want) + "'");
+  if (got.code == want) return true;
+  return Expect(false, std::string(verb) + ": got '" + Text(got) + "', expected '" + ToString(want) + "'");
 }
 
 void SpaceModel::CheckAttributes(const VmaInfo& vma, PageNumber number, const Page& page) {
@@ -341,9 +497,9 @@ void SpaceModel::CheckAttributes(const VmaInfo& vma, PageNumber number, const Pa
   expect(vma.protection == page.protection, ": wrong protection");
   expect(vma.lock == page.lock, ": wrong lock");
   expect(vma.generation == page.generation, ": wrong generation");
-  expect(vma.backing == page.file, ": wrong backing");
-  if (page.file != nullptr) {
-    expect(vma.backing_page + (number - vma.range.first).value == page.file_page, ": wrong backing page");
+  expect(vma.backing == page.backing, ": wrong backing");
+  if (page.backing != nullptr) {
+    expect(vma.backing_page + (number - vma.range.first).value == page.source_page, ": wrong backing page");
   }
 }
 
@@ -355,18 +511,32 @@ void SpaceModel::CheckPage(PageNumber number, const Page& page, Depth depth) {
 }
 
 void SpaceModel::CheckContent(PageNumber number, const Page& page) {
-  if (!Readable(page.protection)) return;
-  if (page.file == nullptr && !page.known) return;
-  const std::uint64_t stamp = page.file == nullptr ? page.stamp : page.file->stamps[page.file_page];
+  if (!Readable(page.protection) || !page.Exists()) return;
   const volatile std::uint64_t* words = WordsOf(number);
   for (std::size_t i = 0; i < kWordsPerPage; i += kWordStep) {
     const std::uint64_t word = words[i];
-    if (word == stamp) continue;
+    if (page.MayHold(word)) continue;
     char text[80];
-    std::snprintf(text, sizeof text, ": word %zu is %#zx, expected %#zx", i, static_cast<std::size_t>(word),
-                  static_cast<std::size_t>(stamp));
-    return Fail("page " + Hex(PageRange::Of(number, {1})) + text);
+    std::snprintf(text, sizeof text, ": word %zu is %#zx, expected ", i, static_cast<std::size_t>(word));
+    return Fail("page " + Hex(PageRange::Of(number, {1})) + text + Expected(page));
   }
+}
+
+// What the page should hold, for messages.
+std::string SpaceModel::Expected(const Page& page) {
+  char text[160];
+  const auto own = static_cast<std::size_t>(page.stamp);
+  if (page.anonymous()) {
+    std::snprintf(text, sizeof text, "%#zx", own);
+    return text;
+  }
+  static constexpr const char* kKinds[] = {"a backing", "a file", "a pager"};
+  static constexpr const char* kCopies[] = {"", ", perhaps a copy", ", a copy"};
+  std::snprintf(text, sizeof text, "%#zx (page %zu of %s%s) or %#zx",
+                static_cast<std::size_t>(page.source->StampOf(page.source_page)),
+                static_cast<std::size_t>(page.source_page), kKinds[static_cast<int>(page.source->kind())],
+                kCopies[static_cast<int>(page.copied)], own);
+  return text;
 }
 
 // The walk over all VMAs finds the same pages, cut in the same way, with the same attributes.
@@ -376,13 +546,14 @@ void SpaceModel::CheckVmas() {
       [](void* context, const VmaInfo& vma) { static_cast<std::vector<VmaInfo>*>(context)->push_back(vma); }, &vmas);
   auto next = pages_.begin();
   for (const VmaInfo& vma : vmas) {
-    if (!Expect(next != pages_.end(), "a VMA too many: " + Hex(vma.range))) return;
+    if (next == pages_.end()) return Fail("a VMA too many: " + Hex(vma.range));
     const PageRange wanted = VmaOf({next->first});
-    if (!Expect(vma.range == wanted, "VMA " + Hex(vma.range) + " should be " + Hex(wanted))) return;
+    if (vma.range != wanted) return Fail("VMA " + Hex(vma.range) + " should be " + Hex(wanted));
     CheckAttributes(vma, vma.range.first, next->second);
     CheckPage(wanted.end - vm::Pages{1}, *Find(wanted.end - vm::Pages{1}), Depth::kAttributes);
-    Expect(IsMapped({wanted.end, wanted.end + vm::Pages{1}}) || !space_.Lookup(wanted.end).ok(),
-           "the page after " + Hex(wanted) + " should not be mapped");
+    if (Find(wanted.end) == nullptr && space_.Lookup(wanted.end).ok()) {
+      Fail("the page after " + Hex(wanted) + " should not be mapped");
+    }
     next = pages_.lower_bound(wanted.end.value);
   }
   Expect(next == pages_.end(), "a VMA is missing");
@@ -390,36 +561,64 @@ void SpaceModel::CheckVmas() {
   Expect(stats.vmas == vmas.size(), "Stats: wrong number of VMAs");
   Expect(stats.mapped == vm::Pages{pages_.size()}.bytes(), "Stats: wrong number of mapped pages");
   if (!perhaps_deferred_.empty()) return;
-  for (const std::unique_ptr<FilePages>& file : files_) {
-    const auto uses = [&](const auto& page) { return page.second.file == file.get(); };
-    Expect(file->pages() == static_cast<std::size_t>(std::count_if(pages_.begin(), pages_.end(), uses)),
-           "wrong number of pages of a backing");
+  std::map<const Backing*, std::size_t> uses;
+  for (const std::unique_ptr<FilePages>& backing : backings_) uses[backing.get()] = 0;
+  for (const auto& [number, page] : pages_) {
+    if (page.backing != nullptr) ++uses[page.backing];
   }
+  for (const auto& [backing, count] : uses) {
+    Expect(backing->pages() == count, "wrong number of pages of a backing");
+  }
+}
+
+bool SpaceModel::KernelDiffers(PageNumber number, const Page& page) const {
+  const os::PageState state = kernel_->At(number);
+  return state.protection != page.protection || state.locked != (page.lock != MemoryLock::kNone);
+}
+
+bool SpaceModel::KernelMayDiffer(PageRange range) const {
+  const auto differs = kernel_differs_.lower_bound(range.first.value);
+  return look_for_differences_ || (differs != kernel_differs_.end() && *differs < range.end.value);
 }
 
 // The kernel sees what the VMAs say.
 void SpaceModel::CheckKernel() {
-  if (kernel_may_differ_) return;
+  const bool collect = std::exchange(look_for_differences_, false);
   for (const auto& [number, page] : pages_) {
-    const os::PageState state = kernel_->At({number});
-    if (state.protection == page.protection && state.locked == (page.lock != MemoryLock::kNone)) continue;
+    if (!KernelDiffers({number}, page) || kernel_differs_.count(number) != 0) continue;
+    if (collect) {
+      kernel_differs_.insert(number);
+      continue;
+    }
     return Fail("page " + Hex({{number}, {number + 1}}) + ": the kernel has another " +
-                (state.protection == page.protection ? "lock" : "protection"));
+                (kernel_->At({number}).protection == page.protection ? "lock" : "protection"));
   }
 }
 
 void SpaceModel::CheckInvariants(Depth depth) {
   if (alone()) CheckVmas();
+  if (alone() && (look_for_differences_ || depth == Depth::kContent)) CheckKernel();
   if (!ok() || (alone() && depth == Depth::kAttributes)) return;
   for (const auto& [number, page] : pages_) {
     CheckPage({number}, page, depth);
     if (!ok()) return;
   }
   for (const auto& [number, page] : deferred_) CheckContent({number}, page);
+  for (const std::unique_ptr<StampedPager>& pager : pagers_) Expect(pager->failure().empty(), pager->failure());
   CheckListener();
-  if (!alone()) return;
-  CheckKernel();
-  space_.CheckInvariants();
+  if (alone()) space_.CheckInvariants();
+}
+
+// Every pager was told of the end of its mapping, or is as soon as nobody looks at that any more.
+void SpaceModel::CheckReleased() {
+  const auto is_mapped = [](const std::unique_ptr<StampedPager>& pager) {
+    return pager->mapped() && !pager->released();
+  };
+  for (int attempt = 0; attempt < 5000 && std::any_of(pagers_.begin(), pagers_.end(), is_mapped); ++attempt) {
+    space_.Tick();
+    if (attempt > 10) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  Expect(std::none_of(pagers_.begin(), pagers_.end(), is_mapped), "a pager was not released");
 }
 
 void SpaceModel::Finish() {
@@ -436,11 +635,13 @@ void SpaceModel::Finish() {
       Expect("Unmap", space_.Unmap(vma), ErrorCode::kOk);
       Erase(vma);
     }
+    CheckReleased();
     return;
   }
   Expect("UnlockAll", space_.UnlockAll(), ErrorCode::kOk);
   Expect("Unmap", space_.Unmap(all_), ErrorCode::kOk);
-  pages_.clear();
+  Erase(all_);
+  CheckReleased();
   CheckInvariants(Depth::kContent);
   // What the kernel refused to unlock stays locked while it waits for re-use.
   (void)space_.Purge(PurgeScope::kAll);

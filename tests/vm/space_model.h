@@ -3,6 +3,10 @@
 // A model either has the space to itself, and then knows all of it, on a FakeKernel whose calls can be made to fail;
 // or it is one of several, each used by a thread of its own. Then it knows the pages that it mapped, which nobody else
 // touches, and what is beside them may be anybody's. In the arenas (SharedPages) all of them work on the same pages.
+//
+// A page is anonymous or shows a Source (space_sources.h). Its content is its own (anonymous memory, a pager's page,
+// a copy in a private file mapping) or what the source holds. What would be a SIGBUS is never touched: pages beyond
+// the end of a file, and those that a pager was told to fail; the kernel is asked to touch them instead (Probe).
 #ifndef FREEHOLD_TESTS_VM_SPACE_MODEL_H_
 #define FREEHOLD_TESTS_VM_SPACE_MODEL_H_
 
@@ -17,42 +21,24 @@
 #include <string>
 #include <vector>
 
+#include "tests/vm/space_sources.h"
 #include "vm/address_space.h"
 #include "vm/backing.h"
+#include "vm/fault.h"
 #include "vm/notifier.h"
 #include "vm/os/fake_kernel.h"
 #include "vm/pin.h"
 
 namespace freehold::vm::test {
 
-// In the first byte of what a page of a file holds before anybody writes to it; what models write has 0 there.
-inline constexpr std::uint64_t kFileStamp = std::uint64_t{'F'} << 56;
-
-// A memory file, mapped shared. What its pages hold is known: a stamp each.
-class FilePages final : public Backing {
- public:
-  static constexpr std::uint64_t kPages = 512;
-
-  explicit FilePages(os::Protection max_protection);
-  ~FilePages();
-
-  Error Install(os::Kernel& kernel, PageRange range, std::uint64_t page, os::Protection protection,
-                bool occupied) override;
-  void Flush(os::Kernel& kernel, PageRange range, std::uint64_t page) override;
-
-  std::vector<std::uint64_t> stamps;
-
- private:
-  void OnUnused() override {}
-
-  int file_;
-};
-
 // Pages that every model works on at once, without knowing what is there.
 struct SharedPages {
   std::vector<PageRange> mapped;  // always mapped, but how changes: lookups never miss
   std::vector<PageRange> open;    // come and go
-  FilePages* file = nullptr;      // for `mapped`
+  FilePages* backing = nullptr;   // for `mapped`
+  StampedFile* file = nullptr;    // for all, and for the models' own pages: it never changes
+  StampedPager* pager = nullptr;  // for pages of the mapping zone
+  FaultService* faults = nullptr;
 
   // Whether any of `range` is in `open`.
   bool IsOpen(PageRange range) const;
@@ -70,6 +56,9 @@ class Listener final : public Notifier {
 
   std::string failure() const;  // "" if there was none
   bool Knows(std::size_t page) const;
+  // Whether it was told of `page` that this would happen, since it was last mapped or ForgetAnnounced was called.
+  bool WasAnnounced(std::size_t page, Invalidation what) const;
+  void ForgetAnnounced();
   std::set<std::size_t> pages() const;
 
  private:
@@ -79,24 +68,44 @@ class Listener final : public Notifier {
   const bool alone_;
   mutable std::mutex mutex_;
   std::set<std::size_t> pages_;  // mapped, or unmapped and pinned
+  std::map<std::size_t, unsigned> announced_;  // bits of Invalidation
   std::string failure_;
   NotifierRegistration registration_;  // the last: from here on it is called
 };
 
 class SpaceModel {
  public:
+  // Of a private file mapping's page: whether it is a copy by now. Who populates a mapping may make copies, and nobody
+  // says how far that went.
+  enum class Copied : std::uint8_t { kNo, kPerhaps, kYes };
   struct Page {
     os::Protection protection = os::Protection::kReadWrite;
     os::MemoryLock lock = os::MemoryLock::kNone;
     std::uint64_t generation = 0;
-    FilePages* file = nullptr;  // null: anonymous
-    std::uint64_t file_page = 0;
-    bool known = true;          // whether it must hold `stamp`; anonymous memory only
+    Source* source = nullptr;  // null: anonymous
+    std::uint64_t source_page = 0;
+    Backing* backing = nullptr;  // what lookups say
+    os::Protection max_protection = os::Protection::kReadWriteExec;
+    os::Sharing sharing = os::Sharing::kShared;
+    Copied copied = Copied::kNo;
+    bool known = true;  // whether it must hold `stamp`, if the content is its own
     std::uint64_t stamp = 0;
+    bool lost = false;  // see SetLost
+
+    bool anonymous() const { return source == nullptr; }
+    bool Is(Source::Kind kind) const { return source != nullptr && source->kind() == kind; }
+    bool Allows(os::Protection wanted) const {
+      return (static_cast<unsigned>(wanted) & ~static_cast<unsigned>(max_protection)) == 0;
+    }
+    // Whether it is there to be touched: else that is a SIGBUS.
+    bool Exists() const { return !lost && (source == nullptr || source->Exists(source_page)); }
+    bool IsPrivate() const { return Is(Source::Kind::kFile) && sharing == os::Sharing::kPrivate; }
+    bool MayHold(std::uint64_t word) const;
   };
   using Pages = std::map<std::size_t, Page>;  // by page number
 
-  static constexpr std::size_t kFiles = 2;        // of a model: read-write, read-only
+  static constexpr std::size_t kBackings = 2;     // of a model: read-write, read-only
+  static constexpr std::size_t kFiles = 3;        // opened for both, for reading, in memory; on disk, or all models'
   static constexpr std::size_t kMaxPages = 1000;  // more are not mapped
   static constexpr std::size_t kWindowPages = 512;
 
@@ -104,6 +113,8 @@ class SpaceModel {
   SpaceModel(AddressSpace& space, os::FakeKernel& kernel);
   // One of several; `owner`, from 1 on, is in everything it writes.
   SpaceModel(AddressSpace& space, const SharedPages& shared, unsigned owner);
+  // What Finish did not come to, of one of several; one alone leaves it to whoever has the space.
+  ~SpaceModel();
 
   // ---- The space ----
   AddressSpace& space() { return space_; }
@@ -125,11 +136,41 @@ class SpaceModel {
   // Unmaps: what is pinned lives on.
   void Erase(PageRange range);
   void Put(PageNumber page, const Page& mapped);
-  // The anonymous pages of `range` that are mapped hold zeroes, or nothing known.
-  void SetZero(PageRange range);
+  std::uint64_t NewStamp() { return owner_ << 48 | ++last_stamp_; }
+  // What is theirs has gone from the mapped pages of `range`, or may have.
+  void SetDropped(PageRange range);
   void SetUnknown(PageRange range);
+  // The pages of `range` were made present, or may have been.
+  void SetPopulated(PageRange range, bool all);
+  // What a refused replacement may have taken away: content, and of files what shows them. Of the latter nothing is
+  // checked until UnmapLost unmaps them.
+  void SetLost(PageRange range);
+  void UnmapLost(PageRange range);
   void Write(PageRange range);  // to what may be written
-  FilePages& file(std::size_t index) { return *files_[index]; }
+  FilePages& backing(std::size_t index) { return *backings_[index]; }
+  StampedFile& file(std::size_t index);
+  bool IsShared(const StampedFile& file) const { return shared_ != nullptr && &file == shared_->file; }
+  // Whether the last part of a mapping of `backing` can be made longer in place: a file's of which nothing was a copy
+  // or locked. kMaybe: it may have been.
+  enum class Extends : std::uint8_t { kYes, kMaybe, kNo };
+  Extends ExtendsInPlace(const Page& page) const;
+  void StartMapping(Backing* backing, bool extends);
+  // What was done, or tried, to the file mappings in `range`: they were locked, or made writable.
+  void NoteLocked(PageRange range, bool done);
+  void NoteWritable(PageRange range, bool done);
+  void ResizeFile(StampedFile& file, std::uint64_t pages);
+  void WriteFile(StampedFile& file, std::uint64_t page);
+
+  // ---- Pagers ----
+  // Null where this process may not use userfaultfd.
+  FaultService* faults();
+  // One more, for a mapping that may have `capacity` pages.
+  StampedPager& NewPager(std::size_t capacity);
+  // The pages of `range` show what their pagers have, or may show it.
+  void SetInvalidated(PageRange range, bool all);
+  // The pager has what was written to the page.
+  void CheckWrittenBack(PageNumber number, const Page& page);
+
   os::MemoryLock future_lock = os::MemoryLock::kNone;
   // Whether that many more pages may be mapped.
   bool HasRoomFor(std::size_t count) const { return pages_.size() + count <= kMaxPages; }
@@ -150,10 +191,17 @@ class SpaceModel {
 
   // ---- Notifiers ----
   void Listen(bool on);
+  // A verb begins that changes protection or content; and the listener was told so of `range`, which is mapped.
+  void BeginAnnouncements();
+  void ExpectAnnounced(PageRange range, Invalidation what);
 
   // ---- Failures ----
-  void Arm(std::size_t nth_call, int sys_errno);
+  // The nth call of the kernel, or of userfaultfd, that the next verb makes fails. Nothing but alone.
+  enum class Failing : bool { kKernel, kUserfault };
+  void Arm(std::size_t nth_call, int sys_errno, Failing what = Failing::kKernel);
   bool had_failures() const { return had_failures_; }
+  // Whether a failure may have left the kernel with another protection or lock in `range`.
+  bool KernelMayDiffer(PageRange range) const;
   // Calls `verb`. If a failure is armed and strikes, the space must be as it was, once `tolerate` has changed the
   // model by what the verb is allowed to leave behind, and the verb is called again.
   Error Call(const std::function<Error()>& verb, const std::function<void()>& tolerate = nullptr);
@@ -177,10 +225,14 @@ class SpaceModel {
 
  private:
   static bool Continues(std::size_t number, const Page& page, std::size_t next_number, const Page& next);
+  static std::string Expected(const Page& page);
   void CheckAttributes(const VmaInfo& vma, PageNumber number, const Page& page);
   void CheckVmas();
   void CheckListener();
+  std::size_t InjectedFailures() const;
+  bool KernelDiffers(PageNumber number, const Page& page) const;
   void CheckKernel();
+  void CheckReleased();
   void MakeWindows();
 
   AddressSpace& space_;
@@ -191,7 +243,13 @@ class SpaceModel {
   PageRange all_;
   std::size_t region_pages_ = 0;
   Pages pages_;
-  std::vector<std::unique_ptr<FilePages>> files_;
+  std::vector<std::unique_ptr<FilePages>> backings_;
+  std::array<std::unique_ptr<StampedFile>, kFiles> files_;
+  std::map<const Backing*, Extends> extends_;
+  std::vector<std::unique_ptr<StampedPager>> pagers_;
+  std::unique_ptr<FailingUserfault> userfault_;
+  std::unique_ptr<FaultService> own_faults_;
+  FaultService* faults_ = nullptr;
   std::array<std::unique_ptr<Pin>, kPins> pins_;
   Pages deferred_;                         // unmapped and pinned: must keep content
   std::set<std::size_t> perhaps_deferred_;  // see Pinned::kMaybe
@@ -200,8 +258,12 @@ class SpaceModel {
   std::uint64_t last_stamp_ = 0;
   std::size_t armed_call_ = 0;
   int armed_errno_ = 0;
+  Failing armed_ = Failing::kKernel;
   bool had_failures_ = false;
-  bool kernel_may_differ_ = false;
+  // A verb that has done its work was refused a call: perhaps the way back to what the kernel had before. Where that
+  // has left another protection or lock, it stays until the page is mapped anew.
+  bool look_for_differences_ = false;
+  std::set<std::size_t> kernel_differs_;
   std::string failure_;
 };
 

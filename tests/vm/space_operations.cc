@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cerrno>
 #include <csignal>
+#include <functional>
 #include <numeric>
 #include <random>
 #include <string_view>
@@ -55,6 +56,132 @@ bool Keep(SpaceModel& model, PageRange range) {
   return false;
 }
 
+// Of backings, files and pagers: 0 is none, and so is what is above them.
+FilePages* BackingOf(SpaceModel& model, std::uint8_t number) {
+  return number >= 1 && number <= SpaceModel::kBackings ? &model.backing(number - 1) : nullptr;
+}
+
+bool IsFixed(Placement placement) { return placement == Placement::kFixed || placement == Placement::kReplace; }
+
+// A mapping to be made.
+struct NewMapping {
+  const char* verb;
+  PageRange range;
+  Placement placement;
+  std::size_t alignment = 1;
+  bool in_mapping_zone = true;         // where a hint is followed
+  ErrorCode refusal = ErrorCode::kOk;  // due wherever it goes
+  SpaceModel::Page page;               // the first, but for what a lookup says
+  std::function<Result<PageRange>()> map;
+};
+
+// What the space may say, if the mapping's range and what is there are all that matters.
+ErrorCode RefusalOf(SpaceModel& model, const NewMapping& wanted, SpaceModel::Pinned pinned) {
+  if (wanted.refusal != ErrorCode::kOk) return wanted.refusal;
+  if (!IsFixed(wanted.placement)) return ErrorCode::kOk;
+  if (!model.InOneRegion(wanted.range)) return ErrorCode::kOutsideReservation;
+  if (wanted.placement == Placement::kFixed && !model.IsFree(wanted.range)) return ErrorCode::kOverlap;
+  return pinned == SpaceModel::Pinned::kYes ? ErrorCode::kPinned : ErrorCode::kOk;
+}
+
+// Whether anonymous memory that is to replace `range`, and is refused, may have taken content away: of a backing there,
+// or of what lies beside one. In free memory there may be what a window, or a failure, has left.
+bool MayLose(SpaceModel& model, PageRange range) {
+  const bool leftovers = model.had_failures() || model.windows().back().Overlaps(range);
+  bool backed = leftovers && !model.IsMapped(range);
+  ForEachPage(range, [&](PageNumber page) {
+    const SpaceModel::Page* old = model.Find(page);
+    backed = backed || (old != nullptr && !old->anonymous());
+  });
+  return backed;
+}
+
+// Where it is now; nothing if it was refused, as it should be, or went where it is nobody's.
+PageRange Make(SpaceModel& model, const NewMapping& wanted) {
+  using Pinned = SpaceModel::Pinned;
+  const PageRange range = wanted.range;
+  const bool fixed = IsFixed(wanted.placement);
+  const bool locks = wanted.page.lock != MemoryLock::kNone;
+  const Pinned pinned = fixed ? model.PinnedIn(range) : Pinned::kNo;
+  const ErrorCode want = RefusalOf(model, wanted, pinned);
+  const bool loses = wanted.placement == Placement::kReplace && (!wanted.page.anonymous() || MayLose(model, range));
+  Result<PageRange> mapped = ErrorCode::kNoRoom;
+  const auto tolerate = [&] {
+    if (loses) model.SetLost(range);
+  };
+  const Error error = model.Call(
+      [&] {
+        mapped = wanted.map();
+        return mapped.error();
+      },
+      tolerate);
+  if (error.code == ErrorCode::kSystem) tolerate();
+  if (!error.ok()) model.UnmapLost(range);
+  if (locks && want == ErrorCode::kOk && IsLockLimit(error)) return {};
+  // Both may be true of the range.
+  if (error.code == ErrorCode::kPinned && want == ErrorCode::kOverlap && pinned == Pinned::kYes) return {};
+  if (error.code == ErrorCode::kPinned && wanted.refusal == ErrorCode::kOk && pinned == Pinned::kMaybe) return {};
+  const bool taken = !model.alone() && wanted.placement == Placement::kFixed && wanted.refusal == ErrorCode::kOk &&
+                     (error.code == ErrorCode::kOverlap || error.code == ErrorCode::kPinned);
+  if (taken && want != ErrorCode::kOutsideReservation) return {};
+  if (!model.Expect(wanted.verb, error, want) || !error.ok()) return {};
+
+  const std::string verb = wanted.verb;
+  if (wanted.placement == Placement::kHint && model.alone()) {
+    const bool fits = wanted.in_mapping_zone == model.windows().back().Contains(range.first) &&
+                      model.InOneRegion(range) && model.IsFree(range) && model.PinnedIn(range) == Pinned::kNo;
+    model.Expect(!fits || *mapped == range, verb + ": the hint was not followed");
+  }
+  model.Expect(!fixed || *mapped == range, verb + ": not at the fixed range");
+  model.Expect(mapped->count() == range.count(), verb + ": wrong size");
+  model.Expect(mapped->first.value % wanted.alignment == 0, verb + ": not aligned");
+  if (!Keep(model, *mapped)) return {};
+  model.Expect(wanted.placement == Placement::kReplace || model.IsFree(*mapped), verb + ": handed out mapped pages");
+  model.Expect(model.PinnedIn(*mapped) != Pinned::kYes, verb + ": handed out pinned pages");
+  const Result<VmaInfo> vma = model.space().Lookup(mapped->first);
+  if (!model.Expect("Lookup", vma.error(), ErrorCode::kOk)) return {};
+  model.Expect(model.IsNew(vma->generation), verb + ": a generation that was there before");
+  model.Expect((vma->backing == nullptr) == wanted.page.anonymous(), verb + ": a backing, or none");
+  SpaceModel::Page page = wanted.page;
+  page.generation = vma->generation;
+  page.backing = vma->backing;
+  ForEachPage(*mapped, [&](PageNumber number) {
+    if (page.Is(Source::Kind::kPager)) page.stamp = page.source->StampOf(page.source_page);
+    model.Put(number, page);
+    if (!page.anonymous()) ++page.source_page;
+  });
+  return *mapped;
+}
+
+// Maps `range.count()` pages of `file`, as `options` say.
+PageRange MakeFile(SpaceModel& model, const StampedFile& file, const FileMapOptions& options, PageRange range) {
+  const bool is_private = options.sharing == os::Sharing::kPrivate;
+  NewMapping wanted = {.verb = "MapFile", .range = range, .placement = options.placement, .page = {}, .map = {}};
+  wanted.page = {.protection = options.protection,
+                 .lock = options.lock != MemoryLock::kNone ? options.lock : model.future_lock,
+                 .source = const_cast<StampedFile*>(&file),
+                 .source_page = options.offset.value / kPageSize,
+                 .max_protection = is_private || file.may_write() ? Protection::kReadWriteExec : Protection::kReadExec,
+                 .sharing = options.sharing};
+  if (!wanted.page.Allows(options.protection)) wanted.refusal = ErrorCode::kDenied;
+  wanted.map = [&] { return model.space().MapFile(range.count(), options); };
+  const PageRange mapped = Make(model, wanted);
+  if (mapped.empty()) return mapped;
+  model.StartMapping(model.Find(mapped.first)->backing,
+                     !(is_private && Writable(options.protection)) && wanted.page.lock == MemoryLock::kNone);
+  if (options.populate || wanted.page.lock == MemoryLock::kLocked) model.SetPopulated(mapped, /*all=*/false);
+  return mapped;
+}
+
+// The kernel reads and writes for us: it is refused where we would be killed.
+bool Transfer(bool write, PageNumber page, std::uint64_t& word) {
+  iovec here = {&word, sizeof word};
+  iovec there = {page.address(), sizeof word};
+  const ssize_t done =
+      write ? process_vm_writev(getpid(), &here, 1, &there, 1, 0) : process_vm_readv(getpid(), &here, 1, &there, 1, 0);
+  return done == sizeof word;
+}
+
 }  // namespace
 
 // ---- Span ----
@@ -91,8 +218,7 @@ void Map::Perform(SpaceModel& model) const {
   PageRange range = span.Window(model);
   if (!model.alone() && placement == Placement::kReplace) range = span.Range(model);
   if (range.empty() || !model.HasRoomFor(range.count().value)) return;
-  const bool fixed = placement == Placement::kFixed || placement == Placement::kReplace;
-  FilePages* const backing = file >= 1 && file <= SpaceModel::kFiles ? &model.file(file - 1) : nullptr;
+  FilePages* const shown = BackingOf(model, backing);
   MapOptions options;
   options.placement = placement;
   options.address = range.address();
@@ -102,68 +228,216 @@ void Map::Perform(SpaceModel& model) const {
   options.huge_pages = huge_pages ? os::HugePages::kPrefer : os::HugePages::kAvoid;
   options.populate = populate;
   options.lock = lock;
-  options.backing = backing;
-  options.backing_page = file_page;
-
-  using Pinned = SpaceModel::Pinned;
-  const Pinned pinned = fixed ? model.PinnedIn(range) : Pinned::kNo;
-  ErrorCode want = ErrorCode::kOk;
-  if (fixed && !model.InOneRegion(range)) want = ErrorCode::kOutsideReservation;
-  if (want == ErrorCode::kOk && pinned == Pinned::kYes) want = ErrorCode::kPinned;
-  if (want != ErrorCode::kOutsideReservation && placement == Placement::kFixed && !model.IsFree(range)) {
-    want = ErrorCode::kOverlap;
+  options.backing = shown;
+  options.backing_page = backing_page;
+  NewMapping wanted = {.verb = "Map", .range = range, .placement = placement, .page = {}, .map = {}};
+  wanted.alignment = options.alignment.value;
+  wanted.in_mapping_zone = options.protection != Protection::kReadWrite || shown != nullptr;
+  wanted.page = {.protection = options.protection,
+                 .lock = lock != MemoryLock::kNone ? lock : model.future_lock,
+                 .source = shown,
+                 .known = content == Content::kZeroed};
+  if (shown != nullptr) {
+    wanted.page.source_page = backing_page;
+    wanted.page.max_protection = shown->max_protection();
+    if (!wanted.page.Allows(options.protection)) wanted.refusal = ErrorCode::kDenied;
   }
-  if (backing != nullptr && !backing->Allows(options.protection)) want = ErrorCode::kDenied;
-  const MemoryLock locked = lock != MemoryLock::kNone ? lock : model.future_lock;
-  Result<PageRange> mapped = ErrorCode::kNoRoom;
-  // What a backing takes the place of, or what takes the place of a backing, has lost its content when a later step
-  // is refused. Earlier failures may have left a backing in free memory.
-  bool replaces_backing = backing != nullptr || (model.had_failures() && !model.IsMapped(range));
-  ForEachPage(range, [&](PageNumber page) {
-    const SpaceModel::Page* old = model.Find(page);
-    replaces_backing = replaces_backing || (old != nullptr && old->file != nullptr);
+  wanted.map = [&] { return model.space().Map(range.count(), options); };
+  (void)Make(model, wanted);
+}
+
+// ---- Files ----
+
+void MapFile::Perform(SpaceModel& model) const {
+  PageRange range = span.Window(model);
+  if (!model.alone() && placement == Placement::kReplace) range = span.Range(model);
+  const std::uint64_t first = page % StampedFile::kMaxPages;
+  range.end = std::min(range.end, range.first + Pages{StampedFile::kMaxPages - first});
+  if (range.empty() || !model.HasRoomFor(range.count().value)) return;
+  (void)MakeFile(model, model.file(file % SpaceModel::kFiles),
+                 {.descriptor = model.file(file % SpaceModel::kFiles).descriptor(),
+                  .offset = Pages{first}.bytes(),
+                  .sharing = sharing,
+                  .protection = ProtectionOf(protection),
+                  .placement = placement,
+                  .address = range.address(),
+                  .populate = populate,
+                  .lock = lock},
+                 range);
+}
+
+void Reopen::Perform(SpaceModel& model) const {
+  const PageRange range = span.Range(model);
+  if (range.empty()) return;
+  const SpaceModel::Page* found = model.Find(range.first);
+  if (found == nullptr || !found->Is(Source::Kind::kFile)) return;
+  const SpaceModel::Page page = *found;
+  const PageRange vma = model.VmaOf(range.first);
+  const std::uint64_t first = page.source_page - (range.first - vma.first).value;
+  const Error error = model.Call([&] { return model.space().Unmap(vma); });
+  if (!model.Expect("Unmap", error, ErrorCode::kOk)) return;
+  model.Erase(vma);
+  auto& file = *static_cast<StampedFile*>(page.source);
+  (void)MakeFile(model, file,
+                 {.descriptor = file.descriptor(),
+                  .offset = Pages{first}.bytes(),
+                  .sharing = page.sharing,
+                  .protection = page.protection},
+                 vma);
+}
+
+void ResizeFile::Perform(SpaceModel& model) const {
+  StampedFile& resized = model.file(file % SpaceModel::kFiles);
+  if (!model.IsShared(resized)) model.ResizeFile(resized, pages % (StampedFile::kMaxPages + 1));
+}
+
+void WriteFile::Perform(SpaceModel& model) const {
+  StampedFile& written = model.file(file % SpaceModel::kFiles);
+  if (model.IsShared(written)) return;
+  for (std::uint64_t i = 0; i < 1 + count % 8u; ++i) model.WriteFile(written, (page + i) % StampedFile::kMaxPages);
+}
+
+void Sync::Perform(SpaceModel& model) const {
+  const PageRange range = span.Range(model);
+  if (range.empty()) return;
+  // Disks take their time.
+  const os::SyncOptions options = {.wait = choice % 16 == 0, .invalidate = choice / 16 % 4 == 0};
+  Error want;
+  bool hole = false;
+  ForEachPage(range, [&](PageNumber number) {
+    const SpaceModel::Page* known = model.Find(number);
+    hole = hole || known == nullptr;
+    const bool locked_file =
+        known != nullptr && known->Is(Source::Kind::kFile) && known->lock != MemoryLock::kNone;
+    if (locked_file && options.invalidate) want = Error::System(EBUSY);
   });
-  const auto tolerate = [&] {
-    if (placement == Placement::kReplace && replaces_backing) model.SetUnknown(range);
+  if (want.ok() && hole) want = {ErrorCode::kNotMapped};
+  const Error error = model.Call([&] { return model.space().Sync(range, options); });
+  if (error == Error::System(EBUSY) && model.KernelMayDiffer(range)) return;
+  model.Expect("Sync", error, want);
+}
+
+// ---- Pagers ----
+
+void MapPager::Perform(SpaceModel& model) const {
+  FaultService* const faults = model.faults();
+  if (faults == nullptr) return;
+  Span at = span;
+  // Elsewhere they are refused.
+  if (page_limit % 16 != 0) at.where = static_cast<std::uint8_t>(model.windows().size() - 1);
+  PageRange range = at.Window(model);
+  if (!model.alone() && placement == Placement::kReplace) range = span.Range(model);
+  if (range.empty() || !model.HasRoomFor(range.count().value)) return;
+  static constexpr Protection kLimits[] = {Protection::kReadWrite, Protection::kReadWriteExec, Protection::kReadWrite,
+                                           Protection::kRead};
+  PagerMapOptions options;
+  options.placement = placement;
+  options.address = range.address();
+  options.protection = ProtectionOf(protection);
+  options.max_protection = kLimits[limit % 4];
+  options.capacity = range.count() + Pages{page_limit % std::size_t{32}};
+  StampedPager& pager = model.NewPager(options.capacity.value);
+  NewMapping wanted = {.verb = "MapPager", .range = range, .placement = placement, .page = {}, .map = {}};
+  wanted.page = {.protection = options.protection,
+                 .lock = model.future_lock,
+                 .source = &pager,
+                 .max_protection = options.max_protection};
+  if (placement != Placement::kAnywhere && range.first < model.RegionOf(model.windows().back().first).first) {
+    wanted.refusal = ErrorCode::kOutsideReservation;
+  } else if (!wanted.page.Allows(options.protection)) {
+    wanted.refusal = ErrorCode::kDenied;
+  }
+  // It is told of the end whatever has become of the mapping by now.
+  Result<PageRange> mapped = ErrorCode::kNoRoom;
+  wanted.map = [&] {
+    mapped = faults->MapPager(pager, StampedPager::kFirst, range.count(), options);
+    return mapped;
   };
+  (void)Make(model, wanted);
+  if (mapped.ok()) pager.SetMapped();
+}
+
+void HandBack::Perform(SpaceModel& model) const {
+  const PageRange range = span.Range(model);
+  FaultService* const faults = model.faults();
+  if (range.empty() || faults == nullptr) return;
+  // The first error counts, but all of the range is worked on.
+  Error want;
+  bool perhaps_refused = false;
+  ForEachPage(range, [&](PageNumber number) {
+    const SpaceModel::Page* page = model.Find(number);
+    Error refusal;
+    if (page == nullptr) {
+      refusal = {ErrorCode::kNotMapped};
+    } else if (page->Is(Source::Kind::kPager) && verb != Verb::kInvalidate &&
+               static_cast<StampedPager*>(page->source)->refusing()) {
+      perhaps_refused = true;
+      const bool written = page->Exists() && page->stamp != page->source->StampOf(page->source_page);
+      if (written) refusal = Error::System(ENOSPC);
+    }
+    if (want.ok()) want = refusal;
+  });
+  model.BeginAnnouncements();
   const Error error = model.Call(
       [&] {
-        mapped = model.space().Map(range.count(), options);
-        return mapped.error();
+        switch (verb) {
+          case Verb::kWriteback: return faults->Writeback(range);
+          case Verb::kEvict: return faults->Evict(range);
+          case Verb::kInvalidate: return faults->Invalidate(range);
+        }
+        return Error::Ok();
       },
-      tolerate);
-  if (!error.ok()) tolerate();
-  if (locked != MemoryLock::kNone && want == ErrorCode::kOk && IsLockLimit(error)) return;
-  // Both may be true of the range.
-  if (error.code == ErrorCode::kPinned && want == ErrorCode::kOverlap && pinned == Pinned::kYes) return;
-  if (error.code == ErrorCode::kPinned && want != ErrorCode::kDenied && pinned == Pinned::kMaybe) return;
-  const bool taken = !model.alone() && placement == Placement::kFixed &&
-                     (error.code == ErrorCode::kOverlap || error.code == ErrorCode::kPinned);
-  if (taken && want != ErrorCode::kDenied && want != ErrorCode::kOutsideReservation) return;
-  if (!model.Expect("Map", error, want) || !error.ok()) return;
+      [&] {
+        if (verb == Verb::kInvalidate) model.SetInvalidated(range, /*all=*/false);
+      });
+  ForEachPage(range, [&](PageNumber number) {
+    const SpaceModel::Page* page = model.Find(number);
+    const bool dropped = verb != Verb::kWriteback && page != nullptr && page->Is(Source::Kind::kPager);
+    if (dropped) model.ExpectAnnounced(PageRange::Of(number, {1}), Invalidation::kDiscard);
+  });
+  // What is lost because of a refusal is no longer what the pager has.
+  if (!perhaps_refused) model.Expect("Writeback, Evict or Invalidate", error, want);
+  if (perhaps_refused && !want.ok()) model.Expect(!error.ok(), "a refused write-back was not reported");
+  if (verb == Verb::kInvalidate) return model.SetInvalidated(range, /*all=*/true);
+  ForEachPage(range, [&](PageNumber number) {
+    if (const SpaceModel::Page* page = model.Find(number)) model.CheckWrittenBack(number, *page);
+  });
+}
 
-  if (placement == Placement::kHint && model.alone()) {
-    const bool mapping = options.protection != Protection::kReadWrite || backing != nullptr;
-    const bool fits = mapping == model.windows().back().Contains(range.first) && model.InOneRegion(range) &&
-                      model.IsFree(range) && model.PinnedIn(range) == Pinned::kNo;
-    model.Expect(!fits || *mapped == range, "Map: the hint was not followed");
-  }
-  model.Expect(!fixed || *mapped == range, "Map: not at the fixed range");
-  model.Expect(mapped->count() == range.count(), "Map: wrong size");
-  model.Expect(mapped->first.value % options.alignment.value == 0, "Map: not aligned");
-  if (!Keep(model, *mapped)) return;
-  model.Expect(placement == Placement::kReplace || model.IsFree(*mapped), "Map: handed out mapped pages");
-  model.Expect(model.PinnedIn(*mapped) != Pinned::kYes, "Map: handed out pinned pages");
-  const Result<VmaInfo> vma = model.space().Lookup(mapped->first);
-  if (!model.Expect("Lookup", vma.error(), ErrorCode::kOk)) return;
-  model.Expect(model.IsNew(vma->generation), "Map: a generation that was there before");
-  ForEachPage(*mapped, [&](PageNumber page) {
-    model.Put(page, {.protection = options.protection,
-                     .lock = locked,
-                     .generation = vma->generation,
-                     .file = backing,
-                     .file_page = backing == nullptr ? 0 : file_page + (page - mapped->first).value,
-                     .known = content == Content::kZeroed});
+void OrderPager::Perform(SpaceModel& model) const {
+  const PageRange range = span.Range(model);
+  FaultService* const faults = model.faults();
+  if (range.empty() || faults == nullptr) return;
+  ForEachPage(range, [&](PageNumber number) {
+    SpaceModel::Page* page = model.Find(number);
+    if (page == nullptr || !page->Is(Source::Kind::kPager)) return;
+    auto& pager = *static_cast<StampedPager*>(page->source);
+    const PageRange one = PageRange::Of(number, {1});
+    switch (order) {
+      case Order::kFail:
+      case Order::kFailAndTouch: {
+        pager.SetFailing(page->source_page, true);
+        model.Expect("Invalidate", faults->Invalidate(one), ErrorCode::kOk);
+        std::uint64_t word;
+        // Each makes a line on standard error.
+        if (order == Order::kFailAndTouch && number == range.first && Readable(page->protection)) {
+          model.Expect(!Transfer(false, number, word), "what a pager cannot read was read");
+        }
+        break;
+      }
+      case Order::kMend:
+        if (page->Exists()) return;
+        pager.SetFailing(page->source_page, false);
+        model.Expect("Evict", faults->Evict(one), ErrorCode::kOk);
+        break;
+      case Order::kChange:
+        pager.SetStamp(page->source_page, kFileStamp | model.NewStamp());
+        model.Expect("Invalidate", faults->Invalidate(one), ErrorCode::kOk);
+        break;
+      case Order::kRefuse: return pager.SetRefusing(true);
+      case Order::kAccept: return pager.SetRefusing(false);
+    }
+    model.SetInvalidated(one, /*all=*/true);
   });
 }
 
@@ -184,15 +458,21 @@ void Protect::Perform(SpaceModel& model) const {
   const PageRange range = span.Range(model);
   if (range.empty()) return;
   const Protection wanted = ProtectionOf(protection);
+  model.BeginAnnouncements();
   const auto verb = [&] { return model.space().Protect(range, wanted); };
   const Error error = model.InOneRegion(range) ? model.Call(verb) : verb();
   const Error want = ByRegion(model, range, [&](PageRange part) {
     for (PageNumber page = part.first; page < part.end; page = page + Pages{1}) {
       const SpaceModel::Page* known = model.Find(page);
       if (known == nullptr) return Error{ErrorCode::kNotMapped};
-      if (known->file != nullptr && !known->file->Allows(wanted)) return Error{ErrorCode::kDenied};
+      if (!known->Allows(wanted)) return Error{ErrorCode::kDenied};
     }
-    ForEachPage(part, [&](PageNumber page) { model.Find(page)->protection = wanted; });
+    if (Writable(wanted)) model.NoteWritable(part, /*done=*/error.ok());
+    ForEachPage(part, [&](PageNumber page) {
+      SpaceModel::Page& known = *model.Find(page);
+      if (known.protection != wanted) model.ExpectAnnounced(PageRange::Of(page, {1}), Invalidation::kProtect);
+      known.protection = wanted;
+    });
     return Error::Ok();
   });
   model.Expect("Protect", error, want);
@@ -204,26 +484,36 @@ void Advise::Perform(SpaceModel& model) const {
   const PageRange range = span.Range(model);
   if (range.empty()) return;
   const bool hint = advice == Advice::kWillNeed || advice == Advice::kHugePages || advice == Advice::kNoHugePages;
-  // It ends at the first VMA that the kernel refuses: locked, or a file's that cannot be freed.
+  const bool drops = advice == Advice::kDontNeed || advice == Advice::kFree;
+  // It ends at the first VMA that is refused: locked, a file's that cannot be freed, or a pager's.
   PageNumber end = range.first;
   bool hole = false;
+  Error refusal;
   for (; end < range.end; end = end + Pages{1}) {
     const SpaceModel::Page* page = model.Find(end);
     hole = hole || page == nullptr;
     if (page == nullptr || hint) continue;
-    if (page->lock != MemoryLock::kNone || (page->file != nullptr && advice == Advice::kFree)) break;
+    if (page->lock != MemoryLock::kNone) {
+      refusal = Error::System(EINVAL);
+    } else if (drops && page->Is(Source::Kind::kPager)) {
+      refusal = {ErrorCode::kUnsupported};
+    } else if (advice == Advice::kFree && !page->anonymous()) {
+      refusal = Error::System(EINVAL);
+    }
+    if (!refusal.ok()) break;
   }
+  if (refusal.ok() && hole) refusal = {ErrorCode::kNotMapped};
   const PageRange advised = {range.first, end};
-  const bool drops = advice == Advice::kDontNeed || advice == Advice::kFree;
+  model.BeginAnnouncements();
   const Error error = model.Call([&] { return model.space().Advise(range, advice); },
                                  [&] {
                                    if (drops) model.SetUnknown(advised);
                                  });
-  model.Expect("Advise", error, end < range.end ? Error::System(EINVAL)
-                                : hole          ? Error{ErrorCode::kNotMapped}
-                                                : Error::Ok());
-  if (advice == Advice::kDontNeed) model.SetZero(advised);
+  model.Expect("Advise", error, refusal);
+  if (drops) model.ExpectAnnounced(advised, Invalidation::kDiscard);
+  if (advice == Advice::kDontNeed) model.SetDropped(advised);
   if (advice == Advice::kFree) model.SetUnknown(advised);
+  if (advice == Advice::kWillNeed) model.SetPopulated(range, /*all=*/false);
 }
 
 void Discard::Perform(SpaceModel& model) const {
@@ -236,17 +526,25 @@ void Discard::Perform(SpaceModel& model) const {
     if (want != ErrorCode::kOk) continue;
     if (!model.InOneRegion(range)) {
       want = ErrorCode::kOutsideReservation;
-    } else if (!model.IsMapped(range)) {
-      want = ErrorCode::kNotMapped;
+      continue;
     }
+    ForEachPage(range, [&](PageNumber number) {
+      const SpaceModel::Page* page = model.Find(number);
+      if (want != ErrorCode::kOk || (page != nullptr && !page->Is(Source::Kind::kPager))) return;
+      want = page == nullptr ? ErrorCode::kNotMapped : ErrorCode::kUnsupported;
+    });
   }
+  model.BeginAnnouncements();
   const Error error = model.Call([&] { return model.space().Discard(ranges); },
                                  [&] {
                                    if (want != ErrorCode::kOk) return;
                                    for (const PageRange range : ranges) model.SetUnknown(range);
                                  });
   if (!model.Expect("Discard", error, want) || !error.ok()) return;
-  for (const PageRange range : ranges) model.SetZero(range);
+  for (const PageRange range : ranges) {
+    model.ExpectAnnounced(range, Invalidation::kDiscard);
+    model.SetDropped(range);
+  }
 }
 
 void Write::Perform(SpaceModel& model) const { model.Write(span.Range(model)); }
@@ -260,6 +558,24 @@ void Lookup::Perform(SpaceModel& model) const {
   });
 }
 
+void Probe::Perform(SpaceModel& model) const {
+  PageRange range = span.Range(model);
+  range.end = std::min(range.end, range.first + Pages{8});
+  ForEachPage(range, [&](PageNumber number) {
+    const SpaceModel::Page* page = model.Find(number);
+    if (page == nullptr || page->lost || model.KernelMayDiffer(PageRange::Of(number, {1}))) return;
+    // Where the kernel's own faults do not come to the service, it is refused what a program is not.
+    if (page->Is(Source::Kind::kPager) && page->Exists()) return;
+    std::uint64_t word = 0;
+    const bool read = Transfer(false, number, word);
+    const std::string name = "page " + Hex(PageRange::Of(number, {1}));
+    model.Expect(read == (Readable(page->protection) && page->Exists()), name + ": wrong access");
+    model.Expect(!read || page->MayHold(word), name + ": wrong content for the kernel");
+    if (Writable(page->protection) && page->Exists()) return;
+    model.Expect(!Transfer(true, number, word), name + ": can be written to");
+  });
+}
+
 void Residency::Perform(SpaceModel& model) const {
   const PageRange range = span.Range(model);
   if (range.empty()) return;
@@ -270,20 +586,35 @@ void Residency::Perform(SpaceModel& model) const {
   model.Expect(*std::max_element(resident.begin(), resident.end()) <= 1, "Residency: neither 0 nor 1");
 }
 
+namespace {
+
+// What Populate says of the first of the mapped pages in `range` that it cannot make present.
+Error PopulateEnds(SpaceModel& model, PageRange range) {
+  for (PageNumber number = range.first; number < range.end; number = number + Pages{1}) {
+    const SpaceModel::Page& page = *model.Find(number);
+    if (page.Is(Source::Kind::kBacking) && !Writable(page.protection)) return {ErrorCode::kUnsupported};
+    if (page.Is(Source::Kind::kFile) && !Readable(page.protection)) return {ErrorCode::kUnsupported};
+    if (page.Is(Source::Kind::kFile) && !page.Exists()) return Error::System(EFAULT);
+    if (page.Is(Source::Kind::kPager) && !page.Exists()) return Error::System(EIO);
+  }
+  return Error::Ok();
+}
+
+}  // namespace
+
 void Populate::Perform(SpaceModel& model) const {
   const PageRange range = span.Range(model);
   if (range.empty()) return;
   ErrorCode want = ErrorCode::kOk;
-  bool writable = true;  // a file's pages are refused when their turn comes
   for (PageNumber page = range.first; page < range.end && want == ErrorCode::kOk; page = page + Pages{1}) {
     const SpaceModel::Page* known = model.Find(page);
-    writable = writable && known != nullptr && Writable(known->protection);
     if (known == nullptr) {
       want = ErrorCode::kNotMapped;
-    } else if (known->file == nullptr && !Writable(known->protection)) {
+    } else if (known->anonymous() && !Writable(known->protection)) {
       want = ErrorCode::kUnsupported;
     }
   }
+  const Error stopped = want == ErrorCode::kOk ? PopulateEnds(model, range) : Error::Ok();
   const std::atomic<bool> cancelled = true;
   Pages progress;
   PopulateOptions options;
@@ -298,7 +629,11 @@ void Populate::Perform(SpaceModel& model) const {
     done = model.space().Populate(range, options);
     return done.error();
   });
-  if (want == ErrorCode::kOk && !writable && error.code == ErrorCode::kUnsupported) return;
+  model.SetPopulated(range, error.ok());
+  if (want == ErrorCode::kOk && !stopped.ok()) {
+    model.Expect("Populate", error, stopped);
+    return;
+  }
   if (!model.Expect("Populate", error, want)) return;
   const Pages all = error.ok() ? range.count() : Pages{0};
   model.Expect(progress == all && (!error.ok() || *done == all), "Populate: wrong number of pages done");
@@ -315,6 +650,8 @@ void LockMemory::Perform(SpaceModel& model) const {
       return lock == MemoryLock::kNone ? model.space().UnlockMemory(part) : model.space().LockMemory(part, lock);
     });
     refused = lock != MemoryLock::kNone && IsLockLimit(error);
+    if (lock != MemoryLock::kNone) model.NoteLocked(part, error.ok());
+    if (lock == MemoryLock::kLocked && error.ok()) model.SetPopulated(part, /*all=*/false);
     if (refused) return error;
     const bool mapped = model.IsMapped(part);
     model.Expect("LockMemory", error, mapped ? ErrorCode::kOk : ErrorCode::kNotMapped);
@@ -325,8 +662,10 @@ void LockMemory::Perform(SpaceModel& model) const {
   std::vector<std::uint8_t> resident(range.count().value);
   if (!model.Expect("Residency", model.space().Residency(range, absl::MakeSpan(resident)), ErrorCode::kOk)) return;
   ForEachPage(range, [&](PageNumber page) {
-    model.Expect(!Writable(model.Find(page)->protection) || resident[(page - range.first).value] == 1,
-                 "LockMemory: a page is not resident");
+    const SpaceModel::Page& now = *model.Find(page);
+    // A pager that fails keeps what lies behind from being read.
+    const bool expected = Writable(now.protection) && now.Exists() && !now.Is(Source::Kind::kPager);
+    model.Expect(!expected || resident[(page - range.first).value] == 1, "LockMemory: a page is not resident");
   });
 }
 
@@ -349,6 +688,10 @@ void LockAll::Perform(SpaceModel& model) const {
     model.Expect("UnlockAll", model.space().UnlockAll(), ErrorCode::kOk);
   };
   const Error error = model.Call([&] { return model.space().LockAll(options); }, unlock_all);
+  if (current) {
+    model.NoteLocked(model.space().reservation(), error.ok());
+    if (lock == MemoryLock::kLocked) model.SetPopulated(model.space().reservation(), /*all=*/false);
+  }
   if (!current && !future) return void(model.Expect("LockAll", error, ErrorCode::kEmpty));
   if (IsLockLimit(error)) return unlock_all();
   if (!model.Expect("LockAll", error, ErrorCode::kOk)) return;
@@ -381,8 +724,9 @@ void Remap::Perform(SpaceModel& model) const {
   const SpaceModel::Page* found = model.Find(range.first);
   const SpaceModel::Page first = found == nullptr ? SpaceModel::Page{} : *found;
   const bool one_vma = found != nullptr && model.VmaOf(range.first).Contains(range);
-  // Beyond the end of the file there is nothing to check.
-  if (first.file != nullptr && first.file_page + count > FilePages::kPages) return;
+  // Beyond the end of what it shows there is nothing to check.
+  if (first.Is(Source::Kind::kBacking) && first.source_page + count > FilePages::kPages) return;
+  if (first.Is(Source::Kind::kFile) && first.source_page + count > StampedFile::kMaxPages) return;
   if (!model.HasRoomFor(count)) return;
 
   const bool moves = fixed || options.may_move;
@@ -391,7 +735,19 @@ void Remap::Perform(SpaceModel& model) const {
   using Pinned = SpaceModel::Pinned;
   const Pinned more_pinned = model.PinnedIn(more);
   if (more_pinned == Pinned::kMaybe) return;
-  const bool fits = model.InOneRegion(goal) && model.IsFree(more) && more_pinned == Pinned::kNo;
+  bool fits = model.InOneRegion(goal) && model.IsFree(more) && more_pinned == Pinned::kNo;
+  bool may_not_fit = false;
+  if (first.Is(Source::Kind::kFile) && count > before) {
+    using Extends = SpaceModel::Extends;
+    const Extends extends = first.lock != MemoryLock::kNone ? Extends::kNo : model.ExtendsInPlace(first);
+    fits = fits && extends != Extends::kNo;
+    may_not_fit = fits && extends == Extends::kMaybe;
+  }
+  if (first.Is(Source::Kind::kPager)) {
+    fits = fits && first.source_page + count <= static_cast<StampedPager*>(first.source)->capacity();
+  }
+  // What has another kernel VMA than anonymous memory, and no page that the kernel could move.
+  const bool stays_put = first.Is(Source::Kind::kBacking) || first.Is(Source::Kind::kPager);
   const Pinned target_pinned = fixed ? model.PinnedIn(goal) : Pinned::kNo;
   const bool source_pinned = model.PinnedIn(range) == Pinned::kYes;
   if (placement == Placement::kHint || (keep_source && (!moves || count != before))) {
@@ -399,8 +755,10 @@ void Remap::Perform(SpaceModel& model) const {
   } else if (!one_vma) {
     want = ErrorCode::kNotMapped;
   } else if (fixed || keep_source) {
-    if (first.file != nullptr) {
+    if (stays_put && !source_pinned) {
       want = ErrorCode::kUnsupported;
+    } else if (stays_put) {
+      want = ErrorCode::kPinned;
     } else if (fixed && goal.Overlaps(range)) {
       want = ErrorCode::kOverlap;
     } else if (fixed && (!model.space().reservation().Contains(goal) || !model.InOneRegion(goal))) {
@@ -412,19 +770,25 @@ void Remap::Perform(SpaceModel& model) const {
     }
   } else if (count > before && !fits) {
     want = !options.may_move       ? ErrorCode::kNoRoom
-           : first.file != nullptr ? ErrorCode::kUnsupported
-           : source_pinned         ? ErrorCode::kPinned
-                                   : ErrorCode::kOk;
+           : source_pinned ? ErrorCode::kPinned
+           : stays_put     ? ErrorCode::kUnsupported
+                           : ErrorCode::kOk;
   }
 
   Result<PageRange> remapped = ErrorCode::kNoRoom;
-  // What was to be replaced may be gone, all of it.
-  const auto tolerate = [&] {
-    if (placement != Placement::kReplace || target_pinned == Pinned::kYes) return;
-    if (want != ErrorCode::kOk && want != ErrorCode::kPinned) return;
+  const bool replaces = placement == Placement::kReplace && target_pinned != Pinned::kYes &&
+                        (want == ErrorCode::kOk || want == ErrorCode::kPinned);
+  const bool loses = replaces && MayLose(model, goal);
+  // What was to be replaced may be gone, all of it; or still be there, without its content.
+  const auto erase_if_gone = [&] {
+    if (!replaces) return;
     const auto replaced = model.pages().lower_bound(goal.first.value);
     if (replaced == model.pages().end() || !goal.Contains(PageNumber{replaced->first})) return;
     if (!model.space().Lookup({replaced->first}).ok()) model.Erase(goal);
+  };
+  const auto tolerate = [&] {
+    erase_if_gone();
+    if (loses) model.SetLost(goal);
   };
   const Error error = model.Call(
       [&] {
@@ -432,18 +796,23 @@ void Remap::Perform(SpaceModel& model) const {
         return remapped.error();
       },
       tolerate);
-  if (first.lock != MemoryLock::kNone && want == ErrorCode::kOk && IsLockLimit(error)) return tolerate();
+  if (first.Is(Source::Kind::kFile) && first.lock != MemoryLock::kNone) model.NoteLocked(range, /*done=*/false);
+  if (error.code == ErrorCode::kSystem) tolerate();
+  if (error.code == ErrorCode::kPinned) erase_if_gone();
+  if (!error.ok() && loses) model.UnmapLost(goal);
+  if (first.lock != MemoryLock::kNone && want == ErrorCode::kOk && IsLockLimit(error)) return;
+  if (may_not_fit && error.code == ErrorCode::kNoRoom) return;
   // Several refusals may be due, and others may have pinned something.
   const bool perhaps_pinned =
       source_pinned || target_pinned != Pinned::kNo || (!model.alone() && placement == Placement::kFixed);
-  if (error.code == ErrorCode::kPinned && perhaps_pinned && want != ErrorCode::kNotMapped) return tolerate();
+  if (error.code == ErrorCode::kPinned && perhaps_pinned && want != ErrorCode::kNotMapped) return;
   if (!model.alone() && (want == ErrorCode::kOk || want == ErrorCode::kPinned) && !error.ok()) {
     // Somebody has the pages behind it, or the target, or unmapped the target meanwhile.
     const bool lost_race = error.code == ErrorCode::kReplaced && !fixed;
     const bool taken = placement == Placement::kFixed
                            ? error.code == ErrorCode::kOverlap || error.code == ErrorCode::kPinned
                        : count <= before ? false
-                       : options.may_move ? (error.code == ErrorCode::kUnsupported && first.file != nullptr) ||
+                       : options.may_move ? (error.code == ErrorCode::kUnsupported && stays_put) ||
                                                 (error.code == ErrorCode::kPinned && source_pinned)
                                           : error.code == ErrorCode::kNoRoom;
     if (lost_race || taken) return;
@@ -452,8 +821,8 @@ void Remap::Perform(SpaceModel& model) const {
 
   model.Expect(remapped->count().value == count, "Remap: wrong size");
   const bool stays = !fixed && !keep_source && (count <= before || (fits && *remapped == goal));
-  model.Expect(!(fixed || stays || (model.alone() && fits && !keep_source)) || *remapped == goal,
-               "Remap: wrong place");
+  const bool must_stay = model.alone() && fits && !may_not_fit && !keep_source;
+  model.Expect(!(fixed || stays || must_stay) || *remapped == goal, "Remap: wrong place");
   std::vector<SpaceModel::Page> pages;
   for (std::size_t i = 0; i < count; ++i) {
     SpaceModel::Page page = first;
@@ -461,13 +830,16 @@ void Remap::Perform(SpaceModel& model) const {
       page = *model.Find(range.first + Pages{i});
     } else {
       page.known = true;
-      page.stamp = 0;
-      page.file_page = first.file_page + i;
+      page.copied = SpaceModel::Copied::kNo;
+      if (!first.anonymous()) page.source_page = first.source_page + i;
+      page.stamp = first.Is(Source::Kind::kPager) ? page.source->StampOf(page.source_page) : 0;
     }
     pages.push_back(page);
   }
-  if (keep_source) {
-    model.SetZero(range);
+  if (stays) {
+    model.Erase({std::min(goal.end, range.end), range.end});
+  } else if (keep_source) {
+    model.SetDropped(range);
   } else {
     model.Erase(range);
   }
@@ -478,7 +850,8 @@ void Remap::Perform(SpaceModel& model) const {
     model.Expect(model.IsNew(vma->generation), "Remap: a generation that was there before");
     for (SpaceModel::Page& page : pages) page.generation = vma->generation;
   }
-  for (std::size_t i = 0; i < count; ++i) model.Put(remapped->first + Pages{i}, pages[i]);
+  for (std::size_t i = stays ? before : 0; i < count; ++i) model.Put(remapped->first + Pages{i}, pages[i]);
+  if (first.lock == MemoryLock::kLocked) model.SetPopulated(*remapped, /*all=*/false);
 }
 
 // ---- The rest ----
@@ -518,7 +891,7 @@ namespace {
 struct PlannedStep {
   Step step;
   PageRange range;
-  FilePages* file = nullptr;
+  FilePages* backing = nullptr;
 };
 
 // Whether this step is a reason to refuse the transaction with `code`.
@@ -528,12 +901,11 @@ bool MayRefuse(SpaceModel& model, const PlannedStep& planned, ErrorCode code) {
   const bool map = planned.step.verb == Step::Verb::kMap;
   const bool replace = map && planned.step.replace;
   bool backed = false;
-  bool denied = planned.file != nullptr && !planned.file->Allows(protection);
+  bool denied = planned.backing != nullptr && !planned.backing->Allows(protection);
   ForEachPage(range, [&](PageNumber page) {
     const SpaceModel::Page* old = model.Find(page);
-    backed = backed || (old != nullptr && old->file != nullptr);
-    denied = denied || (planned.step.verb == Step::Verb::kProtect && old != nullptr && old->file != nullptr &&
-                        !old->file->Allows(protection));
+    backed = backed || (old != nullptr && !old->anonymous());
+    denied = denied || (planned.step.verb == Step::Verb::kProtect && old != nullptr && !old->Allows(protection));
   });
   switch (code) {
     case ErrorCode::kOutsideReservation: return !model.InOneRegion(range);
@@ -541,7 +913,7 @@ bool MayRefuse(SpaceModel& model, const PlannedStep& planned, ErrorCode code) {
     case ErrorCode::kPinned: return map && model.PinnedIn(range) != SpaceModel::Pinned::kNo;
     case ErrorCode::kNotMapped: return planned.step.verb == Step::Verb::kProtect && !model.IsMapped(range);
     case ErrorCode::kDenied: return denied;
-    case ErrorCode::kUnsupported: return replace && !model.IsFree(range) && (backed || planned.file != nullptr);
+    case ErrorCode::kUnsupported: return replace && !model.IsFree(range) && (backed || planned.backing != nullptr);
     default: return false;
   }
 }
@@ -556,10 +928,8 @@ void Transact::Perform(SpaceModel& model) const {
     const bool free = step.verb == Step::Verb::kMap && !step.replace;
     const PageRange range = free ? step.span.Window(model) : step.span.Range(model);
     if (range.empty()) return;
-    FilePages* const file =
-        step.verb == Step::Verb::kMap && step.file >= 1 && step.file <= SpaceModel::kFiles ? &model.file(step.file - 1)
-                                                                                           : nullptr;
-    steps.push_back({step, range, file});
+    FilePages* const backing = step.verb == Step::Verb::kMap ? BackingOf(model, step.backing) : nullptr;
+    steps.push_back({step, range, backing});
     pages += range.count().value;
   }
   if (!model.HasRoomFor(pages)) return;
@@ -596,8 +966,8 @@ void Transact::Perform(SpaceModel& model) const {
           transaction.Map(planned.range, {.placement = planned.step.replace ? Placement::kReplace : Placement::kFixed,
                                           .protection = ProtectionOf(planned.step.protection),
                                           .lock = planned.step.lock,
-                                          .backing = planned.file,
-                                          .backing_page = planned.step.file_page});
+                                          .backing = planned.backing,
+                                          .backing_page = planned.step.backing_page});
           break;
         case Step::Verb::kUnmap: transaction.Unmap(planned.range); break;
         case Step::Verb::kProtect:
@@ -616,6 +986,10 @@ void Transact::Perform(SpaceModel& model) const {
   // What is refused anyway goes back by calls that must not fail too.
   const bool may_fail = refusals.empty() && !perhaps_pinned;
   const Error error = may_fail ? model.Call(commit, tolerate) : commit();
+  for (const PlannedStep& planned : steps) {
+    const bool writable = planned.step.verb == Step::Verb::kProtect && Writable(ProtectionOf(planned.step.protection));
+    if (writable) model.NoteWritable(planned.range, /*done=*/error.ok());
+  }
   const bool refused = std::find(refusals.begin(), refusals.end(), error.code) != refusals.end();
   if (refused || error.code == ErrorCode::kUnsupported) return;
   if (error.code == ErrorCode::kPinned && (perhaps_pinned || taken)) return;
@@ -633,12 +1007,17 @@ void Transact::Perform(SpaceModel& model) const {
         if (!model.Expect("Lookup", vma.error(), ErrorCode::kOk)) return;
         model.Expect(model.IsNew(vma->generation), "Transaction: a generation that was there before");
         ForEachPage(range, [&](PageNumber page) {
-          const std::uint64_t file_page = planned.step.file_page + (page - range.first).value;
-          model.Put(page, {.protection = protection,
-                           .lock = planned.step.lock != MemoryLock::kNone ? planned.step.lock : model.future_lock,
-                           .generation = vma->generation,
-                           .file = planned.file,
-                           .file_page = planned.file == nullptr ? 0 : file_page});
+          SpaceModel::Page mapped = {.protection = protection,
+                                     .lock = planned.step.lock != MemoryLock::kNone ? planned.step.lock
+                                                                                    : model.future_lock,
+                                     .generation = vma->generation,
+                                     .source = planned.backing,
+                                     .backing = planned.backing};
+          if (planned.backing != nullptr) {
+            mapped.source_page = planned.step.backing_page + (page - range.first).value;
+            mapped.max_protection = planned.backing->max_protection();
+          }
+          model.Put(page, mapped);
         });
         break;
       }
@@ -672,8 +1051,8 @@ void TakeSnapshot::Perform(SpaceModel& model) const {
     }
     model.Expect(next != model.pages().end() && next->first == vma.range.first.value, "Snapshot: a VMA is missing");
     model.Expect(vma.range == model.VmaOf(vma.range.first) && vma.generation == page->generation &&
-                     vma.protection == page->protection && vma.lock == page->lock && vma.backing == page->file &&
-                     (page->file == nullptr || vma.backing_page == page->file_page),
+                     vma.protection == page->protection && vma.lock == page->lock && vma.backing == page->backing &&
+                     (page->backing == nullptr || vma.backing_page == page->source_page),
                  "Snapshot: wrong attributes of " + Hex(vma.range));
     next = model.pages().lower_bound(vma.range.end.value);
   }
@@ -752,7 +1131,7 @@ void Misuse::Perform(SpaceModel& model) const {
       if (model.pages().empty()) return;
       const PageNumber page = {model.pages().begin()->first};
       const PageRange one = PageRange::Of(page, {1});
-      if (model.Find(page)->file != nullptr || model.PinnedIn(one) != SpaceModel::Pinned::kNo) return;
+      if (!model.Find(page)->anonymous() || model.PinnedIn(one) != SpaceModel::Pinned::kNo) return;
       const auto to = [&](const void* address) {
         return space.Remap(one, {1}, {.placement = Placement::kFixed, .address = const_cast<void*>(address)}).error();
       };
@@ -766,6 +1145,8 @@ void Misuse::Perform(SpaceModel& model) const {
 
 void FailCall::Perform(SpaceModel& model) const {
   static constexpr int kErrors[] = {ENOMEM, EINVAL, EAGAIN};
+  // Verbs make fewer calls of userfaultfd.
+  if (userfault) return model.Arm(1 + nth % std::size_t{4}, kErrors[error % 3], SpaceModel::Failing::kUserfault);
   model.Arm(nth + std::size_t{1}, kErrors[error % 3]);
 }
 
@@ -775,15 +1156,6 @@ namespace {
 
 // Of shared pages: "A", and who wrote it.
 constexpr std::uint64_t kSharedStamp = std::uint64_t{'A'} << 56;
-
-// The kernel reads and writes for us: it is refused where we would be killed.
-bool Transfer(bool write, PageNumber page, std::uint64_t& word) {
-  iovec here = {&word, sizeof word};
-  iovec there = {page.address(), sizeof word};
-  const ssize_t done =
-      write ? process_vm_writev(getpid(), &here, 1, &there, 1, 0) : process_vm_readv(getpid(), &here, 1, &there, 1, 0);
-  return done == sizeof word;
-}
 
 bool IsAnyOf(Error error, std::initializer_list<ErrorCode> codes) {
   return std::find(codes.begin(), codes.end(), error.code) != codes.end();
@@ -813,11 +1185,11 @@ void Contend::Perform(SpaceModel& model) const {
                     .populate = (choice & 8) != 0,
                     .lock = (choice & 48) == 48 ? MemoryLock::kOnFault : MemoryLock::kNone};
   if (!open && (choice & 192) == 192) {
-    map.backing = shared.file;
+    map.backing = shared.backing;
     map.protection = Protection::kReadWrite;
     map.backing_page = page;
   }
-  switch (verb % (open ? 16 : 12)) {
+  switch (verb % (open ? 20 : 16)) {
     case 0:
     case 1:
       ExpectAnyOf(model, "Map", space.Map(range.count(), map).error(), {kPinned, kSystem});
@@ -845,14 +1217,14 @@ void Contend::Perform(SpaceModel& model) const {
       break;
     case 6:
       ExpectAnyOf(model, "Populate", space.Populate(range).error(),
-                  {kUnsupported, kReplaced, open ? kNotMapped : kReplaced});
+                  {kUnsupported, kReplaced, kSystem, open ? kNotMapped : kReplaced});
       break;
     case 7:
       ExpectAnyOf(model, "Advise", space.Advise(range, static_cast<Advice>(choice % 7)),
-                  {kSystem, open ? kNotMapped : kSystem});
+                  {kSystem, kUnsupported, open ? kNotMapped : kSystem});
       break;
     case 8:
-      ExpectAnyOf(model, "Discard", space.Discard({&range, 1}), {open ? kNotMapped : kOk});
+      ExpectAnyOf(model, "Discard", space.Discard({&range, 1}), {kUnsupported, open ? kNotMapped : kOk});
       break;
     case 9:
       ExpectAnyOf(model, "LockMemory", space.LockMemory(range, MemoryLock::kOnFault), {open ? kNotMapped : kOk, kSystem});
@@ -868,13 +1240,47 @@ void Contend::Perform(SpaceModel& model) const {
     }
     case 12:
     case 13:
-      ExpectAnyOf(model, "Unmap", space.Unmap(range), {});
+      ExpectAnyOf(model, "MapFile",
+                  space
+                      .MapFile(range.count(), {.descriptor = shared.file->descriptor(),
+                                               .offset = Pages{page % std::size_t{32}}.bytes(),
+                                               .sharing = static_cast<os::Sharing>(choice & 1),
+                                               .protection = (choice & 3) == 0 ? Protection::kReadWrite
+                                                                               : Protection::kRead,
+                                               .placement = Placement::kReplace,
+                                               .address = range.address(),
+                                               .populate = (choice & 8) != 0})
+                      .error(),
+                  {kPinned, kSystem, kDenied});
       break;
     case 14:
+      if (shared.faults == nullptr || range.first < model.RegionOf(model.windows().back().first).first) break;
+      ExpectAnyOf(model, "MapPager",
+                  shared.faults
+                      ->MapPager(*shared.pager, StampedPager::kFirst, range.count(),
+                                 {.placement = Placement::kReplace, .address = range.address(), .capacity = {40}})
+                      .error(),
+                  {kPinned, kSystem});
+      break;
+    case 15: {
+      ExpectAnyOf(model, "Sync", space.Sync(range, {.wait = false, .invalidate = (choice & 1) != 0}),
+                  {kSystem, open ? kNotMapped : kSystem});
+      if (shared.faults == nullptr) break;
+      const Error error = (choice & 6) == 0   ? shared.faults->Invalidate(range)
+                          : (choice & 6) == 2 ? shared.faults->Evict(range)
+                                              : shared.faults->Writeback(range);
+      ExpectAnyOf(model, "Writeback, Evict or Invalidate", error, {kReplaced, open ? kNotMapped : kReplaced});
+      break;
+    }
+    case 16:
+    case 17:
+      ExpectAnyOf(model, "Unmap", space.Unmap(range), {});
+      break;
+    case 18:
       map.placement = Placement::kFixed;
       ExpectAnyOf(model, "Map", space.Map(range.count(), map).error(), {kOverlap, kPinned, kSystem});
       break;
-    case 15: {
+    case 19: {
       const PageRange to = PageRange::Of(all.first + Pages{choice % all.count().value}, range.count()).Intersect(all);
       ExpectAnyOf(model, "Remap",
                   space
@@ -921,6 +1327,17 @@ FREEHOLD_NAME(Transact);
 FREEHOLD_NAME(Step::Verb);
 FREEHOLD_NAME(FailCall);
 FREEHOLD_NAME(Contend);
+FREEHOLD_NAME(MapFile);
+FREEHOLD_NAME(Reopen);
+FREEHOLD_NAME(ResizeFile);
+FREEHOLD_NAME(WriteFile);
+FREEHOLD_NAME(Sync);
+FREEHOLD_NAME(MapPager);
+FREEHOLD_NAME(HandBack);
+FREEHOLD_NAME(HandBack::Verb);
+FREEHOLD_NAME(OrderPager);
+FREEHOLD_NAME(OrderPager::Order);
+FREEHOLD_NAME(Probe);
 FREEHOLD_NAME(Placement);
 FREEHOLD_NAME(Content);
 FREEHOLD_NAME(Advice);
@@ -928,6 +1345,8 @@ FREEHOLD_NAME(PurgeScope);
 FREEHOLD_NAME(Populate::Stop);
 template <>
 constexpr const char* kName<MemoryLock> = "os::MemoryLock";
+template <>
+constexpr const char* kName<os::Sharing> = "os::Sharing";
 #undef FREEHOLD_NAME
 
 constexpr int kTotalWeight = std::accumulate(std::begin(kWeights), std::end(kWeights), 0);

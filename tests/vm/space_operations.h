@@ -52,8 +52,8 @@ struct Map {
   bool huge_pages = false;
   std::uint8_t alignment = 0;  // log2; anywhere only
   os::MemoryLock lock = os::MemoryLock::kNone;
-  std::uint8_t file = 0;  // 0 and above kFiles: none
-  std::uint8_t file_page = 0;
+  std::uint8_t backing = 0;  // 0 and above kBackings: none
+  std::uint8_t backing_page = 0;
 
   void Perform(SpaceModel& model) const;
   template <typename Visitor>
@@ -66,8 +66,8 @@ struct Map {
     visit("huge_pages", huge_pages);
     visit("alignment", alignment, 7);
     visit("lock", lock, 3);
-    visit("file", file, 8);
-    visit("file_page", file_page);
+    visit("backing", backing, 8);
+    visit("backing_page", backing_page);
   }
 };
 
@@ -285,8 +285,8 @@ struct Step {
   std::uint8_t protection = 0;
   bool replace = false;
   os::MemoryLock lock = os::MemoryLock::kNone;
-  std::uint8_t file = 0;  // as Map's
-  std::uint8_t file_page = 0;
+  std::uint8_t backing = 0;  // as Map's
+  std::uint8_t backing_page = 0;
 
   template <typename Visitor>
   void Visit(Visitor& visit) {
@@ -295,8 +295,8 @@ struct Step {
     visit("protection", protection, 8);
     visit("replace", replace);
     visit("lock", lock, 3);
-    visit("file", file, 16);
-    visit("file_page", file_page);
+    visit("backing", backing, 16);
+    visit("backing_page", backing_page);
   }
 };
 
@@ -314,16 +314,18 @@ struct Transact {
   }
 };
 
-// The nth kernel call of the next verb fails. Only alone.
+// The nth call of the kernel, or of userfaultfd, that the next verb makes fails. Only alone.
 struct FailCall {
   std::uint8_t nth = 0;
   std::uint8_t error = 0;
+  bool userfault = false;
 
   void Perform(SpaceModel& model) const;
   template <typename Visitor>
   void Visit(Visitor& visit) {
     visit("nth", nth, 16);
     visit("error", error, 3);
+    visit("userfault", userfault);
   }
 };
 
@@ -346,17 +348,164 @@ struct Contend {
   }
 };
 
-using SpaceOperation = std::variant<Map, Unmap, Protect, Advise, Discard, Write, Lookup, Residency, Populate, LockMemory,
-                               LockAll, Remap, Purge, Tick, Misuse, PinPages, TakeSnapshot, Listen, Transact,
-                                    FailCall, Contend>;
+// ---- Files ----
+
+// A part of a file of the model's.
+struct MapFile {
+  Span span = {};
+  Placement placement = Placement::kAnywhere;
+  std::uint8_t protection = 0;
+  std::uint8_t file = 0;  // see SpaceModel::kFiles
+  std::uint8_t page = 0;
+  os::Sharing sharing = os::Sharing::kPrivate;
+  bool populate = false;
+  os::MemoryLock lock = os::MemoryLock::kNone;
+
+  void Perform(SpaceModel& model) const;
+  template <typename Visitor>
+  void Visit(Visitor& visit) {
+    visit("span", span);
+    visit("placement", placement, 4);
+    visit("protection", protection, 8);
+    visit("file", file, SpaceModel::kFiles);
+    visit("page", page);
+    visit("sharing", sharing, 2);
+    visit("populate", populate);
+    visit("lock", lock, 3);
+  }
+};
+
+// Unmaps a file mapping and maps the same part of the file in the same way: a window, if it can be one.
+struct Reopen {
+  Span span = {};
+
+  void Perform(SpaceModel& model) const;
+  template <typename Visitor>
+  void Visit(Visitor& visit) {
+    visit("span", span);
+  }
+};
+
+// The file itself, by its own system calls.
+struct ResizeFile {
+  std::uint8_t file = 0;
+  std::uint8_t pages = 0;
+
+  void Perform(SpaceModel& model) const;
+  template <typename Visitor>
+  void Visit(Visitor& visit) {
+    visit("file", file, SpaceModel::kFiles);
+    visit("pages", pages);
+  }
+};
+
+struct WriteFile {
+  std::uint8_t file = 0;
+  std::uint8_t page = 0;
+  std::uint8_t count = 0;
+
+  void Perform(SpaceModel& model) const;
+  template <typename Visitor>
+  void Visit(Visitor& visit) {
+    visit("file", file, SpaceModel::kFiles);
+    visit("page", page);
+    visit("count", count);
+  }
+};
+
+struct Sync {
+  Span span = {};
+  std::uint8_t choice = 0;  // waits for the disk, and invalidates, now and then
+
+  void Perform(SpaceModel& model) const;
+  template <typename Visitor>
+  void Visit(Visitor& visit) {
+    visit("span", span);
+    visit("choice", choice);
+  }
+};
+
+// ---- Pagers ----
+
+// By a pager of its own. Nothing where userfaultfd is not permitted.
+struct MapPager {
+  Span span = {};
+  Placement placement = Placement::kAnywhere;
+  std::uint8_t protection = 0;
+  std::uint8_t limit = 0;       // of its protection
+  std::uint8_t page_limit = 0;  // to which it may grow; every sixteenth is mapped where there may be no pagers
+
+  void Perform(SpaceModel& model) const;
+  template <typename Visitor>
+  void Visit(Visitor& visit) {
+    visit("span", span);
+    visit("placement", placement, 4);
+    visit("protection", protection, 8);
+    visit("limit", limit, 4);
+    visit("page_limit", page_limit);
+  }
+};
+
+struct HandBack {
+  enum class Verb : std::uint8_t { kWriteback, kEvict, kInvalidate };
+  Span span = {};
+  Verb verb = Verb::kWriteback;
+
+  void Perform(SpaceModel& model) const;
+  template <typename Visitor>
+  void Visit(Visitor& visit) {
+    visit("span", span);
+    visit("verb", verb, 3);
+  }
+};
+
+// Tells the pagers of some pages how to behave.
+struct OrderPager {
+  enum class Order : std::uint8_t {
+    kFail,          // reads of these pages
+    kFailAndTouch,  // and somebody finds out
+    kMend,
+    kChange,        // what they hold, and says so
+    kRefuse,        // write-back
+    kAccept,
+  };
+  Span span = {};
+  Order order = Order::kFail;
+
+  void Perform(SpaceModel& model) const;
+  template <typename Visitor>
+  void Visit(Visitor& visit) {
+    visit("span", span);
+    visit("order", order, 6);
+  }
+};
+
+// Whether the kernel, reading and writing for the program, finds the protection, content and end that should be.
+struct Probe {
+  Span span = {};
+
+  void Perform(SpaceModel& model) const;
+  template <typename Visitor>
+  void Visit(Visitor& visit) {
+    visit("span", span);
+  }
+};
+
+using SpaceOperation =
+    std::variant<Map, Unmap, Protect, Advise, Discard, Write, Lookup, Residency, Populate, LockMemory, LockAll, Remap,
+                 Purge, Tick, Misuse, PinPages, TakeSnapshot, Listen, Transact, FailCall, Contend, MapFile, Reopen,
+                 ResizeFile, WriteFile, Sync, MapPager, HandBack, OrderPager, Probe>;
 // How often each comes among random ones.
-inline constexpr int kWeights[] = {50, 40, 16, 14, 8, 40, 4, 4, 8, 14, 4, 24, 2, 4, 4, 12, 4, 4, 12, 12, 40};
+inline constexpr int kWeights[] = {50, 40, 16, 14, 8,  40, 4,  4,  8, 14, 4,  24, 2, 4, 4,
+                                   12, 4,  4,  12, 12, 40, 32, 10, 6, 8,  6, 20, 10, 6, 8};
 static_assert(std::size(kWeights) == std::variant_size_v<SpaceOperation>);
 
 // Any bytes are operations; Encode(Decode(bytes)) decodes to the same.
 std::vector<SpaceOperation> Decode(absl::Span<const std::uint8_t> bytes);
 std::vector<std::uint8_t> Encode(const std::vector<SpaceOperation>& operations);
 std::vector<SpaceOperation> RandomOperations(std::uint64_t seed, std::size_t bytes);
+// Of a run of the model test that has the space to itself.
+inline constexpr std::size_t kModelBytes = 4000;
 // As C++, so that it can be pasted into a test.
 std::string ToString(const SpaceOperation& operation);
 

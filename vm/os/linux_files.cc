@@ -152,6 +152,7 @@ Error LinuxKernel::MoveFile(PageRange from, PageRange to) {
   Count(Call::kMremap);
   const std::size_t size = from.bytes().value;
   const long moved = Mremap(AddressOf(from), size, size, MREMAP_MAYMOVE | kMremapDontunmap, nullptr);
+  if (moved == -EFAULT) return MoveFilePieces(from, to);
   if (SyscallFailed(moved)) return ToError(moved);
   const long grown = Mremap(moved, size, to.bytes().value, MREMAP_MAYMOVE, nullptr);
   if (SyscallFailed(grown)) {
@@ -164,6 +165,36 @@ Error LinuxKernel::MoveFile(PageRange from, PageRange to) {
     (void)Mremap(grown, size, size, kMove, from.address());
     (void)Reset(to);
   }
+  return ToError(result);
+}
+
+// Several kernel VMAs, which Linux moves together only to a place that it is told, and lets not grow. What grows is the
+// last page, with what was written to it: aside.
+//   from     | … |last|      to   | … |last|        |      aside
+//   then     |  file  |           | … |file|        |      |last|  more  |
+//   after    |  file  |           | … |last|  more  |
+Error LinuxKernel::MoveFilePieces(PageRange from, PageRange to) {
+  const PageRange head = PageRange::Of(to.first, from.count());
+  if (const Error error = Move(from, head); !error.ok()) return error;
+  const std::size_t more = to.bytes().value - head.bytes().value;
+  const long last = AddressOf({head.end - Pages{1}, head.end});
+  long at = last;
+  const long aside = Mremap(last, kPageSize, kPageSize, MREMAP_MAYMOVE | kMremapDontunmap, nullptr);
+  if (!SyscallFailed(aside)) at = aside;
+  const long grown = SyscallFailed(aside) ? aside : Mremap(aside, kPageSize, kPageSize + more, MREMAP_MAYMOVE, nullptr);
+  long result = grown;
+  if (!SyscallFailed(grown)) {
+    at = grown;
+    result = Mremap(grown + static_cast<long>(kPageSize), more, more, kMove, head.end.address());
+    if (SyscallFailed(result)) Munmap(grown + static_cast<long>(kPageSize), more);
+  }
+  if (!SyscallFailed(result)) result = Mremap(grown, kPageSize, kPageSize, kMove, reinterpret_cast<void*>(last));
+  if (!SyscallFailed(result)) return Error::Ok();
+  // All of it goes back.
+  const std::size_t others = from.bytes().value - kPageSize;
+  if (others > 0) (void)Mremap(AddressOf(head), others, others, kMove, from.address());
+  (void)Mremap(at, kPageSize, kPageSize, kMove, (from.end - Pages{1}).address());
+  (void)Reset(to);
   return ToError(result);
 }
 

@@ -80,6 +80,8 @@ class LinuxKernel final : public Kernel {
   unsigned CpuCount() override;
 
  private:
+  // MoveFile to more pages, of several kernel VMAs.
+  Error MoveFilePieces(PageRange from, PageRange to);
   enum class Feature : unsigned {
     kGuardRegions,
     kVectoredDiscard,

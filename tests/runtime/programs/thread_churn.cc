@@ -49,7 +49,8 @@ int main() {
   const std::size_t in_use_after = mallinfo2().uordblks;
   std::printf("resident %zu -> %zu MiB, in use %zu -> %zu KiB\n", resident, resident_after,
               in_use >> 10, in_use_after >> 10);
-  REQUIRE(resident_after <= resident + 8);
+  // 4000 threads that left a page each behind would be 16 MiB; what a thread of each processor keeps varies.
+  REQUIRE(resident_after <= resident + 12);
   REQUIRE(in_use_after <= in_use + (1 << 20));
   puts("ok");
   return 0;

@@ -274,6 +274,22 @@ TEST_P(FileCallsTest, MovesAndGrowsWithWhatWasWrittenPrivately) {
   }
 }
 
+// Locks keep kernel VMAs apart that were written to meanwhile, and then never join.
+TEST_P(FileCallsTest, MovesAndGrowsSeveralKernelVmas) {
+  const Descriptor file(MakeFile(8));
+  ASSERT_TRUE(kernel().MapFile(part(0, 4), {.descriptor = file.get(), .protection = Protection::kReadWrite}).ok());
+  if (!kernel().LockMemory(part(2, 2)).ok()) GTEST_SKIP() << "memory cannot be locked here";
+  *part(0, 1).address() = std::byte{'x'};
+  *part(3, 1).address() = std::byte{'y'};
+  ASSERT_TRUE(kernel().UnlockMemory(part(2, 2)).ok());
+  const Error error = kernel().MoveFile(part(0, 4), part(8, 6));
+  if (error == Error::System(EFAULT)) GTEST_SKIP() << "this kernel moves no several VMAs";
+  ASSERT_TRUE(error.ok());
+  EXPECT_EQ(Letters(part(8, 6)), "xbcyef");
+  EXPECT_EQ(Letters(part(0, 4)), "abcd") << "the source shows the file";
+  EXPECT_TRUE(IsMappedThroughout(range_));
+}
+
 TEST_P(FileCallsTest, SyncStoresAndFindsHoles) {
   char path[] = "/tmp/file_calls_test_XXXXXX";
   const Descriptor file(mkstemp(path));
@@ -345,6 +361,28 @@ TEST(LinuxFileCallsTest, AMoveThatFailsLeavesTheSourceAndNoHole) {
       *range.address() = std::byte{'x'};
       CHILD_CHECK(kernel.MoveFile(Part(range, 0, 2), Part(range, 4, 3)) == Error::System(ENOMEM));
       CHILD_CHECK(Letters(range) == "xb......");
+      CHILD_CHECK(IsMappedThroughout(range));
+    })) << nth;
+  }
+}
+
+// The first mremap is the attempt as one.
+TEST(LinuxFileCallsTest, AMoveOfSeveralVmasThatFailsLeavesTheSourceAndNoHole) {
+  const Descriptor file(MakeFile(4));
+  for (const std::size_t nth : {2u, 3u, 4u, 5u, 6u}) {
+    EXPECT_TRUE(PassesInChild([&] {
+      LinuxKernel kernel;
+      const PageRange range = *kernel.Reserve(Pages{8}, Pages{1});
+      const FileView view = {.descriptor = file.get(), .protection = Protection::kReadWrite};
+      CHILD_CHECK(kernel.MapFile(Part(range, 0, 2), view).ok());
+      *range.address() = std::byte{'x'};
+      *Part(range, 1, 1).address() = std::byte{'y'};
+      std::vector<long> results(nth, kReachKernel);
+      results.front() = -EFAULT;
+      results.back() = -ENOMEM;
+      ScriptSyscall({.number = SYS_mremap}, results);
+      CHILD_CHECK(kernel.MoveFile(Part(range, 0, 2), Part(range, 4, 3)) == Error::System(ENOMEM));
+      CHILD_CHECK(Letters(range) == "xy......");
       CHILD_CHECK(IsMappedThroughout(range));
     })) << nth;
   }
