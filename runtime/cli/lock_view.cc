@@ -58,7 +58,7 @@ class LockCopy {
       const RangeRequest& request = get();
       // As numbers first: what is no value of its type must not be read as one.
       return at(offsetof(RangeRequest, mode)) <= 1 && at(offsetof(RangeRequest, operation)) < vm::sync::kOperations &&
-             at(offsetof(RangeRequest, is_proxy)) <= 1 && !request.range.empty();
+             !request.range.empty();
     }
   };
 
@@ -93,6 +93,8 @@ class LockCopy {
     if (!read.ok() || !*read) return read.status();
     const RangeRequest& request = bytes.get();
     const RangeRequest::TreeNode& node = request.tree;
+    // Set in a tree only.
+    if (bytes.at(offsetof(RangeRequest, is_proxy)) > 1) return absl::OkStatus();
     if (node.priority != vm::sync::RequestTree::PriorityOf(node.ticket)) return absl::OkStatus();
     Add(request, node.ticket, node.blockers == 0, request.is_proxy);
     for (const RangeRequest* child : {node.left, node.right}) {

@@ -320,10 +320,11 @@ TEST_P(TelemetryTest, WaitersAndThoseTheyWaitFor) {
   RangeLock& lock = LockOf(range);
   const ProcessView view = Open();
   EXPECT_TRUE(AwaitWaits(view, 0).empty());
-  auto holder = std::make_unique<RangeLock::Guard>(lock, range, LockMode::kExclusive, Operation::kTest);
-  std::promise<std::uint32_t> who;
   const PageRange part = PageRange::Of(range.first + Pages{2}, Pages{3});
-  std::thread waiter([&] {
+  std::promise<std::uint32_t> who;
+  std::jthread waiter;  // ends after the holder does
+  auto holder = std::make_unique<RangeLock::Guard>(lock, range, LockMode::kExclusive, Operation::kTest);
+  waiter = std::jthread([&] {
     who.set_value(vm::os::CurrentThreadId());
     const RangeLock::Guard guard(lock, part, LockMode::kShared, Operation::kSync);
   });
