@@ -269,15 +269,16 @@ long ProcessMappings::MapForeign(const MapRequest& request, PageRange part) {
   vm::MapOptions options = request.Options();
   options.placement = request.replaces() ? Placement::kReplace : Placement::kFixed;
   const int type = request.flags & MAP_TYPE;
+  bool moved = false;
   const Error error = MoveIn(part, {.address = ToPointer(aside), .length = part.bytes().value}, options,
-                             /*shared=*/type != MAP_PRIVATE);
+                             /*shared=*/type != MAP_PRIVATE, moved);
   if (error.ok()) return AddressOf(part);
-  RawSyscall(SYS_munmap, aside, part.bytes().value);
+  if (!moved) RawSyscall(SYS_munmap, aside, part.bytes().value);
   return Negative(error);
 }
 
 Error ProcessMappings::MoveIn(PageRange part, const KernelBacking::Source& source, const vm::MapOptions& options,
-                              bool shared) {
+                              bool shared, bool& moved) {
   KernelBacking* backing = backings_.Take(*space_);
   if (backing == nullptr) return {ErrorCode::kNoMetadata};
   // While this call needs it, whatever others make of the mapping.
@@ -288,7 +289,9 @@ Error ProcessMappings::MoveIn(PageRange part, const KernelBacking::Source& sourc
   map.content = vm::Content::kAnything;
   map.backing = backing;
   const Result<PageRange> mapped = space_->Map(part.count(), map);
-  backing->ForgetSource();
+  // Where it was mapped, others may have it by now.
+  moved = mapped.ok() || !backing->has_source();
+  if (!mapped.ok()) backing->ForgetSource();
   backing->DropPages(1);
   return mapped.ok() ? Error::Ok() : mapped.error();
 }
@@ -315,6 +318,19 @@ long ProcessMappings::Protect(void* address, std::size_t length, int protection)
   const long inside = UpToHole(
       parts.inside, [&](PageRange range) { return space_->Protect(range, ToProtection(protection)); });
   return SyscallFailed(inside) ? inside : ForBoth({}, parts.above, pass);
+}
+
+long ProcessMappings::ProtectByKey(void* address, std::size_t length, int protection, int key) {
+  const Parts parts = PartsOf(address, length);
+  if (key == -1) return Protect(address, length, protection);
+  if (parts.touches_space()) {
+    // A key lasts as advice does: with some that changes nothing, the space takes note. Holes are the kernel's to tell.
+    (void)space_->AdviseKernel(parts.inside, MADV_DODUMP, AdviceEffect::kLasting);
+  }
+  const long result = RawSyscall(SYS_pkey_mprotect, address, length, protection, key);
+  if (SyscallFailed(result) || !parts.touches_space()) return result;
+  // And of the protection, which leaves the key as it is.
+  return Negative(space_->Protect(parts.inside, ToProtection(protection)));
 }
 
 // ---- mremap ----
@@ -473,21 +489,32 @@ long ProcessMappings::MoveInto(void* address, std::size_t old_length, PageRange 
   options.placement = Placement::kReplace;
   options.protection = kUnknownProtection;
   bool shared = false;
-  void* source = address;
-  const bool inside = space_->Contains(address);
-  if (inside) {
-    const Result<VmaInfo> vma = space_->Lookup(PageNumber::Of(address));
-    if (!vma.ok()) return -EFAULT;
-    options.protection = vma->protection;
-    shared = vma->backing != nullptr;
-    const long out = MoveOut(PageRange::FromBytes(address, {old_length}), target.count(), flags, nullptr);
-    if (SyscallFailed(out)) return out;
-    source = ToPointer(out);
-    old_length = target.bytes().value;
+  bool moved = false;
+  if (!space_->Contains(address)) {
+    const Error error = MoveIn(
+        target, {.address = address, .length = old_length, .flags = flags & kMremapDontunmap}, options, shared, moved);
+    return error.ok() ? AddressOf(target) : Negative(error);
   }
-  const int keep = inside ? 0 : flags & kMremapDontunmap;
-  const Error error = MoveIn(target, {.address = source, .length = old_length, .flags = keep}, options, shared);
-  return error.ok() ? AddressOf(target) : Negative(error);
+  const PageRange range = PageRange::FromBytes(address, {old_length});
+  const Result<VmaInfo> vma = space_->Lookup(range.first);
+  if (!vma.ok()) return -EFAULT;
+  options.protection = vma->protection;
+  shared = vma->backing != nullptr;
+  // The source stays until the target is there.
+  const long aside = MoveOut(range, target.count(), flags | kMremapDontunmap, nullptr);
+  if (SyscallFailed(aside)) return aside;
+  const std::size_t bytes = target.bytes().value;
+  const Error error = MoveIn(target, {.address = ToPointer(aside), .length = bytes}, options, shared, moved);
+  if (error.ok()) {
+    if ((flags & kMremapDontunmap) == 0) (void)space_->Unmap(range);
+    return AddressOf(target);
+  }
+  if (!moved) {
+    const std::size_t kept = std::min(range.bytes().value, bytes);
+    if (bytes > kept) RawSyscall(SYS_munmap, static_cast<std::byte*>(ToPointer(aside)) + kept, bytes - kept);
+    (void)RawRemap(ToPointer(aside), kept, kept, MREMAP_MAYMOVE | MREMAP_FIXED, range.address());
+  }
+  return Negative(error);
 }
 
 // ---- madvise ----

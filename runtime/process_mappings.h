@@ -43,6 +43,7 @@ class ProcessMappings {
   long Map(void* address, std::size_t length, int protection, int flags, int descriptor, off_t offset);
   long Unmap(void* address, std::size_t length);
   long Protect(void* address, std::size_t length, int protection);
+  long ProtectByKey(void* address, std::size_t length, int protection, int key);  // pkey_mprotect
   long Remap(void* address, std::size_t old_length, std::size_t new_length, int flags, void* new_address);
   long Advise(void* address, std::size_t length, int advice);
   long LockMemory(const void* address, std::size_t length, int flags);  // mlock2
@@ -76,8 +77,9 @@ class ProcessMappings {
   long MapFixed(const MapRequest& request, const Parts& parts);
   long MapFixedPart(const MapRequest& request, vm::PageRange part);
   long MapForeign(const MapRequest& request, vm::PageRange part);
-  // `source` takes the place of `part`; undoes nothing when it fails.
-  vm::Error MoveIn(vm::PageRange part, const KernelBacking::Source& source, const vm::MapOptions& options, bool shared);
+  // `source` takes the place of `part`. `moved`: it is not where it was, also if the call failed afterwards.
+  vm::Error MoveIn(vm::PageRange part, const KernelBacking::Source& source, const vm::MapOptions& options, bool shared,
+                   bool& moved);
   bool IsWindow(const MapRequest& request) const;
 
   long RemapFrom(vm::PageRange range, vm::Pages count, int flags, void* new_address);

@@ -23,6 +23,11 @@ using internal::thread_cache;
 // True from the detachment on.
 constinit thread_local bool thread_ended __attribute__((tls_model("initial-exec"))) = false;
 
+// Of a thread that was never attached. More than libc frees for a thread at its end, stacks of others that leave its
+// cache included, unless those are tiny.
+constexpr std::uint32_t kFreesUntilAttached = 64;
+constinit thread_local std::uint32_t frees_without_cache __attribute__((tls_model("initial-exec"))) = 0;
+
 // Threads that are attached. Written by every thread that attaches or detaches; relaxed, a count.
 constinit std::atomic<std::uint32_t> attached_threads{0};
 
@@ -71,8 +76,9 @@ bool AttachThread() {
 
 }  // namespace
 
-CacheLease::CacheLease() {
-  if (!thread_ended && AttachThread()) {
+CacheLease::CacheLease(Use use) {
+  const bool may_attach = use == Use::kAny || ++frees_without_cache > kFreesUntilAttached;
+  if (may_attach && !thread_ended && AttachThread()) {
     cache_ = thread_cache;
     return;
   }

@@ -30,7 +30,10 @@ inline allocator::ThreadCache* CurrentThreadCache() { return internal::thread_ca
 // thread, or borrows a cache if it ended. REQUIRES: Freehold serves malloc.
 class CacheLease {
  public:
-  CacheLease();
+  // What the calls are for. A thread that only frees is attached when it has done so for a while: libc frees on behalf of
+  // threads whose last destructor has run (AttachThisThreadNoMore), which must not be attached any more.
+  enum class Use : bool { kAny, kFree };
+  explicit CacheLease(Use use = Use::kAny);
   ~CacheLease();
   CacheLease(const CacheLease&) = delete;
   CacheLease& operator=(const CacheLease&) = delete;

@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <utility>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -17,7 +18,10 @@ bool Contains(absl::Span<const absl::string_view> list, absl::string_view name) 
 
 }  // namespace
 
-bool CommandLine::Has(absl::string_view name) const { return Contains(switches, name); }
+bool CommandLine::Has(absl::string_view name) const {
+  return Contains(switches, name) ||
+         std::any_of(values.begin(), values.end(), [&](const auto& value) { return value.first == name; });
+}
 
 std::string CommandLine::ValueOf(absl::string_view name) const {
   std::string value;
@@ -72,6 +76,13 @@ absl::string_view NameOf(vm::Zone zone) {
     case vm::Zone::kMapping: return "mapping";
   }
   return "unknown";
+}
+
+std::string Printable(std::string text) {
+  for (char& c : text) {
+    if (absl::ascii_iscntrl(static_cast<unsigned char>(c))) c = '?';
+  }
+  return text;
 }
 
 std::string HumanBytes(std::uint64_t bytes) {

@@ -4,7 +4,9 @@
 
 #include <sys/types.h>
 
+#include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -31,6 +33,7 @@ struct CommandLine {
   std::vector<absl::string_view> switches;  // those given
   std::vector<std::pair<absl::string_view, std::string>> values;
 
+  // Whether it was given, as a switch or with a value.
   bool Has(absl::string_view name) const;
   // What was given for it last; empty if nothing was.
   std::string ValueOf(absl::string_view name) const;
@@ -46,6 +49,9 @@ void PrintError(absl::string_view what);
 int Fail(const absl::Status& status);
 
 absl::string_view NameOf(vm::Zone zone);
+
+// Without control characters, which would reach the terminal.
+std::string Printable(std::string text);
 
 // "12.3 MiB".
 std::string HumanBytes(std::uint64_t bytes);

@@ -1,9 +1,9 @@
 #include "runtime/cli/maps.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <fstream>
 #include <map>
-#include <sstream>
 #include <string>
 #include <vector>
 
@@ -36,7 +36,8 @@ struct KernelVma {
   std::uint64_t first = 0;
   std::uint64_t end = 0;
   std::string line;
-  std::string rest;  // offset, device, inode and name
+  std::uint64_t offset = 0;
+  std::string rest;  // device, inode and name
 };
 
 std::vector<KernelVma> ReadKernelVmas(pid_t pid) {
@@ -49,7 +50,10 @@ std::vector<KernelVma> ReadKernelVmas(pid_t pid) {
     if (dash == std::string::npos || space == std::string::npos || space + 6 > line.size()) continue;
     if (!absl::SimpleHexAtoi(line.substr(0, dash), &vma.first)) continue;
     if (!absl::SimpleHexAtoi(line.substr(dash + 1, space - dash - 1), &vma.end)) continue;
-    vma.rest = line.substr(space + 6);
+    const std::size_t end_of_offset = line.find(' ', space + 6);
+    if (end_of_offset == std::string::npos) continue;
+    if (!absl::SimpleHexAtoi(line.substr(space + 6, end_of_offset - space - 6), &vma.offset)) continue;
+    vma.rest = line.substr(end_of_offset);
     vma.line = std::move(line);
     vmas.push_back(std::move(vma));
   }
@@ -77,7 +81,7 @@ void PrintKernelLine(const MappedVma& vma, const KernelVma* file) {
   if (vma.backed && file != nullptr) {
     line.back() = ' ';
     line[line.size() - 2] = file->line[file->line.find(' ') + 4];  // shared or private
-    absl::StrAppend(&line, file->rest);
+    absl::StrAppendFormat(&line, "%08x%s", file->offset + (FirstByte(vma.range) - file->first), file->rest);
   } else {
     absl::StrAppend(&line, "00000000 00:00 0 ");
     line.resize(std::max<std::size_t>(line.size(), 73), ' ');
@@ -112,7 +116,7 @@ void PrintTable(const ProcessView& process, const std::vector<MappedVma>& vmas, 
     if (vma.backed) {
       const KernelVma* file = FileOf(vma, kernel);
       const std::size_t slash = file != nullptr ? file->rest.find('/') : std::string::npos;
-      what = slash != std::string::npos ? file->rest.substr(slash) : "pager";
+      what = slash != std::string::npos ? Printable(file->rest.substr(slash)) : "pager";
     }
     if (vma.locked) absl::StrAppend(&what, what.empty() ? "" : " ", "locked");
     absl::PrintF("%012x-%012x   %12s  %-4s %-8s %s\n", FirstByte(vma.range), EndByte(vma.range),
@@ -141,6 +145,7 @@ int Maps(int count, char** arguments) {
   const absl::StatusOr<std::vector<MappedVma>> vmas = process->ReadVmas();
   if (!vmas.ok()) return Fail(vmas.status());
   const std::vector<KernelVma> kernel = ReadKernelVmas(line.pid);
+  if (kernel.empty()) return Fail(absl::NotFoundError(absl::StrCat("process ", line.pid, " has ended")));
   if (line.Has("--kernel")) {
     PrintAsKernel(*process, *vmas, kernel);
   } else {

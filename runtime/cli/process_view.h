@@ -1,8 +1,10 @@
 // A look inside a process that runs on Freehold, from outside: finds its telemetry page (runtime/telemetry.h) and
 // reads what that points to. The process is neither stopped nor told.
 //
-// What is read changes meanwhile: single numbers are right, sums and sets are as of about the same moment. Thread safety:
-// thread-compatible.
+// What is read changes meanwhile: single numbers are right, sums and sets are as of about the same moment. The process
+// may be hostile: whatever comes from it is checked before it is used as a size or printed.
+//
+// Thread safety: thread-compatible.
 #ifndef FREEHOLD_RUNTIME_CLI_PROCESS_VIEW_H_
 #define FREEHOLD_RUNTIME_CLI_PROCESS_VIEW_H_
 
@@ -60,9 +62,15 @@ class ProcessView {
     bool backed;  // by a file or a pager
     std::uint64_t generation;
   };
-  // Every mapped VMA in ascending order; of a VMA that changes meanwhile, no page twice. Errors: the process has ended; it runs
-  // another build, whose structures are unknown here.
+  // Every mapped VMA in ascending order, no page twice; what is mapped throughout is there. A region that cannot be read
+  // consistently for half a second, as when the process was stopped in the middle of a change, ends early. Errors: the
+  // process has ended; it runs another build, whose structures are unknown here.
   absl::StatusOr<std::vector<MappedVma>> ReadVmas() const;
+  // The longest free extent of all regions; a hint. Errors: as ReadVmas.
+  absl::StatusOr<vm::Pages> ReadLargestGap() const;
+
+  // Addresses of the range locks, each once: for lock_view.h. Errors: it runs another build.
+  absl::StatusOr<std::vector<std::uint64_t>> RangeLocks() const;
 
   pid_t pid() const { return pid_; }
   const std::string& name() const { return name_; }  // of its program, as ps(1) shows it
@@ -72,10 +80,16 @@ class ProcessView {
 
   // All `bytes` at `address` of the process.
   absl::Status Read(std::uint64_t address, void* to, std::size_t bytes) const;
+  struct Piece {
+    std::uint64_t address;
+    void* to;
+    std::size_t bytes;
+  };
+  // The same for each, in order and, up to a thousand of them, in one system call. Errors: kUnavailable if one of them is
+  // not readable memory.
+  absl::Status ReadEach(absl::Span<const Piece> pieces) const;
 
  private:
-  friend class VmaWalk;
-
   // Of the telemetry page, a copy without atomics.
   struct Page {
     std::uint64_t layout;
@@ -87,7 +101,7 @@ class ProcessView {
     std::vector<runtime::TelemetryPage::Region> regions;
   };
 
-  ProcessView(pid_t pid, std::string name) : pid_(pid), name_(std::move(name)) {}
+  explicit ProcessView(pid_t pid) : pid_(pid) {}
   absl::Status ReadPage(std::uint64_t address);
   absl::Status CheckLayout() const;
 

@@ -107,7 +107,7 @@ void FreeCold(void* p, const void* caller) {
     return FreeToLibc(p);
   } else {
     // Also for a thread that only frees: through a cache it hands over whole batches.
-    const CacheLease lease;
+    const CacheLease lease(CacheLease::Use::kFree);
     lease.get() != nullptr ? lease.get()->Free(p) : process_runtime.heap().Free(p);
   }
   if (IsUnitStart(p)) NoticeFree(p, caller);

@@ -99,6 +99,13 @@ FREEHOLD_EXPORT int mprotect(void* address, std::size_t length, int protection) 
                                           : shim::RawSyscall(SYS_mprotect, address, length, protection));
 }
 
+FREEHOLD_EXPORT int pkey_mprotect(void* address, std::size_t length, int protection, int key) noexcept {
+  ProcessMappings* mappings = shim::Mappings();
+  return shim::Answer(mappings != nullptr
+                          ? mappings->ProtectByKey(address, length, protection, key)
+                          : shim::RawSyscall(SYS_pkey_mprotect, address, length, protection, key));
+}
+
 FREEHOLD_EXPORT void* mremap(void* address, std::size_t old_length, std::size_t new_length, int flags,
                              ...) noexcept {
   va_list arguments;

@@ -85,7 +85,7 @@ TEST(FibersProgramTest, TenThousand) {
   EXPECT_EQ(sum, 10'000u * 9'999 / 2 + 1000);
   EXPECT_GE(stacks, 10'000u);
   EXPECT_LT(stacks, 11'001u);
-  EXPECT_LT(vmas, 10);
+  EXPECT_LT(vmas, 100);  // malloc's included
 }
 
 }  // namespace

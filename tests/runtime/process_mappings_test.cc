@@ -299,6 +299,70 @@ TEST(ProcessMappingsTest, AFailedForeignMappingChangesNothing) {
   EXPECT_TRUE(m.IsMapped(range));
 }
 
+// Every record in use: what asks for one more is refused, and nothing is lost.
+TEST(ProcessMappingsTest, WithoutARecordEverythingStays) {
+  OnLinux m;
+  const TemporaryFile file(1);
+  const PageRange own = PageRange::Of(vm::PageNumber::Of(Bytes(m.MapPages(8))), {8});
+  Fill(own, 0xaa);
+  const auto map_file = [&](PageRange page) {
+    return m->Map(page.address(), kPageSize, kReadWrite, MAP_PRIVATE | MAP_FIXED, file.descriptor(), 0);
+  };
+  ASSERT_GT(map_file(Part(own, 7, 1)), 0);
+  std::vector<PageRange> filled;
+  for (std::size_t mapped = 1; mapped < KernelBackingPool::kBackings;) {
+    const PageRange some = PageRange::Of(vm::PageNumber::Of(Bytes(m.MapPages(4096))), {4096});
+    filled.push_back(some);
+    for (std::size_t i = 0; i < 4096 && mapped < KernelBackingPool::kBackings; ++i, ++mapped) {
+      ASSERT_GT(map_file(Part(some, i, 1)), 0) << mapped;
+    }
+  }
+  EXPECT_EQ(map_file(Part(own, 0, 1)), -ENOMEM);
+  char* const source = reinterpret_cast<char*>(Part(own, 7, 1).address());
+  EXPECT_EQ(m->Remap(source, kPageSize, kPageSize, MREMAP_MAYMOVE | MREMAP_FIXED, own.address()), -ENOMEM);
+  EXPECT_EQ(*source, 'a');
+  char* const outside = FreeAddress(1);
+  ASSERT_EQ(m.MapPages(1, kReadWrite, MAP_FIXED, outside), reinterpret_cast<long>(outside));
+  *outside = 'o';
+  EXPECT_EQ(m->Remap(outside, kPageSize, kPageSize, MREMAP_MAYMOVE | MREMAP_FIXED, own.address()), -ENOMEM);
+  EXPECT_EQ(*outside, 'o');
+  EXPECT_EQ(m->Unmap(outside, kPageSize), 0);
+  EXPECT_TRUE(IsFilledWith(Part(own, 0, 7), 0xaa));
+  for (const PageRange some : filled) EXPECT_EQ(m.Unmap(some), 0);
+  m.space().epochs().Barrier();
+  EXPECT_GT(map_file(Part(own, 0, 1)), 0);
+}
+
+// A mapping of the kernel's grows and moves inside, and outside, with what it shows.
+TEST(ProcessMappingsTest, ForeignMappingsMove) {
+  OnLinux m;
+  const TemporaryFile file(8);
+  const PageRange own = PageRange::Of(vm::PageNumber::Of(Bytes(m.MapPages(16))), {16});
+  const auto at = [&](std::size_t page) { return reinterpret_cast<char*>(Part(own, page, 1).address()); };
+  ASSERT_GT(m->Map(at(0), 2 * kPageSize, PROT_READ, MAP_SHARED | MAP_FIXED, file.descriptor(), 0), 0);
+  ASSERT_EQ(m->Remap(at(0), 2 * kPageSize, 4 * kPageSize, MREMAP_MAYMOVE | MREMAP_FIXED, at(8)),
+            reinterpret_cast<long>(at(8)));
+  for (std::size_t i = 0; i < 4; ++i) EXPECT_EQ(*at(8 + i), static_cast<char>('a' + i));
+  EXPECT_FALSE(m.IsMapped(Part(own, 0, 1)));
+  EXPECT_EQ(m->Protect(at(8), 4 * kPageSize, kReadWrite), 0);
+  *at(8) = 'x';
+  char byte = 0;
+  EXPECT_EQ(pread(file.descriptor(), &byte, 1, 0), 1);
+  EXPECT_EQ(byte, 'x');
+  const long out = m->Remap(at(8), 4 * kPageSize, 6 * kPageSize, MREMAP_MAYMOVE, nullptr);
+  ASSERT_GT(out, 0);
+  EXPECT_FALSE(m.Inside(out));
+  EXPECT_EQ(Bytes(out)[5 * kPageSize], 'f');
+  EXPECT_FALSE(m.IsMapped(Part(own, 8, 1)));
+  EXPECT_EQ(m->Unmap(Bytes(out), 6 * kPageSize), 0);
+  // In place it cannot grow, nor where it may not move.
+  ASSERT_GT(m->Map(at(0), 2 * kPageSize, PROT_READ, MAP_SHARED | MAP_FIXED, file.descriptor(), 0), 0);
+  EXPECT_EQ(m->Remap(at(0), 2 * kPageSize, 3 * kPageSize, 0, nullptr), -ENOMEM);
+  EXPECT_EQ(m.Unmap(own), 0);
+  const long p = m.MapPages(16);
+  EXPECT_TRUE(IsZero(PageRange::Of(vm::PageNumber::Of(Bytes(p)), {16})));
+}
+
 // ---- Errors ----
 
 TEST(ProcessMappingsTest, RefusalsOfTheKernelArriveAsErrno) {

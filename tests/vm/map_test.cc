@@ -679,6 +679,28 @@ TEST_P(MapTest, ServesUnderAStrictLimit) {
   MustMap(*space_, MiB(4).value / kPageSize);
 }
 
+// ---- What is where ----
+
+//   | -- | AA | ---- ... | BB |        of the first region, and the next
+TEST_P(MapTest, LookupNextPassesOverFreeMemory) {
+  const PageRange a = P(2, 2);
+  const PageRange b = P(kSmallRegionPages + 10, 2);
+  MustMapAt(*space_, a);
+  MustMapAt(*space_, b);
+  const auto next = [&](std::size_t page) { return space_->LookupNext(P(page, 1).first); };
+  for (const std::size_t page : {0, 2, 3}) EXPECT_EQ(next(page)->range, a) << page;
+  for (const std::size_t page : {4, 1000}) EXPECT_EQ(next(page)->range, b) << page;
+  EXPECT_EQ(next(kSmallRegionPages + 12).error().code, ErrorCode::kNotMapped);
+  EXPECT_EQ(space_->LookupNext(space_->reservation().end).error().code, ErrorCode::kOutsideReservation);
+}
+
+TEST_P(MapTest, RegionAtIsWhereAMappingHasToEnd) {
+  EXPECT_EQ(space_->RegionAt(P(0, 1).first), P(0, kSmallRegionPages));
+  EXPECT_EQ(space_->RegionAt(P(kSmallRegionPages - 1, 1).first), P(0, kSmallRegionPages));
+  EXPECT_EQ(space_->RegionAt(P(kSmallRegionPages, 1).first), P(kSmallRegionPages, kSmallRegionPages));
+  EXPECT_EQ(MapError(2, At(P(kSmallRegionPages - 1, 1).first)).code, ErrorCode::kOutsideReservation);
+}
+
 FREEHOLD_INSTANTIATE_POLICIES(MapTest);
 FREEHOLD_INSTANTIATE_POLICIES(MapRoomTest);
 

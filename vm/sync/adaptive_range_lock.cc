@@ -209,9 +209,7 @@ void AdaptiveRangeLock::AppendHolders(PageRange range, HolderList& list) const {
     tree_.ForEachOverlap(range, [&](RangeRequest& request) ABSL_NO_THREAD_SAFETY_ANALYSIS {
       if (RequestTree::IsHeld(request) != held) return;
       const HolderInfo info = RequestTree::Describe(request, now);
-      if (!request.is_proxy) return list.Add(info);
-      const std::size_t index = IndexOf(request.range);
-      ListFast(buckets_[index], slow_[index].proxied, info, list);
+      request.is_proxy ? AppendCopiedHolders(info, list) : list.Add(info);
     });
   }
 }

@@ -86,6 +86,12 @@ class AdaptiveRangeLock {
   // Of fast holders, more than four readers of one bucket are counted but not all listed; one that
   // has just acquired may be missing.
   void AppendHolders(PageRange range, HolderList& list) const;
+  // See RangeLock::CopiedRequests and CopiedHolders.
+  const RangeRequest* CopiedRequests() const ABSL_NO_THREAD_SAFETY_ANALYSIS { return tree_.root(); }
+  void AppendCopiedHolders(const HolderInfo& proxy, HolderList& list) const ABSL_NO_THREAD_SAFETY_ANALYSIS {
+    const std::size_t index = IndexOf(proxy.range);
+    ListFast(buckets_[index], slow_[index].proxied, proxy, list);
+  }
   void CheckInvariants() const;
 
   // In the child of a fork: forgets every request; then takes back those that this thread holds.

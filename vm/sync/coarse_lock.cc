@@ -207,8 +207,7 @@ void CoarseLock::StampHolders() const {
   }
 }
 
-void CoarseLock::AppendHolders(HolderList& list) const {
-  StampHolders();
+void CoarseLock::AppendCopiedHolders(HolderList& list) const {
   const std::uint64_t now = CoarseNow().value;
   for (const HolderSlot& slot : holders_) {
     // Pairs with the release in Record; the rest may be of the slot's next user all the same.
@@ -223,6 +222,12 @@ void CoarseLock::AppendHolders(HolderList& list) const {
                         {slot.end.load(std::memory_order_relaxed)}},
               .age = {since == 0 || since > now ? 0 : now - since}});
   }
+}
+
+void CoarseLock::AppendHolders(HolderList& list) const {
+  StampHolders();
+  AppendCopiedHolders(list);
+  const std::uint64_t now = CoarseNow().value;
   SpinLockHolder holder(queue_lock_);
   for (const RangeRequest* request = head_; request != nullptr; request = request->queue.next) {
     list.Add({.thread_id = request->thread_id,

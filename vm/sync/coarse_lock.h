@@ -60,6 +60,9 @@ class CoarseLock {
 
   // Holders are a hint: with many of them, or in the middle of an acquisition, some are missing.
   void AppendHolders(HolderList& list) const;
+  // See RangeLock::CopiedRequests and CopiedHolders. The latter without the queue.
+  const RangeRequest* CopiedRequests() const ABSL_NO_THREAD_SAFETY_ANALYSIS { return head_; }
+  void AppendCopiedHolders(HolderList& list) const;
   void CheckInvariants() const;
 
   // In the child of a fork: forgets every request; then takes back those that this thread holds.

@@ -155,6 +155,22 @@ HolderList RangeLock::Holders(PageRange range) const {
   return list;
 }
 
+const RangeRequest* RangeLock::CopiedRequests() const {
+  switch (policy_) {
+    case LockPolicy::kCoarse: return coarse_.CopiedRequests();
+    case LockPolicy::kTree: return tree_.CopiedRequests();
+    case LockPolicy::kAdaptive: return adaptive_.CopiedRequests();
+  }
+  return nullptr;
+}
+
+HolderList RangeLock::CopiedHolders(const HolderInfo& what) const {
+  HolderList list;
+  if (policy_ == LockPolicy::kCoarse) coarse_.AppendCopiedHolders(list);
+  if (policy_ == LockPolicy::kAdaptive) adaptive_.AppendCopiedHolders(what, list);
+  return list;
+}
+
 void RangeLock::ReinitAfterFork() {
   coarse_.ForgetAll();
   tree_.ForgetAll();

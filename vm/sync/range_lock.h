@@ -165,6 +165,16 @@ class RangeLock {
   // Holders and waiters that overlap `range` (kCoarse: all of them). For diagnostics; a hint.
   HolderList Holders(PageRange range) const;
 
+  // For readers outside the process. They call these on a copy of the lock's bytes, made while others use the lock, take
+  // no lock, and follow the pointers in the process by themselves.
+  //
+  // Under kTree and kAdaptive, the root of the tree of those who hold or wait; under kCoarse, the first of the queue of
+  // those who wait. In the memory of the process; null if there are none.
+  const RangeRequest* CopiedRequests() const;
+  // Who holds what `what` describes: under kAdaptive, those whom a proxy stands for; under kCoarse, all holders, whatever
+  // `what` is; under kTree nobody, as every request has its name.
+  HolderList CopiedHolders(const HolderInfo& what) const;
+
   // In the child of a fork, before any other use there: this thread keeps the guards it holds,
   // everyone else's guards and requests are gone. REQUIRES: os::ForgetThreadIdAfterFork() was
   // called.

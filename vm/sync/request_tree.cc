@@ -12,15 +12,6 @@ namespace {
 
 using Node = RangeRequest;
 
-// The treap. Priorities are a hash of the ticket, so its depth is logarithmic whatever the ranges
-// are.
-
-std::uint64_t PriorityOf(std::uint64_t ticket) {
-  ticket *= 0x9e3779b97f4a7c15;
-  ticket ^= ticket >> 32;
-  return ticket * 0xd6e8feb86659fd93;
-}
-
 bool Before(const Node& a, const Node& b) {
   return a.range.first != b.range.first ? a.range.first < b.range.first
                                         : a.tree.ticket < b.tree.ticket;
@@ -73,6 +64,13 @@ Node* Erase(Node* tree, const Node& node) {
 }
 
 }  // namespace
+
+// The treap. Priorities are a hash of the ticket, so its depth is logarithmic whatever the ranges are.
+std::uint64_t RequestTree::PriorityOf(std::uint64_t ticket) {
+  ticket *= 0x9e3779b97f4a7c15;
+  ticket ^= ticket >> 32;
+  return ticket * 0xd6e8feb86659fd93;
+}
 
 std::size_t RequestTree::CountConflicts(PageRange range, LockMode mode) const {
   std::size_t count = 0;

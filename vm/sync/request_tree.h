@@ -63,6 +63,10 @@ class RequestTree {
     root_ = nullptr;
     in_use_.store(false, std::memory_order_relaxed);
   }
+  // Where the requests hang: for readers outside the process. A node's priority is PriorityOf its ticket.
+  const RangeRequest* root() const { return root_; }
+  static std::uint64_t PriorityOf(std::uint64_t ticket);
+
   // Whether there is any request, without the internal lock. Requests that another lock orders with
   // this call are seen as they are, others may be missed.
   bool in_use() const { return in_use_.load(std::memory_order_relaxed); }

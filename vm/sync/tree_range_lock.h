@@ -34,6 +34,8 @@ class TreeRangeLock {
   bool in_use() const { return ABSL_TS_UNCHECKED_READ(tree_).in_use(); }
 
   void AppendHolders(PageRange range, HolderList& list) const;
+  // See RangeLock::CopiedRequests.
+  const RangeRequest* CopiedRequests() const ABSL_NO_THREAD_SAFETY_ANALYSIS { return tree_.root(); }
   void CheckInvariants() const;
 
   // In the child of a fork: forgets every request; then takes back those that this thread holds.

@@ -258,6 +258,36 @@ void ReserveAndCommit() {
   }
 }
 
+void Keys() {
+  char* p = MapPages(8);
+  Fill(p, 0, 8, 0x12);
+  SHOW(pkey_mprotect(p, kPage, PROT_READ, -1));
+  SHOW(pkey_mprotect(p + kPage, kPage, PROT_READ, 9999));
+  SHOW(pkey_mprotect(p + 1, kPage, PROT_READ, 0));
+  SHOW(pkey_mprotect(p + 2 * kPage, kPage, PROT_READ, 0));
+  ShowPages(p, 8);
+  const int key = pkey_alloc(0, 0);
+  if (key > 0) {
+    SHOW(pkey_mprotect(p + 3 * kPage, 2 * kPage, kReadWrite, key));
+    SHOW(pkey_set(key, PKEY_DISABLE_ACCESS));
+    ShowPages(p, 8);
+    SHOW(pkey_set(key, 0));
+    ShowPages(p, 8);
+    SHOW(mprotect(p + 4 * kPage, kPage, PROT_READ));
+    ShowPages(p, 8);
+    SHOW(pkey_set(key, PKEY_DISABLE_ACCESS));
+  }
+  SHOW(munmap(p, 8 * kPage));
+  // Without the key, or a protection.
+  for (int i = 0; i < 20; ++i) {
+    char* q = MapPages(8);
+    REQUIRE(IsZero(q, 8 * kPage));
+    Fill(q, 0, 8, 0x13);
+    REQUIRE(munmap(q, 8 * kPage) == 0);
+  }
+  if (key > 0) SHOW(pkey_free(key));
+}
+
 void Code() {
 #if defined(__x86_64__)
   const unsigned char code[] = {0xb8, 0x2a, 0x00, 0x00, 0x00, 0xc3};  // mov eax, 42; ret
@@ -696,7 +726,7 @@ struct Case {
 constexpr Case kCases[] = {
     {"Refusals", Refusals},   {"Anonymous", Anonymous}, {"Flags", Flags},
     {"Sparse", Sparse},       {"ReserveAndCommit", ReserveAndCommit},
-    {"Code", Code},           {"Hints", Hints},         {"Remaps", Remaps},
+    {"Keys", Keys},           {"Code", Code},           {"Hints", Hints},         {"Remaps", Remaps},
     {"AdviseAll", AdviseAll}, {"Forks", Forks},         {"Locks", Locks},
     {"Files", Files},         {"FilesInPlace", FilesInPlace},
     {"AcrossEverything", AcrossEverything},             {"Signals", Signals},

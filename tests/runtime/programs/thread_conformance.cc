@@ -87,7 +87,7 @@ void ShapesOfStacks() {
     Attributes attributes;
     Show("initialized", &attributes);
   }
-  for (const std::size_t size : {std::size_t{PTHREAD_STACK_MIN} * 4, std::size_t{65536}, std::size_t{100'000},
+  for (const std::size_t size : {std::size_t{32'768}, std::size_t{65'536}, std::size_t{100'000},
                                  std::size_t{131'072}, std::size_t{1} << 20, (std::size_t{8} << 20) + 4096,
                                  std::size_t{64} << 20, std::size_t{1} << 33, std::size_t{1} << 46, SIZE_MAX - 100}) {
     Attributes attributes;
