@@ -478,8 +478,8 @@ class alignas(kPageSize) Region {
 
   // Held over mprotect. Only under a range guard, so that fork finds it free.
   sync::SpinLock commit_lock_{sync::LockRank::kPurge};
-  // Several at once by a fork or a Transaction only, in address order.
-  mutable sync::RecordedSpinLock tree_lock_{sync::LockRank::kRegion};
+  // Several at once by a fork or a Transaction only, in address order. Not on the line of what lookups read.
+  alignas(kCacheLineSize) mutable sync::RecordedSpinLock tree_lock_{sync::LockRank::kRegion};
   VmaTree tree_;  // changed under tree_lock_; Lookup is lock-free
   FreeRanges free_ ABSL_GUARDED_BY(tree_lock_);
   WindowCache* windows_ = nullptr;  // null in heap zones; changed under tree_lock_

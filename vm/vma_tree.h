@@ -144,12 +144,13 @@ class VmaTree {
   }
   void CheckNode(const Node* node, int height, RegionPage& next, std::size_t& extents) const;
 
+  // What lookups start from: the root, or null while it is hidden. Release pairs with their acquire. On a line with
+  // what seldom changes: a lookup waits for nobody who maps.
+  alignas(kCacheLineSize) std::atomic<Node*> visible_root_{nullptr};
   Node* root_ = nullptr;
-  bool hidden_ = false;
-  // What lookups start from: the root, or null while it is hidden. Release pairs with their acquire.
-  std::atomic<Node*> visible_root_{nullptr};
   int depth_ = 0;
-  std::size_t size_ = 0;
+  bool hidden_ = false;
+  alignas(kCacheLineSize) std::size_t size_ = 0;
   Node* pool_ = nullptr;
   std::size_t pool_size_ = 0;
 };
