@@ -3,7 +3,7 @@
 // process may use it. A failure prints its seed and operations; a list that once failed is kept below as a test of its
 // own.
 //
-//   FREEHOLD_MODEL_SECONDS=n   that long for each of the two, instead of six seconds, with seeds that are new each time
+//   MODEL_SECONDS=n   that long for each of the two, instead of six seconds, with seeds that are new each time
 //                              (./runtests: half a minute; ./runtests --long: five minutes, in each configuration)
 //   FREEHOLD_MODEL_SEED=n      one run with this seed
 //
@@ -38,7 +38,7 @@ class Seeds {
       seed_ = std::strtoull(only, nullptr, 10);
       only_ = true;
     }
-    if (const char* longer = std::getenv("FREEHOLD_MODEL_SECONDS"); longer != nullptr) {
+    if (const char* longer = std::getenv("MODEL_SECONDS"); longer != nullptr) {
       // Not what the quick runs have seen.
       seconds = std::atof(longer);
       if (!only_) seed_ = static_cast<std::uint64_t>(steady_clock::now().time_since_epoch().count()) & 0xffffffff;
