@@ -473,8 +473,8 @@ void Locks() {
   SHOW(mlock(p + 100, kPage));
   unsigned char resident[8];
   SHOW(mincore(p, 8 * kPage, resident));
-  for (const unsigned char one : resident) printf(" %d", one & 1);
-  printf("\n");
+  // The locked ones; the others may be present too.
+  printf("  %d %d\n", resident[0] & 1, resident[1] & 1);
   SHOW(mlock2(p + 4 * kPage, kPage, MLOCK_ONFAULT));
   SHOW(madvise(p, kPage, MADV_DONTNEED));
   SHOW(msync(p, kPage, MS_SYNC | MS_INVALIDATE));
