@@ -482,6 +482,12 @@ class AddressSpace {
   // Gives every VMA of the space `lock`, as it comes by; VMAs that go meanwhile are passed over.
   Error SetMemoryLockOfAll(os::MemoryLock lock);
   Error SetMemoryLock(PageRange range, os::MemoryLock lock);
+  // Calls advise(part, vma), which may end `part` earlier, for each VMA in `range`; looks again after kReplaced.
+  // Errors: kNotMapped at last, where there was a hole; others as `advise`, at once.
+  template <typename AdviseOne>
+  Error AdviseMapped(PageRange range, const AdviseOne& advise);
+  // The VMA of `part`, if all of it still belongs to the VMA `generation`; else kReplaced.
+  Result<VmaInfo> LookupSame(PageRange part, std::uint64_t generation, const sync::RangeLock::Guard& guard) const;
   // One piece of what Advise works on: as long as all of `part` belongs to the VMA `generation`; else kReplaced.
   Error AdvisePart(PageRange part, std::uint64_t generation, Advice advice);
   Error AdviseKernelPart(PageRange part, std::uint64_t generation, int advice);

@@ -28,7 +28,8 @@ constexpr bool HoldsIn(Zone zone, Advice advice) {
 
 }  // namespace
 
-Error AddressSpace::Advise(PageRange range, Advice advice) {
+template <typename AdviseOne>
+Error AddressSpace::AdviseMapped(PageRange range, const AdviseOne& advise) {
   if (const Error error = CheckRange(range); !error.ok()) return error;
   bool hole = false;
   for (PageNumber page = range.first; page < range.end;) {
@@ -37,14 +38,8 @@ Error AddressSpace::Advise(PageRange range, Advice advice) {
     PageRange part = {page, std::min(range.end, extent.range.end)};
     if (state != VmaState::kMapped) {
       hole = true;
-    } else if (advice == Advice::kWillNeed) {
-      // Stops where it cannot go on, which is no error of a hint.
-      (void)PopulateVma(part, extent.generation, {}, {0});
-    } else if (advice == Advice::kHugePages || advice == Advice::kNoHugePages) {
-      if (!HoldsIn(extent.zone, advice)) ignored_advice_.fetch_add(1, std::memory_order_relaxed);
     } else {
-      part.end = std::min(part.end, part.first + kMaxPiece);
-      const Error error = AdvisePart(part, extent.generation, advice);
+      const Error error = advise(part, extent);
       if (error.code == ErrorCode::kReplaced) continue;
       if (!error.ok()) return error;
     }
@@ -53,11 +48,44 @@ Error AddressSpace::Advise(PageRange range, Advice advice) {
   return hole ? Error{ErrorCode::kNotMapped} : Error::Ok();
 }
 
-Error AddressSpace::AdvisePart(PageRange part, std::uint64_t generation, Advice advice) {
-  Region* region = RegionOf(part.first);
-  const Guard guard(region->range_lock(), part, Mode::kShared, sync::Operation::kAdvise);
+Error AddressSpace::Advise(PageRange range, Advice advice) {
+  return AdviseMapped(range, [&](PageRange& part, const VmaInfo& vma) {
+    switch (advice) {
+      case Advice::kWillNeed:
+        // Stops where it cannot go on, which is no error of a hint.
+        (void)PopulateVma(part, vma.generation, {}, {0});
+        return Error::Ok();
+      case Advice::kHugePages:
+      case Advice::kNoHugePages:
+        if (!HoldsIn(vma.zone, advice)) ignored_advice_.fetch_add(1, std::memory_order_relaxed);
+        return Error::Ok();
+      default:
+        part.end = std::min(part.end, part.first + kMaxPiece);
+        return AdvisePart(part, vma.generation, advice);
+    }
+  });
+}
+
+Error AddressSpace::AdviseKernel(PageRange range, int advice, AdviceEffect effect) {
+  return AdviseMapped(range, [&](PageRange& part, const VmaInfo& vma) {
+    if (effect == AdviceEffect::kLasting) {
+      return RegionOf(part.first)->AdviseKernel(part, vma.generation, advice);
+    }
+    part.end = std::min(part.end, PageNumber{(part.first.value / kPagesPerHugePage + 1) * kPagesPerHugePage});
+    return AdviseKernelPart(part, vma.generation, advice);
+  });
+}
+
+Result<VmaInfo> AddressSpace::LookupSame(PageRange part, std::uint64_t generation, const Guard& guard) const {
   const Result<VmaInfo> vma = LookupHeld(part.first, guard);
-  if (!vma.ok() || vma->generation != generation || !vma->range.Contains(part)) return {ErrorCode::kReplaced};
+  if (!vma.ok() || vma->generation != generation || !vma->range.Contains(part)) return ErrorCode::kReplaced;
+  return vma;
+}
+
+Error AddressSpace::AdvisePart(PageRange part, std::uint64_t generation, Advice advice) {
+  const Guard guard(RegionOf(part.first)->range_lock(), part, Mode::kShared, sync::Operation::kAdvise);
+  const Result<VmaInfo> vma = LookupSame(part, generation, guard);
+  if (!vma.ok()) return vma.error();
   if (vma->lock != os::MemoryLock::kNone) return Error::System(EINVAL);
   const bool drops = advice == Advice::kDontNeed || advice == Advice::kFree;
   if (drops && vma->backing != nullptr && vma->backing->paged()) return {ErrorCode::kUnsupported};
@@ -72,36 +100,10 @@ Error AddressSpace::AdvisePart(PageRange part, std::uint64_t generation, Advice 
   }
 }
 
-Error AddressSpace::AdviseKernel(PageRange range, int advice, AdviceEffect effect) {
-  if (const Error error = CheckRange(range); !error.ok()) return error;
-  bool hole = false;
-  for (PageNumber page = range.first; page < range.end;) {
-    VmaState state;
-    const VmaInfo extent = RegionOf(page)->LookupExtent(page, state);
-    PageRange part = {page, std::min(range.end, extent.range.end)};
-    if (state != VmaState::kMapped) {
-      hole = true;
-      page = part.end;
-      continue;
-    }
-    Error error;
-    if (effect == AdviceEffect::kLasting) {
-      error = RegionOf(page)->AdviseKernel(part, extent.generation, advice);
-    } else {
-      part.end = std::min(part.end, PageNumber{(page.value / kPagesPerHugePage + 1) * kPagesPerHugePage});
-      error = AdviseKernelPart(part, extent.generation, advice);
-    }
-    if (error.code == ErrorCode::kReplaced) continue;
-    if (!error.ok()) return error;
-    page = part.end;
-  }
-  return hole ? Error{ErrorCode::kNotMapped} : Error::Ok();
-}
-
 Error AddressSpace::AdviseKernelPart(PageRange part, std::uint64_t generation, int advice) {
   const Guard guard(RegionOf(part.first)->range_lock(), part, Mode::kShared, sync::Operation::kAdvise);
-  const Result<VmaInfo> vma = LookupHeld(part.first, guard);
-  if (!vma.ok() || vma->generation != generation || !vma->range.Contains(part)) return {ErrorCode::kReplaced};
+  const Result<VmaInfo> vma = LookupSame(part, generation, guard);
+  if (!vma.ok()) return vma.error();
   if (vma->backing != nullptr && vma->backing->paged()) return {ErrorCode::kUnsupported};
   return kernel_->Advise(part, advice);
 }

@@ -77,26 +77,25 @@ Error PurgeStage::DiscardNow(absl::Span<const PageRange> ranges) {
 }
 
 bool PurgeStage::TryEnter() {
+  // Spinning writes nothing.
   if (busy_.load(std::memory_order_relaxed)) return false;
   sync::SpinLockHolder holder(lock_);
+  return TakeTurnLocked();
+}
+
+bool PurgeStage::TakeTurnLocked() {
   if (busy_.load(std::memory_order_relaxed)) return false;
   busy_.store(true, std::memory_order_relaxed);
   return true;
 }
 
 bool PurgeStage::Enter(Request& request, Request*& others) {
-  bool wait = true;
   {
     sync::SpinLockHolder holder(lock_);
-    if (!busy_.load(std::memory_order_relaxed)) {
-      busy_.store(true, std::memory_order_relaxed);
-      wait = false;
-    } else {
-      (last_ != nullptr ? last_->next : first_) = &request;
-      last_ = &request;
-    }
+    if (TakeTurnLocked()) return true;
+    (last_ != nullptr ? last_->next : first_) = &request;
+    last_ = &request;
   }
-  if (!wait) return true;
   request.parker.Park();
   if (request.served) return false;
   // The one before left the turn to this request, which was the oldest: it takes all that wait.

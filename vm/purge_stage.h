@@ -52,7 +52,9 @@ class PurgeStage {
   // Becomes the one who discards, waiting for its turn; `others` gets the requests to serve along. False:
   // somebody else served `request`, whose error is set.
   bool Enter(Request& request, Request*& others);
+  // The same without waiting.
   bool TryEnter();
+  bool TakeTurnLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
   void Leave();
   Error Run(absl::Span<const PageRange> ranges);
   void RunTogether(Request& own, Request* others);
