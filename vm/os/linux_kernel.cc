@@ -9,6 +9,10 @@
 #include <sys/prctl.h>
 #include <time.h>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
@@ -262,22 +266,43 @@ void CheckRange(const char* operation, PageRange range) {
 constexpr Bytes kClearFrom = KiB(32);
 constexpr Bytes kClearUpTo = MiB(2);
 
-using Vector [[gnu::vector_size(32), gnu::may_alias]] = long long;
+template <std::size_t width>
+using Vector [[gnu::vector_size(width), gnu::may_alias]] = long long;
 
-struct Block {
-  Vector parts[8];  // four cache lines
-};
+constexpr std::size_t kBlock = 4 * kCacheLineSize;
 
-// No sanitizer takes it for an access by the program to memory that it has not been given yet.
+// No sanitizer takes these for an access by the program to memory that it has not been given yet.
 __attribute__((target("avx2"), no_sanitize("address", "thread", "undefined")))
-void ClearNonZero(Block* blocks, std::size_t count) {
-  const Vector zero = {};
-  for (Block* block = blocks; block < blocks + count; ++block) {
-    const auto& p = block->parts;
-    const Vector bits = ((p[0] | p[1]) | (p[2] | p[3])) | ((p[4] | p[5]) | (p[6] | p[7]));
+void ClearNonZero32(std::byte* at, std::size_t bytes) {
+  const Vector<32> zero = {};
+  for (std::byte* const end = at + bytes; at < end; at += kBlock) {
+    auto* const p = reinterpret_cast<Vector<32>*>(at);
+    const Vector<32> bits = ((p[0] | p[1]) | (p[2] | p[3])) | ((p[4] | p[5]) | (p[6] | p[7]));
     if (__builtin_ia32_ptestz256(bits, bits)) continue;
-    for (Vector& part : block->parts) part = zero;
+    for (std::size_t i = 0; i < kBlock / 32; ++i) p[i] = zero;
   }
+}
+
+__attribute__((target("avx512f"), no_sanitize("address", "thread", "undefined")))
+void ClearNonZero64(std::byte* at, std::size_t bytes) {
+  const Vector<64> zero = {};
+  for (std::byte* const end = at + bytes; at < end; at += kBlock) {
+    auto* const p = reinterpret_cast<Vector<64>*>(at);
+    const Vector<64> bits = (p[0] | p[1]) | (p[2] | p[3]);
+    if (_mm512_test_epi64_mask(reinterpret_cast<__m512i>(bits), reinterpret_cast<__m512i>(bits)) == 0) continue;
+    for (std::size_t i = 0; i < kBlock / 64; ++i) p[i] = zero;
+  }
+}
+
+bool ClearNonZero(PageRange range) {
+  if (__builtin_cpu_supports("avx512f")) {
+    ClearNonZero64(range.address(), range.bytes().value);
+  } else if (__builtin_cpu_supports("avx2")) {
+    ClearNonZero32(range.address(), range.bytes().value);
+  } else {
+    return false;
+  }
+  return true;
 }
 
 #endif
@@ -558,10 +583,7 @@ void LinuxKernel::TouchForWrite(PageRange range) {
 void LinuxKernel::Zero(PageRange range) {
   CheckRange("os::Zero", range);
 #if defined(__x86_64__)
-  if (range.bytes() >= kClearFrom && range.bytes() <= kClearUpTo && __builtin_cpu_supports("avx2")) {
-    ClearNonZero(reinterpret_cast<Block*>(range.address()), range.bytes().value / sizeof(Block));
-    return;
-  }
+  if (range.bytes() >= kClearFrom && range.bytes() <= kClearUpTo && ClearNonZero(range)) return;
   // For whole pages as fast as memset, which is this instruction plus the way to it, and no
   // sanitizer takes it for an access by the program to memory that it has not been given yet.
   void* at = range.address();
