@@ -172,7 +172,18 @@ Result<PageRange> AddressSpace::Map(Pages count, const MapOptions& options) {
                          future_lock_.load(std::memory_order_relaxed) != os::MemoryLock::kNone)) {
     return MapSpecial(count, options);
   }
-  return MapInZone(Zone::kPlain, count, options);
+  return MapOrdinary(count, options);
+}
+
+// Its one variable is built in the caller's frame, where Map's own returns would have it copied.
+inline Result<PageRange> AddressSpace::MapOrdinary(Pages count, const MapOptions& options) {
+  const absl::Span<Region* const> regions = RegionsOf(Zone::kPlain);
+  const std::size_t own = kernel_->CurrentCpu() & (regions.size() - 1);
+  Result<PageRange> mapped = regions.data()[own]->MapOrdinary(static_cast<RegionPage>(count.value), options);
+  if (ABSL_PREDICT_FALSE(mapped.error().code == ErrorCode::kNoRoom)) {
+    mapped = MapElsewhere(Zone::kPlain, own, count, options);
+  }
+  return mapped;
 }
 
 Result<PageRange> AddressSpace::MapSpecial(Pages count, MapOptions options) {
@@ -281,6 +292,9 @@ Error AddressSpace::Unmap(PageRange range) {
 }
 
 Error AddressSpace::UnmapParts(PageRange range) {
+  if (Region* region = RegionOf(range.first); ABSL_PREDICT_TRUE(region->range().Contains(range))) {
+    return region->Unmap(range);
+  }
   for (PageNumber page = range.first; page < range.end;) {
     Region* region = RegionOf(page);
     const PageRange part = region->range().Intersect(range);

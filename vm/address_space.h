@@ -446,6 +446,7 @@ class AddressSpace {
   // `guard`: of the range, or null in a read section of epochs().
   Error CheckDiscard(PageRange range, const sync::RangeLock::Guard* guard) const;
   // Map with whatever is not ordinary: a backing, notifiers, locks, populating, another protection or place.
+  Result<PageRange> MapOrdinary(Pages count, const MapOptions& options);
   Result<PageRange> MapSpecial(Pages count, MapOptions options);
   void PopulateMapped(PageRange mapped);
   // What a mapping is locked as that was asked to be locked as `lock`.

@@ -1,5 +1,7 @@
 #include "vm/free_ranges.h"
 
+#include <algorithm>
+
 #include "vm/os/check.h"
 
 namespace freehold::vm {
@@ -32,20 +34,49 @@ int FreeRanges::BinAtOrBelow(int bin) const {
   return -1;
 }
 
-Vma* FreeRanges::FindOlder(const List& list, std::uint32_t& freed_at) {
+void FreeRanges::InsertOlder(List& list, Vma* vma, std::uint32_t freed_at) {
   Vma* older = nullptr;
   Vma* next = list.oldest;
   for (int i = 0; i < kOrderLimit && next->freed_at <= freed_at; ++i, next = next->newer) older = next;
   if (older != nullptr && next->freed_at <= freed_at) freed_at = older->freed_at;
-  return older;
+  vma->freed_at = freed_at;
+  vma->older = older;
+  vma->newer = next;
+  next->older = vma;
+  (older != nullptr ? older->newer : list.oldest) = vma;
+}
+
+std::size_t FreeRanges::TakeOldest(RegionPage count, Knowledge knowledge, std::size_t most, Vma** out) {
+  const int bin = BinOf(count);
+  List& list = bins_[bin].lists[Index(knowledge)];
+  const std::size_t taken = std::min(most, list.size);
+  if (taken == 0) return 0;
+  Vma* vma = list.oldest;
+  for (std::size_t i = 0; i < taken; ++i, vma = vma->newer) out[i] = vma;
+  list.oldest = vma;
+  (vma != nullptr ? vma->older : list.newest) = nullptr;
+  list.size -= taken;
+  if (list.size == 0) SetOccupied(bin, knowledge, false);
+  if (knowledge != Knowledge::kClean) dirty_pages_ -= taken * count;
+  return taken;
+}
+
+std::size_t FreeRanges::extents() const {
+  std::size_t extents = 0;
+  for (const Bin& bin : bins_) {
+    for (const List& list : bin.lists) extents += list.size;
+  }
+  return extents;
 }
 
 void FreeRanges::AddSample(RegionPage count, std::size_t resident, std::size_t sampled) {
   Bin& bin = bins_[BinOf(count)];
   const auto share = static_cast<std::uint32_t>(resident * kShareOne / sampled);
-  bin.resident_share = bin.samples == 0 ? share : (bin.resident_share * 3 + share) / 4;
-  ++bin.samples;
-  if (bin.samples >= kFirstSamples) bin.until_sample.store(kSampleEvery, std::memory_order_relaxed);
+  const std::uint32_t samples = bin.samples.load(std::memory_order_relaxed);
+  const std::uint32_t before = bin.resident_share.load(std::memory_order_relaxed);
+  bin.resident_share.store(samples == 0 ? share : (before * 3 + share) / 4, std::memory_order_relaxed);
+  bin.samples.store(samples + 1, std::memory_order_relaxed);
+  if (samples + 1 >= kFirstSamples) bin.until_sample.store(kSampleEvery, std::memory_order_relaxed);
 }
 
 void FreeRanges::SkipSample(RegionPage count) {
@@ -53,7 +84,6 @@ void FreeRanges::SkipSample(RegionPage count) {
 }
 
 void FreeRanges::CheckInvariants() const {
-  std::size_t extents = 0;
   std::size_t dirty_pages = 0;
   for (int bin = 0; bin < kBinCount; ++bin) {
     for (int knowledge = 0; knowledge < kKnowledgeCount; ++knowledge) {
@@ -71,10 +101,8 @@ void FreeRanges::CheckInvariants() const {
       FREEHOLD_CHECK(list.oldest == newer);
       FREEHOLD_CHECK(size == list.size);
       FREEHOLD_CHECK((occupied_[knowledge][bin / 64] >> (bin % 64) & 1) == (size != 0 ? 1 : 0));
-      extents += size;
     }
   }
-  FREEHOLD_CHECK(extents == extents_);
   FREEHOLD_CHECK(dirty_pages == dirty_pages_);
 }
 

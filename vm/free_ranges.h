@@ -41,10 +41,20 @@ class FreeRanges {
   // REQUIRES: `vma` is in a bin.
   void Remove(Vma* vma);
 
+  // The extent of exactly `count` pages that was freed last, or null. REQUIRES: count <= kExactPages.
+  Vma* Newest(RegionPage count, Knowledge knowledge) const {
+    return bins_[BinOf(count)].lists[Index(knowledge)].newest;
+  }
+  // Takes that out. REQUIRES: there is one.
+  void RemoveNewest(RegionPage count, Knowledge knowledge);
   // Takes out an extent of exactly `count` pages, or for more than kExactPages of at least that many, whose
   // first page counted from `origin` is a multiple of `alignment`; the newest that a short search of each bin
   // finds, or null.
   Vma* Take(RegionPage count, Knowledge knowledge, std::uint64_t alignment, std::uint64_t origin);
+
+  // Takes out the up to `most` extents of exactly `count` pages that have waited longest, the oldest first; returns how
+  // many. REQUIRES: count <= kExactPages.
+  std::size_t TakeOldest(RegionPage count, Knowledge knowledge, std::size_t most, Vma** out);
 
   // The highest bin up to `bin` that holds an extent; -1 if none does.
   int BinAtOrBelow(int bin) const;
@@ -56,12 +66,13 @@ class FreeRanges {
 
   // Pages in bins that may be resident.
   std::size_t dirty_pages() const { return dirty_pages_; }
-  std::size_t extents() const { return extents_; }
+  // Counts them, bin by bin.
+  std::size_t extents() const;
   // Where dirty_pages() is kept, for a Metric.
   const std::size_t* dirty_pages_location() const { return &dirty_pages_; }
 
   // Whether users of mappings of `count` pages tend to touch them, so that re-using a dirty extent (one
-  // memset) beats a clean one (faults, and a later purge). Learnt from samples.
+  // memset) beats a clean one (faults, and a later purge). Learnt from samples. Lock-free.
   bool ExpectsResident(RegionPage count) const;
   // Whether an unmap of `count` pages should count its resident pages first. Lock-free.
   bool WantsSample(RegionPage count);
@@ -80,8 +91,9 @@ class FreeRanges {
   };
   struct Bin {
     List lists[kKnowledgeCount];
-    std::uint32_t resident_share = 0;  // of sampled pages, moving average, in 1/kShareOne
-    std::uint32_t samples = 0;
+    // Of sampled pages, moving average, in 1/kShareOne. Both are read without the lock.
+    std::atomic<std::uint32_t> resident_share{0};
+    std::atomic<std::uint32_t> samples{0};
     std::atomic<std::uint32_t> until_sample{0};
   };
   static constexpr std::uint32_t kShareOne = 1 << 16;
@@ -97,14 +109,13 @@ class FreeRanges {
   // Takes from one bin.
   Vma* TakeFrom(int bin, RegionPage count, Knowledge knowledge, std::uint64_t alignment, std::uint64_t origin);
 
-  // The newest of `list` that was freed no later than `freed_at`, or null. Looks at kOrderLimit extents, and makes
-  // `freed_at` as old as the last of them if that is not enough.
-  static Vma* FindOlder(const List& list, std::uint32_t& freed_at);
+  // Puts `vma` into `list`, whose newest extent was freed later. Looks at kOrderLimit extents, and makes `freed_at` as
+  // old as the last of them if that is not enough.
+  static void InsertOlder(List& list, Vma* vma, std::uint32_t freed_at);
 
   Bin bins_[kBinCount];
   std::uint64_t occupied_[kKnowledgeCount][kOccupiedWords] = {};
   std::size_t dirty_pages_ = 0;
-  std::size_t extents_ = 0;
 };
 
 // Inline: these are on the path of every map and unmap.
@@ -117,30 +128,54 @@ inline void FreeRanges::SetOccupied(int bin, Knowledge knowledge, bool occupied)
 
 inline void FreeRanges::Push(Vma* vma, std::uint32_t freed_at) {
   FREEHOLD_DCHECK(vma->Is(VmaState::kCached));
-  const int bin = BinOf(vma->page_count());
-  List& list = bins_[bin].lists[Index(vma->knowledge)];
+  const RegionPage count = vma->page_count();
+  const int bin = BinOf(count);
+  const Knowledge knowledge = vma->knowledge;
+  List& list = bins_[bin].lists[Index(knowledge)];
+  ++list.size;
+  if (knowledge != Knowledge::kClean) dirty_pages_ += count;
   // Nearly always the newest; parts of an extent that was split are as old as it was.
-  Vma* older = list.newest;
-  if (ABSL_PREDICT_FALSE(older != nullptr && older->freed_at > freed_at)) older = FindOlder(list, freed_at);
+  Vma* const newest = list.newest;
+  if (ABSL_PREDICT_FALSE(newest == nullptr)) {
+    list.oldest = vma;
+    SetOccupied(bin, knowledge, true);
+  } else if (ABSL_PREDICT_TRUE(newest->freed_at <= freed_at)) {
+    newest->newer = vma;
+  } else {
+    return InsertOlder(list, vma, freed_at);
+  }
   vma->freed_at = freed_at;
-  vma->older = older;
-  vma->newer = older != nullptr ? older->newer : list.oldest;
-  (vma->newer != nullptr ? vma->newer->older : list.newest) = vma;
-  (older != nullptr ? older->newer : list.oldest) = vma;
-  if (list.size++ == 0) SetOccupied(bin, vma->knowledge, true);
-  ++extents_;
-  if (vma->knowledge != Knowledge::kClean) dirty_pages_ += vma->page_count();
+  vma->newer = nullptr;
+  vma->older = newest;
+  list.newest = vma;
 }
 
 inline void FreeRanges::Remove(Vma* vma) {
-  const int bin = BinOf(vma->page_count());
-  List& list = bins_[bin].lists[Index(vma->knowledge)];
-  (vma->newer != nullptr ? vma->newer->older : list.newest) = vma->older;
-  (vma->older != nullptr ? vma->older->newer : list.oldest) = vma->newer;
-  vma->newer = vma->older = nullptr;
-  if (--list.size == 0) SetOccupied(bin, vma->knowledge, false);
-  --extents_;
-  if (vma->knowledge != Knowledge::kClean) dirty_pages_ -= vma->page_count();
+  const RegionPage count = vma->page_count();
+  const int bin = BinOf(count);
+  const Knowledge knowledge = vma->knowledge;
+  List& list = bins_[bin].lists[Index(knowledge)];
+  Vma* const newer = vma->newer;
+  Vma* const older = vma->older;
+  (newer != nullptr ? newer->older : list.newest) = older;
+  (older != nullptr ? older->newer : list.oldest) = newer;
+  if (--list.size == 0) SetOccupied(bin, knowledge, false);
+  if (knowledge != Knowledge::kClean) dirty_pages_ -= count;
+}
+
+inline void FreeRanges::RemoveNewest(RegionPage count, Knowledge knowledge) {
+  const int bin = BinOf(count);
+  List& list = bins_[bin].lists[Index(knowledge)];
+  Vma* const older = list.newest->older;
+  list.newest = older;
+  if (ABSL_PREDICT_TRUE(older != nullptr)) {
+    older->newer = nullptr;
+  } else {
+    list.oldest = nullptr;
+    SetOccupied(bin, knowledge, false);
+  }
+  --list.size;
+  if (knowledge != Knowledge::kClean) dirty_pages_ -= count;
 }
 
 inline Vma* FreeRanges::TakeFrom(int bin, RegionPage count, Knowledge knowledge, std::uint64_t alignment,
@@ -169,7 +204,8 @@ inline bool FreeRanges::ExpectsResident(RegionPage count) const {
   // One memset of a small extent costs less than a single fault. Of a large one it would make far more
   // resident than its users ever touch, unless they touch most of it.
   const std::uint32_t threshold = count <= kExactPages ? kShareOne / 32 : kShareOne / 2;
-  return bin.samples > 0 && bin.resident_share >= threshold;
+  return bin.samples.load(std::memory_order_relaxed) > 0 &&
+         bin.resident_share.load(std::memory_order_relaxed) >= threshold;
 }
 
 inline bool FreeRanges::WantsSample(RegionPage count) {

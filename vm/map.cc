@@ -41,6 +41,36 @@ constexpr std::size_t kMemsetPages = FreeRanges::kExactPages;
 
 }  // namespace
 
+// What is clean and as long as asked for needs nothing but to be published. Sizes whose memory gets touched are better
+// off with extents that are resident.
+Result<PageRange> Region::MapOrdinary(RegionPage count, const MapOptions& options) {
+  if (ABSL_PREDICT_FALSE(count > FreeRanges::kExactPages || !maps_clean_ || options.alignment.value != 1)) {
+    return MapAnywhere(count, options);
+  }
+  if (options.content != Content::kZeroed || ABSL_TS_UNCHECKED_READ(free_).ExpectsResident(count)) {
+    return MapAnywhere(count, options);
+  }
+  Vma* vma;
+  std::uint64_t generation = 0;
+  RegionPage first = 0;
+  {
+    sync::SpinLockHolder holder(tree_lock_);
+    vma = free_.Newest(count, Knowledge::kClean);
+    if (ABSL_PREDICT_TRUE(vma != nullptr && vma->is_zones_own())) {
+      // What is cached was mapped before.
+      FREEHOLD_DCHECK(IsCommitted(vma->first_page(), vma->end_page()));
+      free_.RemoveNewest(count, Knowledge::kClean);
+      reuses_.Add(1);
+      first = vma->first_page();
+      generation = NextGenerationLocked();
+      PublishLocked(vma, count, {.generation = generation});
+    }
+  }
+  if (ABSL_PREDICT_FALSE(generation == 0)) return MapAnywhere(count, options);
+  TellGeneration(options, generation);
+  return ToAbsolute(first, count);
+}
+
 // One variable, returned everywhere, is built in the caller's frame: copying a result that was just written costs
 // more than a tenth of a map.
 Result<PageRange> Region::MapAnywhere(RegionPage count, const MapOptions& options) {
@@ -115,7 +145,7 @@ Region::Choice Region::ChooseLocked(RegionPage count, const MapOptions& options,
   out.zero = options.content == Content::kZeroed && vma->knowledge != Knowledge::kClean && !out.reset &&
              options.backing == nullptr;
   // Many chunks are looked at without the tree lock, in Commit.
-  out.commit = is_heap() && (vma->page_count() > kChunksPerHold * chunk_pages_ ||
+  out.commit = is_heap() && (vma->page_count() >> chunk_shift_ > kChunksPerHold ||
                              !IsCommitted(vma->first_page(), vma->end_page()));
   const os::Protection now = is_heap() ? os::Protection::kReadWrite : os::Protection::kNone;
   out.protect = (vma->kernel_vma || out.reset || options.protection != now) && options.backing == nullptr;

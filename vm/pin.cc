@@ -72,10 +72,6 @@ bool Region::IsPinned(PageRange range) const {
   return IsPinnedLocked(range);
 }
 
-bool Region::IsPinnedLocked(PageRange range) const {
-  return pins_.in_use() && pins_.HasConflict(range, sync::LockMode::kExclusive);
-}
-
 void Region::DeferLocked(Vma* vma) {
   SetStateLocked(vma, VmaState::kDeferred);
   deferred_extents_.Add(1);

@@ -7,14 +7,6 @@
 #include "vm/region.h"
 
 namespace freehold::vm {
-namespace {
-
-}  // namespace
-
-bool Region::OverFreeLimit() const {
-  return free_.dirty_pages() > PagesFor(shared_.options->free_resident_limit).value || OverWindowLimit();
-}
-
 void Region::TrimFree() {
   const AddressSpaceOptions& options = *shared_.options;
   (void)PurgeFree(UINT32_MAX, {PagesFor(options.free_resident_limit).value / 2});
@@ -140,14 +132,13 @@ bool Region::WorthCleaningLocked(RegionPage count) const {
 
 void Region::CleanBin(RegionPage count) {
   PurgeList list;
-  const int bin = FreeRanges::BinOf(count);
+  Vma* taken[kExtentsPerHold];
   for (bool more = true; more && list.size < kPurgeBatch;) {
     sync::SpinLockHolder holder(tree_lock_);
-    for (int visits = 0; more && visits < kExtentsPerHold && list.size < kPurgeBatch; ++visits) {
-      Vma* vma = free_.Oldest(bin, Knowledge::kUnknown);
-      more = vma != nullptr;
-      if (more) StartPurgingLocked(vma, list);
-    }
+    const std::size_t most = std::min<std::size_t>(kExtentsPerHold, kPurgeBatch - list.size);
+    const std::size_t size = free_.TakeOldest(count, Knowledge::kUnknown, most, taken);
+    for (std::size_t i = 0; i < size; ++i) AddToPurgeLocked(taken[i], list);
+    more = size == most;
   }
   if (list.size == 0) return;
   SortRanges(list);

@@ -1,6 +1,7 @@
 #include "vm/region.h"
 
 #include <algorithm>
+#include <bit>
 
 #include "vm/os/check.h"
 
@@ -23,12 +24,14 @@ Region::Region(const Shared& shared, Zone zone, PageRange range, sync::RangeLock
       zone_(zone),
       range_(range),
       range_lock_(range_lock),
+      maps_clean_(zone != Zone::kMapping && !shared.options->strict_unmap &&
+                  range_lock.policy() != sync::LockPolicy::kCoarse),
       // Regions of one space are neighbours of one size: up to kMaxRegions of them differ in this.
       last_generation_(range.first.value / range.count().value % kMaxRegions) {}
 
 Error Region::Init() {
-  chunk_pages_ = std::min(kCommitChunkPages, range_.count().value);
-  const std::size_t chunks = range_.count().value / chunk_pages_;
+  chunk_shift_ = static_cast<unsigned>(std::countr_zero(std::min(kCommitChunkPages, range_.count().value)));
+  const std::size_t chunks = range_.count().value >> chunk_shift_;
   // Not constructed one by one: 64 KiB that come as zeroes, of which few are ever written.
   committed_ = static_cast<std::uint64_t*>(
       shared_.arena->Allocate({(chunks + 63) / 64 * sizeof(std::uint64_t)}, alignof(std::uint64_t)));
@@ -78,6 +81,8 @@ Vma* Region::TakeVmaLocked() {
 }
 
 void Region::ReturnVmaLocked(Vma* vma) {
+  // Whatever is kMapped is in the tree: see published_.
+  if (!vma->Is(VmaState::kFree)) VmaWriter(*vma).SetState(VmaState::kFree);
   vma->busy = false;
   vma->newer = nullptr;
   vma->older = spare_vmas_;
@@ -188,19 +193,6 @@ void Region::MergeMappedLocked(RegionPage first, RegionPage end) {
   }
 }
 
-void Region::SetStateLocked(Vma* vma, VmaState state) {
-  const bool gap_changes = vma->Is(VmaState::kFree) != (state == VmaState::kFree);
-  VmaWriter(*vma).SetState(state);
-  if (gap_changes) tree_.RefreshGap(tree_.Find(vma->first_page()));
-}
-
-void Region::CacheLocked(Vma* vma, Knowledge knowledge) {
-  vma->knowledge = knowledge;
-  SetStateLocked(vma, VmaState::kCached);
-  if (vma->page_count() > FreeRanges::kExactPages) vma = MergeCachedLocked(vma);
-  free_.Push(vma, shared_.clock->load(std::memory_order_relaxed));
-}
-
 // Large extents serve many sizes: without merging, each use would cut them smaller until none was large.
 Vma* Region::MergeCachedLocked(Vma* vma) {
   const auto merges = [&](const Vma* neighbour) {
@@ -243,41 +235,13 @@ void Region::GiveBackLocked(Vma* vma) {
   }
 }
 
-// Pages become visible to lookups here, all at once.
-void Region::PublishLocked(Vma* vma, RegionPage count, const VmaAttributes& attributes) {
-  FREEHOLD_DCHECK(!vma->Is(VmaState::kFree));
-  {
-    VmaWriter writer(*vma);
-    writer.SetRange(vma->first_page(), count);
-    writer.SetState(VmaState::kMapped);
-    writer.SetAttributes(attributes);
-  }
-  changes_.Add(1);
-  mapped_pages_.Add(count);
-  vmas_.Add(1);
-  maps_.Add(1);
-}
-
-bool Region::IsCommitted(RegionPage first, RegionPage end) const {
-  if (!is_heap()) return true;
-  for (std::size_t chunk = first / chunk_pages_; chunk * chunk_pages_ < end; ++chunk) {
-    if (!IsChunkCommitted(chunk)) return false;
-  }
-  return true;
-}
-
-bool Region::IsChunkCommitted(std::size_t chunk) const {
-  // Acquire pairs with the release in Commit: the kernel made the chunk writable before.
-  return (CommittedWord(chunk).load(std::memory_order_acquire) >> (chunk % 64) & 1) != 0;
-}
-
 // Only chunks that are not committed yet are made writable: others may hold mappings of other protections.
 // That is also why one thread at a time commits.
 Error Region::Commit(PageRange range) {
   sync::SpinLockHolder holder(commit_lock_);
-  const std::size_t chunks = range_.count().value / chunk_pages_;
-  const std::size_t needed = ToRegion(range.end - Pages{1}) / chunk_pages_ + 1;
-  for (std::size_t first = ToRegion(range.first) / chunk_pages_; first < needed; ++first) {
+  const std::size_t chunks = range_.count().value >> chunk_shift_;
+  const std::size_t needed = (ToRegion(range.end - Pages{1}) >> chunk_shift_) + 1;
+  for (std::size_t first = ToRegion(range.first) >> chunk_shift_; first < needed; ++first) {
     if (IsChunkCommitted(first)) continue;
     std::size_t needed_end = first + 1;
     while (needed_end < needed && !IsChunkCommitted(needed_end)) ++needed_end;
@@ -293,8 +257,8 @@ Error Region::Commit(PageRange range) {
 }
 
 Error Region::CommitChunks(std::size_t first, std::size_t end) {
-  const PageRange range = ToAbsolute(static_cast<RegionPage>(first * chunk_pages_),
-                                     static_cast<RegionPage>((end - first) * chunk_pages_));
+  const PageRange range = ToAbsolute(static_cast<RegionPage>(first << chunk_shift_),
+                                     static_cast<RegionPage>((end - first) << chunk_shift_));
   const Error error = shared_.kernel->Protect(range, os::Protection::kReadWrite);
   if (!error.ok()) return error;
   // The first fault of a kernel VMA takes mmap_lock: have it here. The page is dropped again, since what is
@@ -367,6 +331,10 @@ void Region::CheckInvariants() const {
     }
   } while (tree_.Next(path));
   FREEHOLD_CHECK(cached == free_.extents());
+  for (const Vma* vma : published_) {
+    const bool mapped = vma != nullptr && vma->Is(VmaState::kMapped);
+    FREEHOLD_CHECK(!mapped || tree_.Find(vma->first_page()).vma() == vma);
+  }
   if (windows_ != nullptr) windows_->CheckInvariants();
   FREEHOLD_CHECK(windows == (windows_ != nullptr ? windows_->size() : 0));
   FREEHOLD_CHECK(mapped == mapped_pages_.get());

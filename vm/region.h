@@ -21,6 +21,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "absl/base/optimization.h"
 #include "absl/base/thread_annotations.h"
 #include "vm/address_space.h"
 #include "vm/backing.h"
@@ -78,6 +79,9 @@ class alignas(kPageSize) Region {
   Error Init();
 
   // map.cc
+  // MapAnywhere for the common case. REQUIRES: readable and writable memory, with nothing else asked for but content,
+  // alignment and generation.
+  Result<PageRange> MapOrdinary(RegionPage count, const MapOptions& options);
   Result<PageRange> MapAnywhere(RegionPage count, const MapOptions& options);
   Result<PageRange> MapFixed(PageRange range, const MapOptions& options);
   // unmap.cc
@@ -324,9 +328,11 @@ class alignas(kPageSize) Region {
   void FreeLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Takes a kPending extent from its Map, or a kPurging one from its purge: free again, as it was.
   void GiveBackLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
-  // To kMapped, `count` pages from its first on: visible to lookups. REQUIRES: not kFree; what else lies in
-  // those pages is dropped afterwards.
+  // To kMapped, `count` pages from its first on: visible to lookups, all at once. REQUIRES: not kFree; what else lies
+  // in those pages is dropped afterwards.
   void PublishLocked(Vma* vma, RegionPage count, const VmaAttributes& attributes) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // The extent that holds `page`; the quicker way to one that begins there and was published lately.
+  Vma* FindLocked(RegionPage page) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
 
   // lookup.cc
   VmaInfo InfoOf(PageRange range, const VmaAttributes& attributes) const;
@@ -391,12 +397,14 @@ class alignas(kPageSize) Region {
   void Invalidate(PageRange range, Invalidation what, const Guard& guard);
   // And that what was told to be closed is mapped again.
   void TakeBackClose(PageRange range, const Guard& guard);
-  // Unmaps `part` without its range lock, if nobody has that and RetireWholeLocked does it.
-  bool UnmapWhole(PageRange part, bool& over_limit);
+  // Unmaps these pages without their range lock, if nobody has that and RetireWholeLocked does it.
+  bool UnmapWhole(RegionPage first, RegionPage count, bool& over_limit);
   // Heap zones: puts the zone's own kernel VMA in the place of another, without access.
   Error ReplaceForeign(PageRange range);
-  // The common case: `part` is exactly one mapped extent that needs no kernel work. False otherwise.
-  bool RetireWholeLocked(PageRange part, std::size_t sampled) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // Unmap, whatever that takes.
+  Error UnmapHeld(PageRange part, const VmaInfo* only, bool sample, bool& over_limit);
+  // The common case: these pages are exactly one mapped extent that needs no kernel work. False otherwise.
+  bool RetireWholeLocked(RegionPage first, RegionPage count, std::size_t sampled) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Whether a border of `part` goes through a mapped extent.
   bool IsCutLocked(PageRange part) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Cuts mapped extents at the borders of `part`.
@@ -412,8 +420,10 @@ class alignas(kPageSize) Region {
   Error Untrap(PageRange range);
   void RemapDetached(PageRange part);
   // Whether this unmap, one in many, should count its resident pages. A hint, without a lock.
-  bool WantsSample(PageRange part);
+  bool WantsSample(RegionPage count);
   static constexpr std::size_t kNoSample = SIZE_MAX;
+  // How many of them it looks at.
+  static constexpr std::size_t SampledPages(std::size_t pages) { return pages < 512 ? pages : 512; }
   std::size_t SampleResidency(PageRange part);
 
   // file_mapping.cc
@@ -473,8 +483,9 @@ class alignas(kPageSize) Region {
   const Zone zone_;
   const PageRange range_;
   sync::RangeLock& range_lock_;
+  const bool maps_clean_;               // MapOrdinary may publish what a bin has clean
   std::uint64_t* committed_ = nullptr;  // a bit for each commit chunk; set, never cleared; see CommittedWord
-  std::size_t chunk_pages_ = 0;
+  unsigned chunk_shift_ = 0;            // of a commit chunk's pages
 
   // Held over mprotect. Only under a range guard, so that fork finds it free.
   sync::SpinLock commit_lock_{sync::LockRank::kPurge};
@@ -483,6 +494,13 @@ class alignas(kPageSize) Region {
   VmaTree tree_;  // changed under tree_lock_; Lookup is lock-free
   FreeRanges free_ ABSL_GUARDED_BY(tree_lock_);
   WindowCache* windows_ = nullptr;  // null in heap zones; changed under tree_lock_
+  // By a hash of its first page, the extent that was published there last. A record that is kMapped is in the tree, so
+  // one that begins at the page asked for is the answer, however old the entry is.
+  static constexpr std::size_t kPublishedEntries = std::size_t{1} << 6;
+  static constexpr std::size_t PublishedIndex(RegionPage page) {
+    return page * 0x9E3779B1u >> 26;
+  }
+  Vma* published_[kPublishedEntries] ABSL_GUARDED_BY(tree_lock_) = {};
   Vma* spare_vmas_ ABSL_GUARDED_BY(tree_lock_) = nullptr;
   std::size_t spare_vma_count_ ABSL_GUARDED_BY(tree_lock_) = 0;
   std::uint64_t last_generation_ ABSL_GUARDED_BY(tree_lock_);
@@ -504,6 +522,89 @@ class alignas(kPageSize) Region {
   RegionCounter window_hits_;
   std::atomic<std::uint64_t> committed_pages_{0};
 };
+
+// Inline: these are on the path of every map and unmap.
+
+ABSL_ATTRIBUTE_ALWAYS_INLINE inline void Region::PublishLocked(Vma* vma, RegionPage count, const VmaAttributes& attributes) {
+  FREEHOLD_DCHECK(!vma->Is(VmaState::kFree));
+  const RegionPage first = vma->first_page();
+  {
+    VmaWriter writer(*vma);
+    writer.SetRange(first, count);
+    writer.SetState(VmaState::kMapped);
+    writer.SetAttributes(attributes);
+  }
+  published_[PublishedIndex(first)] = vma;
+  changes_.Add(1);
+  mapped_pages_.Add(count);
+  vmas_.Add(1);
+  maps_.Add(1);
+}
+
+inline void Region::SetStateLocked(Vma* vma, VmaState state) {
+  const bool gap_changes = vma->Is(VmaState::kFree) != (state == VmaState::kFree);
+  VmaWriter(*vma).SetState(state);
+  if (ABSL_PREDICT_FALSE(gap_changes)) tree_.RefreshGap(tree_.Find(vma->first_page()));
+}
+
+ABSL_ATTRIBUTE_ALWAYS_INLINE inline void Region::CacheLocked(Vma* vma, Knowledge knowledge) {
+  vma->knowledge = knowledge;
+  SetStateLocked(vma, VmaState::kCached);
+  if (ABSL_PREDICT_FALSE(vma->page_count() > FreeRanges::kExactPages)) vma = MergeCachedLocked(vma);
+  free_.Push(vma, shared_.clock->load(std::memory_order_relaxed));
+}
+
+ABSL_ATTRIBUTE_ALWAYS_INLINE inline void Region::RetireLocked(Vma* vma) {
+  changes_.Add(1);
+  mapped_pages_.Subtract(vma->page_count());
+  vmas_.Subtract(1);
+  CacheLocked(vma, vma->knowledge == Knowledge::kResident ? Knowledge::kResident : Knowledge::kUnknown);
+}
+
+ABSL_ATTRIBUTE_ALWAYS_INLINE inline bool Region::RetireWholeLocked(RegionPage first, RegionPage count,
+                                                                   std::size_t sampled) {
+  Vma* vma = FindLocked(first);
+  if (vma->first_page() != first || vma->page_count() != count || !vma->Is(VmaState::kMapped)) return false;
+  if (shared_.options->strict_unmap) return false;
+  if (!is_heap()) return RetireWindowLocked(vma);
+  if (!vma->is_zones_own()) return false;
+  // What Map itself filled with zeroes is resident anyway: only other extents tell what users do.
+  if (vma->knowledge == Knowledge::kResident) {
+    free_.SkipSample(vma->page_count());
+  } else if (ABSL_PREDICT_FALSE(sampled != kNoSample)) {
+    free_.AddSample(vma->page_count(), sampled, SampledPages(vma->page_count()));
+  }
+  RetireLocked(vma);
+  return true;
+}
+
+inline Vma* Region::FindLocked(RegionPage page) const {
+  Vma* vma = published_[PublishedIndex(page)];
+  if (ABSL_PREDICT_TRUE(vma != nullptr && vma->first_page() == page && vma->Is(VmaState::kMapped))) return vma;
+  return tree_.Find(page).vma();
+}
+
+inline bool Region::IsChunkCommitted(std::size_t chunk) const {
+  // Acquire pairs with the release in Commit: the kernel made the chunk writable before.
+  return (CommittedWord(chunk).load(std::memory_order_acquire) >> (chunk % 64) & 1) != 0;
+}
+
+inline bool Region::IsCommitted(RegionPage first, RegionPage end) const {
+  if (!is_heap()) return true;
+  const std::size_t last = (end - 1) >> chunk_shift_;
+  for (std::size_t chunk = first >> chunk_shift_; chunk <= last; ++chunk) {
+    if (!IsChunkCommitted(chunk)) return false;
+  }
+  return true;
+}
+
+inline bool Region::IsPinnedLocked(PageRange range) const {
+  return ABSL_PREDICT_FALSE(pins_.in_use()) && pins_.HasConflict(range, sync::LockMode::kExclusive);
+}
+
+inline bool Region::OverFreeLimit() const {
+  return free_.dirty_pages() > PagesFor(shared_.options->free_resident_limit).value || OverWindowLimit();
+}
 
 template <typename Look>
 Error Region::LookAtMapped(RegionPage first, RegionPage end, const Look& look) const {

@@ -13,20 +13,44 @@
 namespace freehold::vm {
 namespace {
 
-// Pages that one residency sample looks at.
-constexpr std::size_t kSamplePages = 512;
-
 // A guard takes an entry in a page table for each page: 2 MiB of tables for this.
 constexpr Bytes kMostGuarded = GiB(1);
 
 }  // namespace
 
+inline bool Region::WantsSample(RegionPage count) {
+  return is_heap() && !shared_.options->strict_unmap && ABSL_TS_UNCHECKED_READ(free_).WantsSample(count);
+}
+
+// Whoever holds the range has looked at the tree under its lock since (LookupHeld), or will. If that was before,
+// the lock makes the holder visible here; if it comes after, it finds nothing mapped.
+ABSL_ATTRIBUTE_ALWAYS_INLINE inline bool Region::UnmapWhole(RegionPage first, RegionPage count, bool& over_limit) {
+  sync::SpinLockHolder holder(tree_lock_);
+  if (range_lock_.MayBeHeld(ToAbsolute(first, count)) || IsPinnedLocked(ToAbsolute(first, count))) return false;
+  if (!RetireWholeLocked(first, count, kNoSample)) return false;
+  unmaps_.Add(1);
+  over_limit = OverFreeLimit();
+  return true;
+}
+
 Error Region::Unmap(PageRange part, const VmaInfo* only) {
   bool over_limit = false;
+  // Not as a range: GCC would put that into memory and read both halves at once, which waits for the two stores.
+  const RegionPage first = ToRegion(part.first);
+  const RegionPage count = ToRegion(part.end) - first;
+  const bool sample = WantsSample(count);
+  if (ABSL_PREDICT_FALSE(sample || !shared_.notifiers->empty() || only != nullptr ||
+                         !UnmapWhole(first, count, over_limit))) {
+    if (const Error error = UnmapHeld(part, only, sample, over_limit); !error.ok()) return error;
+  }
+  if (ABSL_PREDICT_FALSE(over_limit)) TrimFree();
+  return Error::Ok();
+}
+
+Error Region::UnmapHeld(PageRange part, const VmaInfo* only, bool sample, bool& over_limit) {
   bool pinned = false;
-  const bool sample = WantsSample(part);
   const bool notified = !shared_.notifiers->empty();
-  if (sample || notified || only != nullptr || !UnmapWhole(part, over_limit)) {
+  {
     Guard guard(range_lock_, part, Mode::kExclusive, sync::Operation::kUnmap);
     if (only != nullptr && !IsStill(part, *only, guard)) return {ErrorCode::kReplaced};
     if (notified) Invalidate(part, Invalidation::kUnmap, guard);
@@ -38,7 +62,7 @@ Error Region::Unmap(PageRange part, const VmaInfo* only) {
         if (!started) {
           // No pin comes while the range is held exclusively.
           pinned = IsPinnedLocked(part);
-          done = !pinned && !notified && RetireWholeLocked(part, sampled);
+          done = !pinned && !notified && RetireWholeLocked(ToRegion(part.first), static_cast<RegionPage>(part.count().value), sampled);
           started = done || HasMetadataLocked() || !IsCutLocked(part);
           if (started && !done) detachment = StartDetachLocked(part, pinned, notified);
         }
@@ -61,51 +85,13 @@ Error Region::Unmap(PageRange part, const VmaInfo* only) {
   }
   // What lies beside the pinned extents waits for nobody.
   if (pinned) RetryDeferred();
-  if (over_limit) TrimFree();
   return Error::Ok();
 }
 
-// Whoever holds the range has looked at the tree under its lock since (LookupHeld), or will. If that was before,
-// the lock makes the holder visible here; if it comes after, it finds nothing mapped.
-bool Region::UnmapWhole(PageRange part, bool& over_limit) {
-  sync::SpinLockHolder holder(tree_lock_);
-  if (range_lock_.MayBeHeld(part) || IsPinnedLocked(part) || !RetireWholeLocked(part, kNoSample)) return false;
-  unmaps_.Add(1);
-  over_limit = OverFreeLimit();
-  return true;
-}
-
-bool Region::WantsSample(PageRange part) {
-  return is_heap() && !shared_.options->strict_unmap &&
-         ABSL_TS_UNCHECKED_READ(free_).WantsSample(static_cast<RegionPage>(part.count().value));
-}
-
 std::size_t Region::SampleResidency(PageRange part) {
-  const Pages pages = {std::min(part.count().value, kSamplePages)};
+  const Pages pages = {SampledPages(part.count().value)};
   const Result<Pages> resident = shared_.kernel->CountResident(PageRange::Of(part.first, pages));
   return resident.ok() ? resident->value : kNoSample;
-}
-
-bool Region::RetireWholeLocked(PageRange part, std::size_t sampled) {
-  Vma* vma = tree_.Find(ToRegion(part.first)).vma();
-  if (!vma->Is(VmaState::kMapped) || RangeOf(*vma) != part || shared_.options->strict_unmap) return false;
-  if (!is_heap()) return RetireWindowLocked(vma);
-  if (!vma->is_zones_own()) return false;
-  // What Map itself filled with zeroes is resident anyway: only other extents tell what users do.
-  if (vma->knowledge == Knowledge::kResident) {
-    free_.SkipSample(vma->page_count());
-  } else if (sampled != kNoSample) {
-    free_.AddSample(vma->page_count(), sampled, std::min<std::size_t>(vma->page_count(), kSamplePages));
-  }
-  RetireLocked(vma);
-  return true;
-}
-
-void Region::RetireLocked(Vma* vma) {
-  changes_.Add(1);
-  mapped_pages_.Subtract(vma->page_count());
-  vmas_.Subtract(1);
-  CacheLocked(vma, vma->knowledge == Knowledge::kResident ? Knowledge::kResident : Knowledge::kUnknown);
 }
 
 bool Region::IsCutLocked(PageRange part) const {

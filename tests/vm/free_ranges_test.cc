@@ -108,6 +108,47 @@ TEST(FreeRangesTest, TakesTheNewestAndKnowsTheOldest) {
   EXPECT_EQ(h.bins.Oldest(bin, kUnknown), nullptr);
 }
 
+TEST(FreeRangesTest, RemovesTheNewest) {
+  Harness h;
+  EXPECT_EQ(h.bins.Newest(4, kUnknown), nullptr);
+  Vma* a = h.Push(0, 4);
+  Vma* b = h.Push(8, 4);
+  Vma* clean = h.Push(16, 4, kClean);
+  for (Vma* vma : {b, a}) {
+    EXPECT_EQ(h.bins.Newest(4, kUnknown), vma);
+    h.bins.RemoveNewest(4, kUnknown);
+    h.bins.CheckInvariants();
+  }
+  EXPECT_EQ(h.bins.Newest(4, kUnknown), nullptr);
+  EXPECT_EQ(h.bins.dirty_pages(), 0u);
+  EXPECT_EQ(h.bins.Newest(4, kClean), clean);
+  h.bins.RemoveNewest(4, kClean);
+  h.bins.CheckInvariants();
+  EXPECT_EQ(h.bins.extents(), 0u);
+}
+
+TEST(FreeRangesTest, TakesTheOldestOfABin) {
+  Harness h;
+  Vma* taken[4] = {};
+  EXPECT_EQ(h.bins.TakeOldest(4, kUnknown, 4, taken), 0u);
+  Vma* vmas[5];
+  for (RegionPage i = 0; i < 5; ++i) vmas[i] = h.Push(8 * i, 4, kUnknown, i);
+  ASSERT_EQ(h.bins.TakeOldest(4, kUnknown, 2, taken), 2u);
+  EXPECT_EQ(taken[0], vmas[0]);
+  EXPECT_EQ(taken[1], vmas[1]);
+  h.bins.CheckInvariants();
+  EXPECT_EQ(h.bins.extents(), 3u);
+  EXPECT_EQ(h.bins.dirty_pages(), 12u);
+  ASSERT_EQ(h.bins.TakeOldest(4, kUnknown, 4, taken), 3u) << "all that is left";
+  EXPECT_EQ(taken[2], vmas[4]);
+  h.bins.CheckInvariants();
+  EXPECT_EQ(h.bins.dirty_pages(), 0u);
+  // What was taken goes in again like any other.
+  h.bins.Push(vmas[1], 9);
+  h.bins.CheckInvariants();
+  EXPECT_EQ(h.Take(4), vmas[1]);
+}
+
 TEST(FreeRangesTest, RemovesFromEverywhereInAList) {
   Harness h;
   Vma* a = h.Push(0, 4);

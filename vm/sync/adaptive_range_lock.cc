@@ -85,9 +85,8 @@ void AdaptiveRangeLock::Downgrade(RangeRequest& request) {
   UnparkAll(woken);
 }
 
-// A holder's word was fast or closed, or the gate up, before it got its range, and is until it leaves.
-bool AdaptiveRangeLock::MayBeHeld(PageRange range) const {
-  if (IsLong(range) || gate_.load(std::memory_order_relaxed) != 0) return true;
+bool AdaptiveRangeLock::MayBeHeldWide(PageRange range) const {
+  if (IsLong(range)) return true;
   for (std::size_t granule = GranuleOf(range.first); granule <= LastGranuleOf(range); ++granule) {
     if (buckets_[IndexOf(granule)].word.load(std::memory_order_relaxed) != kIdle) return true;
   }

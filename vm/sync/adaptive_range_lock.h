@@ -81,7 +81,13 @@ class AdaptiveRangeLock {
   void Downgrade(RangeRequest& request);
 
   // As RangeLock::MayBeHeld: whether a bucket of `range` is in use, or the gate is up.
-  bool MayBeHeld(PageRange range) const;
+  bool MayBeHeld(PageRange range) const {
+    // A holder's word was fast or closed, or the gate up, before it got its range, and is until it leaves.
+    if (ABSL_PREDICT_FALSE(gate_.load(std::memory_order_relaxed) != 0)) return true;
+    const std::size_t granule = GranuleOf(range.first);
+    if (ABSL_PREDICT_FALSE(granule != LastGranuleOf(range))) return MayBeHeldWide(range);
+    return buckets_[IndexOf(granule)].word.load(std::memory_order_relaxed) != kIdle;
+  }
 
   // Of fast holders, more than four readers of one bucket are counted but not all listed; one that
   // has just acquired may be missing.
@@ -170,6 +176,8 @@ class AdaptiveRangeLock {
     return ((word ^ seen) & ~kHoldersMask) == 0 && (word & kExclusive) == 0 &&
            (seen & kHoldersMask) != kHoldersMask;
   }
+
+  bool MayBeHeldWide(PageRange range) const;
 
   std::size_t IndexOf(const LockBucket& bucket) const {
     return static_cast<std::size_t>(&bucket - buckets_.data());

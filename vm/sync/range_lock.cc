@@ -187,15 +187,6 @@ void RangeLock::ReinitAfterFork() {
   }
 }
 
-bool RangeLock::MayBeHeld(PageRange range) const {
-  switch (policy_) {
-    case LockPolicy::kCoarse: return true;
-    case LockPolicy::kTree: return tree_.in_use();
-    case LockPolicy::kAdaptive: return adaptive_.MayBeHeld(range);
-  }
-  return true;
-}
-
 void RangeLock::CheckInvariants() const {
   coarse_.CheckInvariants();
   tree_.CheckInvariants();

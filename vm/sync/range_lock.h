@@ -201,6 +201,11 @@ class RangeLock {
   AdaptiveRangeLock adaptive_;
 };
 
+inline bool RangeLock::MayBeHeld(PageRange range) const {
+  if (ABSL_PREDICT_TRUE(policy_ == LockPolicy::kAdaptive)) return adaptive_.MayBeHeld(range);
+  return policy_ == LockPolicy::kCoarse || tree_.in_use();
+}
+
 // Inlined wherever GCC would rather not: a call costs as much as half of the fast path.
 ABSL_ATTRIBUTE_ALWAYS_INLINE inline RangeLock::Guard::Guard(RangeLock& lock, PageRange range,
                                                             Mode mode, Operation operation,

@@ -34,7 +34,9 @@ void SpinLock::LockSlow() {
     } while (!word_.compare_exchange_weak(word, next, std::memory_order_acquire,
                                           std::memory_order_relaxed));
     if (acquires) return;
-    WaitOnWord(&word_, next);
+    // Where the schedule is controlled, threads see each other's stores at once, and a wake that is lost is an error.
+    const Nanoseconds deadline = MaySpin() ? MonotonicNow() + kLookAgain : Nanoseconds{0};
+    WaitOnWord(&word_, next, MaySpin() ? &deadline : nullptr);
     ReachSyncPoint(SyncPoint::kAcquire, this);
   }
 }

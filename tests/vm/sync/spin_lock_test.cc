@@ -71,6 +71,25 @@ TEST(SpinLockTest, WaitersOutlastALongHold) {
   EXPECT_TRUE(IsFree(lock));
 }
 
+// A release may miss a sleeper that announces itself at that very moment.
+TEST(SpinLockTest, ASleeperThatNobodyWakesLooksAgain) {
+  SpinLock lock(LockRank::kLeaf);
+  std::atomic<bool> entered{false};
+  lock.LockForFork();
+  std::thread sleeper([&] {
+    SpinLockHolder inner(lock);
+    entered.store(true);
+  });
+  const Nanoseconds asleep = MonotonicNow() + Milliseconds(20);
+  while (MonotonicNow() < asleep) std::this_thread::yield();
+  EXPECT_FALSE(entered.load());
+  lock.ReinitAfterFork();  // frees it and wakes nobody
+  sleeper.join();
+  EXPECT_TRUE(entered.load());
+  lock.UnlockAfterFork();
+  EXPECT_TRUE(IsFree(lock));
+}
+
 TEST(SpinLockTest, ForkedChildFindsItFree) {
   SpinLock lock(LockRank::kLeaf);
   std::atomic<bool> stop{false};
