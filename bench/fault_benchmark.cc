@@ -5,6 +5,7 @@
 //   file_sequential/pread_reused    the same into one buffer of 2 MiB
 //   file_sequential/kernel          the same through mmap(2) of the file
 //   cold_fault/freehold/64KiB       first access to 64 KiB of a file, in random order, through a FilePager
+//   cold_fault/freehold/64KiB_all   the same, and then one word of each of its other pages
 //   cold_fault/pread/64KiB          pread of 64 KiB into fresh memory
 //   cold_fault/kernel/64KiB         the same access through mmap, with as much fault-around as the kernel has
 //   fault_isolation/freehold/10ms   cold faults of 64 KiB while another thread faults on a pager that takes 10 ms, and
@@ -219,11 +220,11 @@ void ColdFaults(benchmark::State& state, Access access, Renew renew) {
   state.counters["p99_us"] = Microseconds(latencies->Percentile(0.99));
 }
 
-void ColdFreehold(benchmark::State& state) {
+void ColdFreehold(benchmark::State& state, std::size_t touched) {
   Paged paged;
   vm::FilePager pager(File());
   const std::byte* at = paged.Map(pager, FileSize());
-  ColdFaults(state, [&](std::size_t offset) { benchmark::DoNotOptimize(Word(at + offset)); },
+  ColdFaults(state, [&](std::size_t offset) { benchmark::DoNotOptimize(TouchAll(at + offset, touched)); },
              [&] { paged.Drop(at, FileSize()); });
 }
 
@@ -317,7 +318,10 @@ bool RegisterCases() {
   Register("file_sequential/pread", [](benchmark::State& state) { SequentialPread(state, false); }, options);
   Register("file_sequential/pread_reused", [](benchmark::State& state) { SequentialPread(state, true); }, options);
   Register("file_sequential/kernel", SequentialKernel, options);
-  if (available) Register("cold_fault/freehold/64KiB", ColdFreehold, options);
+  if (available) {
+    Register("cold_fault/freehold/64KiB", [](benchmark::State& state) { ColdFreehold(state, kPage); }, options);
+    Register("cold_fault/freehold/64KiB_all", [](benchmark::State& state) { ColdFreehold(state, kCluster); }, options);
+  }
   Register("cold_fault/pread/64KiB", ColdPread, options);
   Register("cold_fault/kernel/64KiB", ColdKernel, options);
   if (available) Register("fault_isolation/freehold/10ms", Isolation, options);

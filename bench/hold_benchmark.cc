@@ -3,10 +3,14 @@
 //   tree_lock_hold/freehold/populate_SIZE        map SIZE and make all of it present
 //   tree_lock_hold/freehold/protect_SIZE         SIZE of present pages: read-only, then read-write
 //   tree_lock_hold/freehold/unmap_SIZE           unmap SIZE of present pages; all of them go back to the kernel
+//   tree_lock_hold/freehold/VERB_4KiB_cold       the same of 4 KiB, right after memory has been filled that takes the place of
+//                                                everything else in the processor's own caches
 //   tree_lock_hold/freehold/VERB_COUNTvmas       the same verbs, and `replace`, a fixed map over what is there, on
 //                                                a range of COUNT mappings of one page, untouched
 //
-// It ends with two tables: the histograms of a small and of a large range side by side.
+// It ends with two tables: the histograms of a small and of a large range side by side, the small one with warm and with
+// cold caches. Between two holds of a verb on 4 GiB, memory is filled or dropped: what that costs the next hold, which
+// then waits for memory, is seen in the cold case, where the range is as small as can be.
 //
 // What is measured. The holds of tree locks during the verb, and nothing else, by AddressSpace::TreeLockHolds():
 // the counters `p50_ns`, `p99_ns`, `p999_ns` and `worst_ns` are percentiles of a hold, at most 25 % too high, and
@@ -15,8 +19,8 @@
 //
 // What is the same for all. Free memory goes back to the kernel at once (free_resident_limit is 0), so that 4 KiB
 // take the way that 4 GiB take, and everything but the verb itself is undone outside the measurement. The caches
-// are warm: right before each verb, all verbs run on a small mapping beside, since populating gigabytes leaves
-// them cold. A hold includes one reading of the clock, and whatever interrupts the thread: `worst_ns` of a
+// are warm but in the cold cases: right before each verb, all verbs run on a small mapping beside, since populating
+// gigabytes leaves them cold. A hold includes one reading of the clock, and whatever interrupts the thread: `worst_ns` of a
 // virtual machine is the scheduler's.
 #include <benchmark/benchmark.h>
 
@@ -25,8 +29,10 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -137,7 +143,7 @@ void PrintTable(std::FILE* out, const char* what, const std::vector<std::string>
 // For people; to standard error when standard output is for machines.
 void PrintTables() {
   std::FILE* out = StandardOutputIsForMachines() ? stderr : stdout;
-  PrintTable(out, "by how much memory a verb is about", {"populate", "protect", "unmap"}, {"4KiB", "4GiB"});
+  PrintTable(out, "by how much memory a verb is about", {"populate", "protect", "unmap"}, {"4KiB", "4KiB_cold", "4GiB"});
   PrintTable(out, "by how many mappings", {"protect", "unmap", "replace"}, {"1vmas", "100000vmas"});
 }
 
@@ -203,20 +209,40 @@ void WarmUp(Space& space, Pages size) {
   space.Unmap(range);
 }
 
-void OnOneMapping(benchmark::State& state, Verb verb, const std::string& name, Pages size) {
+// Fills what is larger than the caches of one processor.
+class Chill {
+ public:
+  Chill() : bytes_(Scaled(std::size_t{16} << 20, std::size_t{1} << 16)) {}
+  void operator()() {
+    std::memset(bytes_.data(), ++value_, bytes_.size());
+    benchmark::ClobberMemory();
+  }
+
+ private:
+  std::vector<char> bytes_;
+  int value_ = 0;
+};
+
+void OnOneMapping(benchmark::State& state, Verb verb, const std::string& name, Pages size, bool cold) {
   const ScopedPin pin(state.thread_index());
   Space space;
   Meter meter(state, space);
+  std::optional<Chill> chill;
+  if (cold) chill.emplace();
+  const auto prepare = [&] {
+    WarmUp(space, size);
+    if (chill) (*chill)();
+  };
   space.Unmap(space.Map(size));  // The address space for it is committed from now on.
   space.Purge();
   for (auto _ : state) {
     PageRange range;
     if (verb == Verb::kPopulate) {
-      WarmUp(space, size);
+      prepare();
       meter.Measure([&] { range = space.Map(size, kPopulated); });
     } else {
       range = space.Map(size, kPopulated);
-      WarmUp(space, size);
+      prepare();
     }
     if (verb == Verb::kProtect) meter.Measure([&] { ProtectPair(space, range); });
     if (verb == Verb::kUnmap) {
@@ -267,17 +293,20 @@ bool RegisterCases() {
   struct Size {
     const char* name;
     std::size_t bytes;
+    bool cold = false;
   };
   // The same number of verbs for both: percentiles of few holds depend on how many there are.
   constexpr int kVerbs = 8;
   const bool has_memory = AvailableMemory() > 5 * kGiB;
   if (!has_memory) NoteLeftOut("tree_lock_hold/4GiB", "less than 5 GiB of memory available");
   for (const Verb verb : {Verb::kPopulate, Verb::kProtect, Verb::kUnmap}) {
-    for (const Size& size : {Size{"4KiB", 4 * kKiB}, Size{"4GiB", 4 * kGiB}}) {
+    for (const Size& size : {Size{"4KiB", 4 * kKiB}, Size{"4KiB_cold", 4 * kKiB, true}, Size{"4GiB", 4 * kGiB}}) {
       if (size.bytes >= kGiB && !has_memory) continue;
       const Pages pages = vm::PagesFor({Scaled(size.bytes, std::min(size.bytes, std::size_t{8} << 20))});
       RegisterOne(verb, size.name, kVerbs,
-                  [verb, size, pages](benchmark::State& state) { OnOneMapping(state, verb, size.name, pages); });
+                  [verb, size, pages](benchmark::State& state) {
+                    OnOneMapping(state, verb, size.name, pages, size.cold);
+                  });
     }
   }
   constexpr int kVerbsOnMany = 4;

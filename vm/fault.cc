@@ -11,7 +11,8 @@
 //                      Pager::Read into the thread's own memory       no lock that anyone else needs
 //                      + the range, shared                            keeps the mapping as it is
 //                        still the same mapping?                      no: the thread tries again, and faults anew
-//                        UFFDIO_COPY                                  atomic, and wakes the thread
+//                        UFFDIO_COPY                                  atomic; of the touched page first, which wakes
+//                                                                     the thread, then of the others
 //                      - range
 //                    - pages
 //   Leave            those who joined or were put off are woken, and fault again if need be
@@ -289,7 +290,7 @@ void FaultService::HandleMissing(Handler& self, const Target& target, const os::
   bool alone = false;
   while (at < window.end) {
     const PageRange chunk = {at, std::min(window.end, at + (alone ? Pages{1} : kChunkPages))};
-    const Result<Pages> filled = Fill(target, chunk, event.write ? &event.page : nullptr, *self.piece);
+    const Result<Pages> filled = Fill(target, chunk, &event, *self.piece);
     if (filled.ok()) {
       at = at + *filled;
       // The content ends, or what was not touched is not at hand.
@@ -312,7 +313,7 @@ void FaultService::HandleMissing(Handler& self, const Target& target, const os::
   }
 }
 
-Result<Pages> FaultService::Fill(const Target& target, PageRange chunk, const PageNumber* written, Piece& piece) {
+Result<Pages> FaultService::Fill(const Target& target, PageRange chunk, const os::FaultEvent* event, Piece& piece) {
   const PageSpan pages = target.PagesOf(chunk);
   const Guard reading(target.backing->pages_lock(), PagerBacking::LockRange(pages), Mode::kShared,
                       sync::Operation::kFault);
@@ -321,13 +322,14 @@ Result<Pages> FaultService::Fill(const Target& target, PageRange chunk, const Pa
   const PageRange part = PageRange::Of(chunk.first, *read);
   const Guard guard(RangeLockOf(part.first), part, Mode::kShared, sync::Operation::kFault);
   if (!IsStill(target, part, guard)) return ErrorCode::kReplaced;
-  if (const Error error = Put(target, part, piece.bytes(), written); !error.ok()) return error;
+  if (const Error error = Put(target, part, piece.bytes(), event); !error.ok()) return error;
   return *read;
 }
 
-// The page that somebody wants to write to goes in writable, and counts as written to; it comes last, since its copy
-// lets the thread go on.
-Error FaultService::Put(const Target& target, PageRange part, const std::byte* from, const PageNumber* written) {
+// The page that a thread waits for comes first: its copy lets the thread go on, and while that wakes up, the others
+// follow. If it wants to write, the page goes in writable, and counts as written to. The others were only read ahead:
+// one that is refused is read again when somebody touches it.
+Error FaultService::Put(const Target& target, PageRange part, const std::byte* from, const os::FaultEvent* event) {
   PagerBacking& backing = *target.backing;
   if (backing.filling() == PagerBacking::Filling::kAtMap) {
     const PageSpan pages = target.PagesOf(part);
@@ -336,22 +338,25 @@ Error FaultService::Put(const Target& target, PageRange part, const std::byte* f
     Count(pages_read_, pages.count());
     return Error::Ok();
   }
-  if (!backing.tracks_writes()) return CopyIn(target, part, from, os::WriteTracking::kOff);
-  if (written == nullptr || !part.Contains(*written)) return CopyIn(target, part, from, os::WriteTracking::kOn);
-  const PageRange before = {part.first, *written};
-  const PageRange page = PageRange::Of(*written, {1});
+  const os::WriteTracking tracking = backing.tracks_writes() ? os::WriteTracking::kOn : os::WriteTracking::kOff;
+  if (event == nullptr || !part.Contains(event->page)) return CopyIn(target, part, from, tracking);
+  const PageRange page = PageRange::Of(event->page, {1});
+  const PageRange before = {part.first, page.first};
   const PageRange after = {page.end, part.end};
-  Error error;
-  if (!before.empty()) error = CopyIn(target, before, from, os::WriteTracking::kOn);
-  if (error.ok() && !after.empty()) {
-    error = CopyIn(target, after, from + (page.end - part.first).bytes().value, os::WriteTracking::kOn);
+  // All of them now: the thread that the first copy wakes may ask for a write-back at once, which waits for the others.
+  const PageSpan pages = target.PagesOf(part);
+  backing.present().Set(pages.first, pages.end);
+  const bool dirties = event->write && backing.tracks_writes();
+  const PageSpan dirty = target.PagesOf(page);
+  if (dirties) backing.dirty().Set(dirty.first, dirty.end);
+  const Error error = CopyIn(target, page, from + before.bytes().value, dirties ? os::WriteTracking::kOff : tracking);
+  if (!error.ok()) {
+    if (dirties) backing.dirty().Clear(dirty.first, dirty.end);
+    backing.present().Clear(pages.first, pages.end);
+    return error;
   }
-  if (error.ok()) {
-    const PageSpan dirty = target.PagesOf(page);
-    backing.dirty().Set(dirty.first, dirty.end);
-    error = CopyIn(target, page, from + before.bytes().value, os::WriteTracking::kOff);
-    if (!error.ok()) backing.dirty().Clear(dirty.first, dirty.end);
-  }
+  if (!after.empty()) (void)CopyIn(target, after, from + (page.end - part.first).bytes().value, tracking);
+  if (!before.empty()) (void)CopyIn(target, before, from, tracking);
   return error;
 }
 

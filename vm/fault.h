@@ -209,10 +209,10 @@ class FaultService final : private FaultHooks {
   bool Admit(Handler& self, Target& target, PageNumber page);
   void Leave(Handler& self, const Target& target);
   void HandleMissing(Handler& self, const Target& target, const os::FaultEvent& event);
-  // Reads and installs pages from `chunk.first` on, and returns how many. `written`: a page of the chunk that somebody
-  // wants to write to, or none. Error kReplaced: the mapping is another.
-  Result<Pages> Fill(const Target& target, PageRange chunk, const PageNumber* written, Piece& piece);
-  Error Put(const Target& target, PageRange part, const std::byte* from, const PageNumber* written);
+  // Reads and installs pages from `chunk.first` on, and returns how many. `event`: what made a thread wait, or null.
+  // Error kReplaced: the mapping is another.
+  Result<Pages> Fill(const Target& target, PageRange chunk, const os::FaultEvent* event, Piece& piece);
+  Error Put(const Target& target, PageRange part, const std::byte* from, const os::FaultEvent* event);
   Error CopyIn(const Target& target, PageRange part, const std::byte* from, os::WriteTracking tracking);
   void AllowWrite(const Target& target, PageNumber page);
   void Fail(const Target& target, PageNumber page, Error error);

@@ -26,6 +26,7 @@ Error Region::Protect(PageRange part, os::Protection protection) {
     return error;
   }
   for (RegionPage page = first; page < end;) {
+    Warm(range_.first + Pages{page});
     sync::SpinLockHolder holder(tree_lock_);
     RecordProtectionLocked(first, end, protection, page);
   }

@@ -15,7 +15,8 @@ void Region::TrimFree() {
 
 Pages Region::PurgeFree(std::uint32_t until, Pages keep) {
   Pages purged;
-  for (;;) {
+  // A list with room has all there was; what others free from now on, they trim.
+  for (bool full = true; full;) {
     PurgeList list;
     for (bool more = true; more && list.size < kPurgeBatch;) {
       sync::SpinLockHolder holder(tree_lock_);
@@ -29,7 +30,9 @@ Pages Region::PurgeFree(std::uint32_t until, Pages keep) {
     // What the kernel refuses stays cached, and is not tried again at once.
     if (cleaned.value == 0) return purged;
     purged += cleaned;
+    full = list.size == kPurgeBatch;
   }
+  return purged;
 }
 
 // Large bins first: they hold the most for the fewest ranges. Clean extents go back too, so that address
@@ -106,9 +109,12 @@ void Region::SortRanges(PurgeList& list) {
 Pages Region::FinishPurging(const PurgeList& list, bool discarded, bool keep) {
   Pages cleaned;
   for (std::size_t i = 0; i < list.size;) {
-    sync::SpinLockHolder holder(tree_lock_);
     const std::size_t begin = i;
-    for (const std::size_t end = std::min(list.size, begin + kExtentsPerHold); i < end; ++i) {
+    const std::size_t end = std::min(list.size, begin + kExtentsPerHold);
+    // A bin's discard drops next to nothing, and is short.
+    for (std::size_t next = begin; !keep && next < end; ++next) Warm(RangeOf(*list.vmas[next]).first);
+    sync::SpinLockHolder holder(tree_lock_);
+    for (; i < end; ++i) {
       Vma* vma = list.vmas[i];
       if (list.unlocked[i]) VmaWriter(*vma).SetLock(os::MemoryLock::kNone);
       if (!discarded || !vma->is_zones_own()) {

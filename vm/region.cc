@@ -156,6 +156,7 @@ void Region::SetBusyLocked(RegionPage first, RegionPage end, bool busy) {
 
 Error Region::MakeBusy(RegionPage first, RegionPage end) {
   for (;;) {
+    Warm(range_.first + Pages{first});
     {
       sync::SpinLockHolder holder(tree_lock_);
       if (HasMetadataLocked()) {

@@ -120,6 +120,10 @@ class alignas(kPageSize) Region {
   // The same for whoever holds the page's range and relies on what is mapped there: under the tree lock, by
   // which an Unmap that takes no range lock (UnmapWhole) is seen, or sees the holder.
   VmaInfo LookupHeld(PageNumber page, VmaState& state, const sync::RangeLock::Guard& guard) const;
+  // What a hold of the tree lock about the extent of `page` reads and writes comes into this thread's caches, without
+  // the lock. For verbs that come to the lock, or back to it, after work that has left the caches cold (a system call,
+  // pages touched, a wait): what they wait for here, nobody waits for with them. Changes nothing.
+  void Warm(PageNumber page) const;
   // Copies up to `capacity` of the next mapped VMAs from `from` on, in order, and no page below it; returns how
   // many, and in `from` where to go on: the end of the region when it has seen all.
   std::size_t CopyVmas(PageNumber& from, VmaInfo* out, std::size_t capacity) const;
@@ -609,6 +613,7 @@ inline bool Region::OverFreeLimit() const {
 template <typename Look>
 Error Region::LookAtMapped(RegionPage first, RegionPage end, const Look& look) const {
   for (RegionPage page = first; page < end;) {
+    Warm(range_.first + Pages{page});
     sync::SpinLockHolder holder(tree_lock_);
     for (int visits = 0; page < end && visits < kExtentsPerHold; ++visits) {
       const Vma& vma = *tree_.Find(page).vma();
@@ -623,6 +628,7 @@ Error Region::LookAtMapped(RegionPage first, RegionPage end, const Look& look) c
 template <typename Changer>
 void Region::ChangeBusy(RegionPage first, RegionPage end, const Changer& change) {
   for (RegionPage page = first; page < end;) {
+    Warm(range_.first + Pages{page});
     sync::SpinLockHolder holder(tree_lock_);
     ChangeBusyLocked(first, end, page, change);
   }

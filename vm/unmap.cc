@@ -57,6 +57,7 @@ Error Region::UnmapHeld(PageRange part, const VmaInfo* only, bool sample, bool& 
     const std::size_t sampled = sample ? SampleResidency(part) : kNoSample;
     Detachment detachment;
     for (bool started = false, done = false; !done;) {
+      Warm(started ? range_.first + Pages{detachment.next} : part.first);
       {
         sync::SpinLockHolder holder(tree_lock_);
         if (!started) {
@@ -225,6 +226,7 @@ Error Region::ZapDetached(PageRange part, const Detachment& detachment, const Gu
       if (shared_.options->strict_unmap) clean = Trap(extent) || clean;
     }
     DroppedPages<1> dropped;
+    Warm(extent.first);
     sync::SpinLockHolder holder(tree_lock_);
     dropped.Add(detached.backing, vma->page_count());
     vma->kernel_vma = !restored;

@@ -64,7 +64,8 @@ def vma_tree_names():
         *(names(template, INDEXES, (1,)) for template in operations))
 
 
-PAGED = {"file_sequential/freehold", "cold_fault/freehold/64KiB", "fault_isolation/freehold/10ms"}
+PAGED = {"file_sequential/freehold", "cold_fault/freehold/64KiB", "cold_fault/freehold/64KiB_all",
+         "fault_isolation/freehold/10ms"}
 
 
 def fault_names():
@@ -74,7 +75,7 @@ def fault_names():
 
 
 def hold_names():
-    verbs = [f"{verb}_{size}" for verb in ("populate", "protect", "unmap") for size in ("4KiB", "4GiB")]
+    verbs = [f"{verb}_{size}" for verb in ("populate", "protect", "unmap") for size in ("4KiB", "4KiB_cold", "4GiB")]
     verbs += [f"{verb}_{count}vmas" for verb in ("protect", "unmap", "replace") for count in (1, 100000)]
     return set().union(*(names(f"tree_lock_hold/{{}}/{verb}", ("freehold",), (1,)) for verb in verbs))
 
@@ -223,7 +224,7 @@ class BenchmarksSmokeTest(unittest.TestCase):
                                 capture_output=True, text=True, check=True)
         headings = [line for line in result.stdout.splitlines() if line.startswith("ns, up to ")]
         self.assertEqual([heading.split()[3:] for heading in headings],
-                         [["4KiB", "4GiB"] * 3, ["1vmas", "100000vmas"] * 3])
+                         [["4KiB", "4KiB_cold", "4GiB"] * 3, ["1vmas", "100000vmas"] * 3])
         shares = [float(cell) for line in result.stdout.splitlines()[-1:] for cell in line.split()[1:] if cell != "-"]
         self.assertTrue(shares and all(0 <= share <= 100 for share in shares), result.stdout[-500:])
         if any("4GiB" in run["name"] for run in document["benchmarks"]):

@@ -44,7 +44,9 @@ TEST_F(FakeFaultTest, AFaultIsFilled) {
   const PageRange range = MustMapPager(64);
   Fault(PageAt(range, 20));
   for (std::size_t page = 0; page < 64; ++page) {
-    EXPECT_EQ(userfault_.At(PageAt(range, page)), page / 16 == 1 ? Status::kProtected : Status::kMissing);
+    // The others follow while the thread wakes up.
+    const Status expected = page / 16 == 1 ? Status::kProtected : Status::kMissing;
+    EXPECT_TRUE(Eventually([&] { return userfault_.At(PageAt(range, page)) == expected; })) << page;
   }
   EXPECT_EQ(ReadWord(PageAt(range, 20)), WordOf(20, 0));
 }
@@ -53,7 +55,7 @@ TEST_F(FakeFaultTest, AWriteIsFilledWritable) {
   const PageRange range = MustMapPager(16);
   Fault(PageAt(range, 3), /*write=*/true);
   EXPECT_EQ(userfault_.At(PageAt(range, 3)), Status::kWritable);
-  EXPECT_EQ(userfault_.At(PageAt(range, 2)), Status::kProtected);
+  EXPECT_TRUE(Eventually([&] { return userfault_.At(PageAt(range, 2)) == Status::kProtected; }));
   Fault(PageAt(range, 2), /*write=*/true, /*write_protected=*/true);
   EXPECT_EQ(userfault_.At(PageAt(range, 2)), Status::kWritable);
   ASSERT_TRUE(service_.Writeback(range).ok());
@@ -121,6 +123,25 @@ TEST_F(FakeFaultTest, RefusedCopiesAreSigbusOrTriedAgain) {
   EXPECT_NE(said.find("errno=0xc"), std::string::npos) << said;
   ASSERT_TRUE(service_.Writeback(range).ok());
   EXPECT_TRUE(pager_.writes().empty());
+}
+
+TEST_F(FakeFaultTest, WhatWasOnlyReadAheadMayBeRefused) {
+  const PageRange range = MustMapPager(64);
+  // The touched page comes first, then those behind it and those before it.
+  userfault_.FailNext(Call::kCopy, 2, Error::System(ENOMEM), /*after=*/1);
+  Fault(PageAt(range, 20));
+  EXPECT_EQ(userfault_.At(PageAt(range, 20)), Status::kProtected);
+  ASSERT_TRUE(Eventually([&] { return userfault_.CallCount(Call::kCopy) == 3; }));
+  for (const std::size_t page : {16, 19, 21, 31}) EXPECT_EQ(userfault_.At(PageAt(range, page)), Status::kMissing);
+  // It is read when somebody touches it: who comes while the first read ends is woken by that, and tries again.
+  for (const std::size_t page : {21, 16}) {
+    EXPECT_TRUE(Eventually([&] {
+      Fault(PageAt(range, page));
+      return userfault_.At(PageAt(range, page)) == Status::kProtected;
+    }));
+    EXPECT_EQ(ReadWord(PageAt(range, page)), WordOf(page, 0));
+  }
+  EXPECT_EQ(service_.Stats().failures, 0u);
 }
 
 TEST_F(FakeFaultTest, ARefusedPermissionToWriteIsTriedAgain) {

@@ -15,6 +15,10 @@ Error FakeUserfault::CountLocked(Operation operation) {
   const auto i = static_cast<std::size_t>(operation);
   ++calls_[i];
   if (failures_[i] == 0) return Error::Ok();
+  if (successes_[i] > 0) {
+    --successes_[i];
+    return Error::Ok();
+  }
   --failures_[i];
   return errors_[i];
 }
@@ -146,8 +150,9 @@ std::size_t FakeUserfault::CallCount(Operation operation) const {
   return calls_[static_cast<std::size_t>(operation)];
 }
 
-void FakeUserfault::FailNext(Operation operation, std::size_t times, Error error) {
+void FakeUserfault::FailNext(Operation operation, std::size_t times, Error error, std::size_t after) {
   const std::lock_guard lock(mutex_);
+  successes_[static_cast<std::size_t>(operation)] = after;
   failures_[static_cast<std::size_t>(operation)] = times;
   errors_[static_cast<std::size_t>(operation)] = error;
 }

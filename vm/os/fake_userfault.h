@@ -50,8 +50,8 @@ class FakeUserfault final : public Userfault {
 
   PageStatus At(PageNumber page) const;
   std::size_t CallCount(Operation operation) const;
-  // The next `times` calls of `operation` fail with `error` and change nothing.
-  void FailNext(Operation operation, std::size_t times, Error error);
+  // Of the calls of `operation`, the next `after` do what they should, then `times` fail with `error` and change nothing.
+  void FailNext(Operation operation, std::size_t times, Error error, std::size_t after = 0);
 
  private:
   struct PageState {
@@ -72,7 +72,8 @@ class FakeUserfault final : public Userfault {
   std::map<std::size_t, PageState> pages_;       // registered ones
   std::map<std::size_t, std::size_t> sleepers_;  // threads by page
   std::array<std::size_t, kOperations> calls_ = {};
-  std::array<std::size_t, kOperations> failures_ = {};  // still to come
+  std::array<std::size_t, kOperations> successes_ = {};  // still to come before these:
+  std::array<std::size_t, kOperations> failures_ = {};   // still to come
   std::array<Error, kOperations> errors_ = {};
 };
 
