@@ -85,7 +85,6 @@ class FreeRanges {
     __builtin_prefetch(&bins_[BinOf(count)], 1);
     __builtin_prefetch(&bins_[BinOf(count) + 1], 1);
     __builtin_prefetch(&occupied_, 1);
-    __builtin_prefetch(&extents_, 1);
   }
 
   // CHECKs F1 to F3 and the sums.

@@ -50,6 +50,8 @@ Error Region::Unmap(PageRange part, const VmaInfo* only) {
 Error Region::UnmapHeld(PageRange part, const VmaInfo* only, bool sample, bool& over_limit) {
   bool pinned = false;
   const bool notified = !shared_.notifiers->empty();
+  const RegionPage first = ToRegion(part.first);
+  const auto count = static_cast<RegionPage>(part.count().value);
   {
     Guard guard(range_lock_, part, Mode::kExclusive, sync::Operation::kUnmap);
     if (only != nullptr && !IsStill(part, *only, guard)) return {ErrorCode::kReplaced};
@@ -63,7 +65,7 @@ Error Region::UnmapHeld(PageRange part, const VmaInfo* only, bool sample, bool& 
         if (!started) {
           // No pin comes while the range is held exclusively.
           pinned = IsPinnedLocked(part);
-          done = !pinned && !notified && RetireWholeLocked(ToRegion(part.first), static_cast<RegionPage>(part.count().value), sampled);
+          done = !pinned && !notified && RetireWholeLocked(first, count, sampled);
           started = done || HasMetadataLocked() || !IsCutLocked(part);
           if (started && !done) detachment = StartDetachLocked(part, pinned, notified);
         }
