@@ -1,7 +1,5 @@
 #include "allocator/heap_metadata.h"
 
-#include <sys/mman.h>
-
 #include "vm/os/check.h"
 #include "vm/os/kernel.h"
 
@@ -62,9 +60,6 @@ vm::Result<HeapMetadata> HeapMetadata::Create(vm::AddressSpace& space, const Lay
     metadata.Release();
     return error;
   }
-  // Readable, but without content: a debugger that writes an image of the process would write gigabytes of zeroes.
-  // Without this advice, and its opposite below, that is all that happens.
-  (void)kernel.Advise({reserved->first + vm::PagesFor({writable}), reserved->end}, MADV_DONTDUMP);
   metadata.commitments_->steps.store(writable / kStep, std::memory_order_relaxed);
   return metadata;
 }
@@ -92,7 +87,6 @@ vm::Error HeapMetadata::CommitSteps(std::size_t first, std::size_t end) const {
   if (const vm::Error error = kernel_->Protect(range, vm::os::Protection::kReadWrite); !error.ok()) {
     return error;
   }
-  (void)kernel_->Advise(range, MADV_DODUMP);
   for (std::size_t step = first; step < end; ++step) {
     const std::uint64_t bit = std::uint64_t{1} << step % kWordBits;
     // Pairs with the acquire in Commit: who sees the bit may write.

@@ -1,9 +1,5 @@
 #include "allocator/heap_metadata.h"
 
-#include <fstream>
-#include <sstream>
-#include <string>
-
 #include "gtest/gtest.h"
 #include "vm/address_space.h"
 #include "vm/os/fake_kernel.h"
@@ -68,32 +64,6 @@ TEST_F(HeapMetadataTest, CommitMakesRecordsWritableInSteps) {
   ASSERT_TRUE(metadata_.Commit(span + 1, sizeof(Span)).ok());
   EXPECT_EQ(kernel_.CallCount(Operation::kProtect), calls);
   EXPECT_EQ(metadata_.committed(), after);
-}
-
-// Whether debuggers write the kernel VMA of `p` into an image of the process: its flags lack "dd".
-bool IsDumped(const void* p) {
-  std::ifstream smaps("/proc/self/smaps");
-  bool found = false;
-  for (std::string line; std::getline(smaps, line);) {
-    std::uintptr_t first = 0, end = 0;
-    char dash = 0;
-    if (std::istringstream head(line); head >> std::hex >> first >> dash >> end && dash == '-') {
-      found = first <= AddressOf(p) && AddressOf(p) < end;
-    } else if (found && line.rfind("VmFlags:", 0) == 0) {
-      return line.find(" dd") == std::string::npos;
-    }
-  }
-  ADD_FAILURE() << "no kernel VMA of " << p;
-  return false;
-}
-
-TEST_F(HeapMetadataTest, OnlyWhatIsWritableIsDumped) {
-  Span* span = metadata_.spans().At(First() + vm::GiB(1).value);
-  EXPECT_TRUE(IsDumped(metadata_.header()));
-  EXPECT_FALSE(IsDumped(span));
-  ASSERT_TRUE(metadata_.Commit(span, sizeof(Span)).ok());
-  EXPECT_TRUE(IsDumped(span));
-  EXPECT_FALSE(IsDumped(metadata_.spans().At(First() + vm::GiB(2).value)));
 }
 
 TEST_F(HeapMetadataTest, FailedCommitCanBeRepeated) {
