@@ -12,6 +12,7 @@
 #include "runtime/thread.h"
 #include "vm/os/futex.h"
 #include "vm/os/raw_syscall.h"
+#include "vm/os/valgrind.h"
 
 namespace freehold::runtime {
 namespace {
@@ -95,6 +96,12 @@ void ReportFailure(const Config& config, vm::Error error) {
   message.Report();
 }
 
+void ReportStepAside() {
+  Message message;
+  message.Append("process ").AppendNumber(static_cast<std::uint64_t>(vm::os::RawSyscall(SYS_getpid)));
+  message.Append(": runs under valgrind, which Freehold leaves all memory to").Report();
+}
+
 void ReportStart(const Config& config, const vm::AddressSpace& space) {
   Message message;
   message.Append("process ")
@@ -159,6 +166,11 @@ bool Runtime::StartHeap() {
 }
 
 Server Runtime::StartFreehold() {
+  // Its tools follow libc's malloc and the kernel's mmap, and it has no room for a reservation.
+  if (vm::os::RunsUnderValgrind()) {
+    if (config_.verbose) ReportStepAside();
+    return Server::kLibc;
+  }
   const bool mallocs = config_.malloc == MallocChoice::kFreehold;
   const bool maps = config_.mmap && &has_mmap_shim != nullptr;
   if (!(mallocs || maps) || !StartSpace()) return Server::kLibc;

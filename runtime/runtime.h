@@ -32,7 +32,7 @@ enum class Server : std::uint32_t {
   kUndecided,  // nothing was allocated yet
   kStarting,
   kFreehold,
-  kLibc,  // FREEHOLD_MALLOC is not freehold, or there was no address space to be had
+  kLibc,  // FREEHOLD_MALLOC is not freehold, there was no address space to be had, or valgrind is there
 };
 
 // Defined by the mmap shim, where that is linked: then there is a space for it even if libc serves malloc.

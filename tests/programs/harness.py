@@ -114,13 +114,13 @@ def resident_bytes(pid):
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _descendants(pid):
+def descendants(pid):
     """A process and all below it; some of them may be gone by the time they are looked at."""
     yield pid
     with contextlib.suppress(OSError):
         for thread in os.listdir(f"/proc/{pid}/task"):
             for child in pathlib.Path(f"/proc/{pid}/task/{thread}/children").read_text().split():
-                yield from _descendants(int(child))
+                yield from descendants(int(child))
 
 
 class Witness(threading.Thread):
@@ -139,7 +139,7 @@ class Witness(threading.Thread):
 
     def run(self):
         while self._missing and not self._over.wait(self.TICK_S):
-            for pid in _descendants(self._pid):
+            for pid in descendants(self._pid):
                 with contextlib.suppress(OSError):
                     name = pathlib.Path(f"/proc/{pid}/comm").read_text().strip()
                     if name in self._missing and self._library in maps_of(pid):
@@ -191,6 +191,13 @@ class Launcher:
         """Fails where this launcher has a library and the process does not map it."""
         if self.library:
             require(self.library in maps_of(pid), f"{self.library} is not mapped in process {pid}")
+
+    def require_mapped_below(self, pid):
+        """The same for a process and all its descendants; returns how many there are."""
+        pids = list(descendants(pid))
+        for each in pids:
+            self.require_mapped(each)
+        return len(pids)
 
     def _environment(self, cwd, env):
         fixed = {"PATH": PATH, "HOME": str(cwd), "TMPDIR": str(cwd), "LC_ALL": "C.UTF-8", "TZ": "UTC"}
@@ -247,6 +254,20 @@ class Trial:
             require_same(name, *((self.directory(launcher) / name).read_bytes()
                                  for launcher in self.launchers))
         return plain
+
+
+def compile_c(launcher, directory, name, *options):
+    """Compiles workloads/NAME.c and returns the path of the program."""
+    program = directory / name
+    outcome = launcher.run(["cc", "-g", "-pthread", *options, "-o", program, WORKLOADS / f"{name}.c"],
+                           cwd=directory)
+    require(outcome.status == 0, f"cc: {tail(outcome)}")
+    return program
+
+
+def compile_workload(trial, name, *options):
+    """The same, without the shim, for a program that both runs use."""
+    return compile_c(trial.plain, trial.shared_directory(), name, *options)
 
 
 def require_effective(launcher, scratch):

@@ -83,12 +83,28 @@ class RunTest(unittest.TestCase):
 
 class ThroughputTest(unittest.TestCase):
     def test_prints_ratios(self):
-        done = subprocess.run([harness.PROGRAMS_DIR / "redis_throughput", "--runner", GOOD, "--library",
-                               "libmimalloc", "--runs", "1", "--requests", "300", "--json"],
-                              stdout=subprocess.PIPE, check=True)
-        result = json.loads(done.stdout)
-        self.assertEqual([len(result["runs"][name]) for name in ("plain", "shim")], [1, 1])
-        self.assertGreater(result["ratios"]["throughput"], 0)
+        for server in ("redis", "memcached", "nginx"):
+            done = subprocess.run([harness.PROGRAMS_DIR / "throughput", "--server", server, "--runner", GOOD, "--library",
+                                   "libmimalloc", "--runs", "1", "--seconds", "1", "--json"],
+                                  stdout=subprocess.PIPE, check=True)
+            result = json.loads(done.stdout)
+            self.assertEqual([len(result["runs"][name]) for name in ("plain", "shim")], [1, 1])
+            for figure in ("throughput", "p50_us", "p99.9_us", "server_cpu_us", "rss"):
+                self.assertGreater(result["summary"][figure]["ratio"], 0, figure)
+
+    def test_goals_that_are_missed_fail(self):
+        # A server that gets a third of the CPU.
+        slow = GOOD + " sh -c '[ \"$1\" = memcached ] && { sh -c \"while :; do :; done\" & sh -c \"while :; do :; done\" & }; exec \"$@\"' sh"
+        done = subprocess.run([harness.PROGRAMS_DIR / "throughput", "--server", "memcached", "--runner", slow, "--library",
+                               "libmimalloc", "--runs", "1", "--seconds", "1", "--check"], stdout=subprocess.PIPE, text=True)
+        self.assertEqual(done.returncode, 1, done.stdout)
+        self.assertIn(">= 0.97", done.stdout)
+
+    def test_a_library_that_is_not_there_fails(self):
+        done = subprocess.run([harness.PROGRAMS_DIR / "throughput", "--server", "redis", "--runner", "env"],
+                              stderr=subprocess.PIPE, text=True)
+        self.assertNotEqual(done.returncode, 0)
+        self.assertIn("is not mapped", done.stderr)
 
 
 class WitnessTest(unittest.TestCase):

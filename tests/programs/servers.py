@@ -2,13 +2,15 @@
 
 import contextlib
 import csv
+import json
 import os
+import pathlib
 import signal
 import socket
 import subprocess
 import time
 
-from harness import Failure, end_session, require, resident_bytes, tail
+from harness import WORKLOADS, Failure, end_session, require, resident_bytes, tail
 
 
 def free_port():
@@ -54,9 +56,11 @@ class Server:
     def resident_bytes(self):
         return resident_bytes(self.pid)
 
+    STOP_SIGNAL = signal.SIGTERM
+
     def stop(self):
-        """Ends the server by SIGTERM, as an operator would. Returns its exit status."""
-        os.kill(self.pid, signal.SIGTERM)
+        """Ends the server by a signal, as an operator would. Returns its exit status."""
+        os.kill(self.pid, self.STOP_SIGNAL)
         try:
             return self._process.wait(self.STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired as error:
@@ -64,6 +68,15 @@ class Server:
 
     def read_pid(self):
         raise NotImplementedError
+
+    def read_pid_file(self, path):
+        """The process id in the first line of a file that the server writes once it listens."""
+        deadline = time.monotonic() + self.START_TIMEOUT_S
+        while True:
+            with contextlib.suppress(FileNotFoundError, IndexError):
+                return int(path.read_text().split()[0])
+            require(time.monotonic() < deadline, f"the server writes no {path.name}")
+            time.sleep(0.02)
 
     def _wait_until_it_listens(self, directory):
         deadline = time.monotonic() + self.START_TIMEOUT_S
@@ -178,10 +191,10 @@ def benchmark_rates(launcher, directory, server, *options, before=()):
 class MemcachedServer(Server):
     """memcached with room for everything the load stores."""
 
-    def __init__(self, launcher, directory):
+    def __init__(self, launcher, directory, before=()):
         super().__init__(launcher, directory, lambda port: [
             "memcached", "-l", "127.0.0.1", "-p", str(port), "-U", "0", "-u", "root", "-m", "1024",
-            "-I", "4m", "-t", "4"])
+            "-I", "4m", "-t", "4"], before)
 
     def read_pid(self):
         return int(self.stats()["pid"])
@@ -191,3 +204,117 @@ class MemcachedServer(Server):
             sock.sendall(b"stats\r\n")
             words = (line.split() for line in iter(replies.readline, b"END\r\n"))
             return {name.decode(): value.decode() for _, name, value in words}
+
+
+class NginxServer(Server):
+    """nginx with a master and worker processes that serves the files below `root`: as they are, compressed
+    where asked for, and below /proxied/ through itself as an upstream server."""
+
+    CONFIGURATION = """
+daemon off;
+worker_processes {workers};
+pid nginx.pid;
+error_log stderr warn;
+{user}
+events {{ worker_connections 512; }}
+http {{
+  include /etc/nginx/mime.types;
+  access_log access.log;
+  client_body_temp_path body; proxy_temp_path proxy; fastcgi_temp_path fastcgi;
+  uwsgi_temp_path uwsgi; scgi_temp_path scgi;
+  server_tokens off;
+  keepalive_requests 1000000;
+  gzip_types text/plain application/octet-stream;
+  gzip_min_length 100;
+  open_file_cache max=100;
+  server {{
+    listen 127.0.0.1:{port} backlog=511;
+    root "{root}";
+    gzip on;
+    location /proxied/ {{ proxy_pass http://127.0.0.1:{port}/; proxy_buffers 16 4k; }}
+    location /echo {{ client_max_body_size 8m; client_body_buffer_size 16k; proxy_pass http://127.0.0.1:{port}/ok; }}
+    location /ok {{ return 200 "ok\n"; }}
+  }}
+}}
+"""
+
+    def __init__(self, launcher, directory, root, workers=2, before=()):
+        def command(port):
+            user = "user root;" if os.geteuid() == 0 else ""
+            text = self.CONFIGURATION.format(port=port, root=root, workers=workers, user=user)
+            (directory / "nginx.conf").write_text(text)
+            return ["nginx", "-e", "stderr", "-p", directory, "-c", "nginx.conf"]
+
+        self._pid_file = directory / "nginx.pid"
+        self._pid_file.unlink(missing_ok=True)
+        super().__init__(launcher, directory, command, before)
+
+    def read_pid(self):
+        return self.read_pid_file(self._pid_file)
+
+
+def wrk(launcher, directory, port, path, *, seconds, connections=32, before=()):
+    """Loads an HTTP server; what workloads/wrk_report.lua prints."""
+    outcome = launcher.run(
+        ["wrk", "-t", "1", "-c", str(connections), "-d", f"{seconds}s", "-s", WORKLOADS / "wrk_report.lua",
+         f"http://127.0.0.1:{port}{path}"], cwd=directory, before=before, timeout=seconds + 60)
+    require(outcome.status == 0, f"wrk: {tail(outcome)}")
+    return json.loads(outcome.stdout.decode().strip().rpartition("\n")[2])
+
+
+def postgres_program(name):
+    """The path of a program of the newest PostgreSQL; Debian keeps them out of PATH."""
+    found = sorted(pathlib.Path("/usr/lib/postgresql").glob(f"*/bin/{name}"))
+    require(found, f"{name} is not installed")
+    return found[-1]
+
+
+class PostgresServer(Server):
+    """PostgreSQL with a database of its own in `directory`, which is made if it is not there.
+
+    The server refuses to run as root. As root it gets a user namespace without a map, in which it is
+    nobody, owns what root owns and may do no more."""
+
+    UNPRIVILEGED = ["unshare", "--user"] if os.geteuid() == 0 else []
+    STOP_SIGNAL = signal.SIGINT  # In good order; SIGTERM would wait for clients.
+
+    def __init__(self, launcher, directory, *settings, before=()):
+        self._directory = directory
+        self._data = directory / "data"
+        self._before = [*before, *self.UNPRIVILEGED]
+        if not self._data.exists():
+            outcome = launcher.run(
+                [postgres_program("initdb"), "-D", "data", "-U", "postgres", "--auth=trust", "--no-sync",
+                 "--locale=C.UTF-8", "--encoding=UTF8"], cwd=directory, before=self._before)
+            require(outcome.status == 0, f"initdb: {tail(outcome)}")
+        fixed = ["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=", "-c", "fsync=off"]
+        super().__init__(launcher, directory, lambda port: [
+            postgres_program("postgres"), "-D", "data", "-p", str(port), *fixed, *settings], self._before)
+
+    def read_pid(self):
+        pid = self.read_pid_file(self._data / "postmaster.pid")
+        self._wait_until_ready()
+        return pid
+
+    def psql(self, launcher, *arguments, stdin=b""):
+        """psql's output as it is, without headings and alignment. Launched plain or not, as any client."""
+        outcome = launcher.run([postgres_program("psql"), *self.address(), "-XAtq", "-v", "ON_ERROR_STOP=1",
+                                *arguments], cwd=self._directory, stdin=stdin)
+        require(outcome.status == 0, f"psql: {tail(outcome)}")
+        return outcome.stdout
+
+    def pgbench(self, launcher, *arguments, before=()):
+        outcome = launcher.run([postgres_program("pgbench"), *self.address(), *arguments],
+                               cwd=self._directory, before=before, timeout=600)
+        require(outcome.status == 0, f"pgbench: {tail(outcome)}")
+        return outcome.stdout.decode()
+
+    def address(self):
+        return ["-h", "127.0.0.1", "-p", str(self.port), "-U", "postgres", "-d", "postgres"]
+
+    def _wait_until_ready(self):
+        ready = [postgres_program("pg_isready"), "-q", *self.address()]
+        deadline = time.monotonic() + self.START_TIMEOUT_S
+        while subprocess.run(ready).returncode != 0:
+            require(time.monotonic() < deadline and self._process.poll() is None, "postgres is not ready")
+            time.sleep(0.05)

@@ -76,6 +76,17 @@ TEST_F(ProcessLifeTest, ExitStatusAndSignalsAreThePrograms) {
   EXPECT_EQ(RunProgram(UnderShim({.argv = {"/bin/sh", "-c", "kill -SEGV $$"}})).status, -SIGSEGV);
 }
 
+// With a reservation that valgrind would refuse, and with one that it would grant.
+TEST_F(ProcessLifeTest, StepsAsideUnderValgrind) {
+  for (const char* reserve : {"16T", "1G"}) {
+    const std::vector<std::string> program = {"valgrind", "-q", "/bin/echo", "ok"};
+    ExpectOk(RunProgram(UnderShim({.argv = program, .environment = {{"FREEHOLD_RESERVE", reserve}}})));
+    const Outcome verbose = RunProgram(
+        UnderShim({.argv = program, .environment = {{"FREEHOLD_RESERVE", reserve}, {"FREEHOLD_VERBOSE", "1"}}}));
+    EXPECT_THAT(verbose.err, HasSubstr(": runs under valgrind, which Freehold leaves all memory to\n"));
+  }
+}
+
 TEST_F(ProcessLifeTest, ProgramsOptionsAreOverriddenByTheEnvironment) {
   const Outcome defaults = RunProgram({.argv = {Program("program_config")}});
   EXPECT_EQ(defaults.status, 0) << defaults.err;

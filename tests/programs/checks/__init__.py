@@ -5,7 +5,8 @@ import importlib
 import harness
 
 MODULES = ("invocation", "shell", "sqlite", "python", "perl", "git", "compiler", "xz", "sort", "node",
-           "memcached", "redis")
+           "memcached", "redis", "nginx", "lmdb", "stress_ng", "valgrind", "postgresql", "rocksdb", "openjdk",
+           "chromium", "gdb", "perf")
 
 for module in MODULES:
     importlib.import_module(f"{__name__}.{module}")

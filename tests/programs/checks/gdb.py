@@ -1,0 +1,85 @@
+"""gdb, attached to a running program with threads, and itself on Freehold."""
+
+import re
+import subprocess
+
+from harness import check, compile_workload, end_session, require, require_same, tail
+
+COMMANDS = [
+    "info threads",
+    "thread apply all bt 3",
+    "break leaf",
+    "continue",
+    "bt",
+    "print number >= 0",
+    "set scheduler-locking on",
+    "next",
+    "next",
+    "print size >= 1",
+    "delete",
+    "watch -l turns[0]",
+    "detach",
+]
+
+
+class _Running:
+    """The debugged program, ready."""
+
+    def __init__(self, trial, launcher, program):
+        self.process = launcher.start([program], cwd=trial.directory(launcher), stdin=subprocess.PIPE,
+                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def __enter__(self):
+        require(self.process.stdout.readline() == b"ready\n", "the program did not start")
+        return self
+
+    def __exit__(self, *_):
+        end_session(self.process)
+
+    def finish(self):
+        said, _ = self.process.communicate(b"\n", timeout=60)
+        return self.process.returncode, said
+
+
+def _debug(trial, debugger, program_launcher, program):
+    """Attaches, looks around, detaches; returns what gdb said and how the program ended."""
+    with _Running(trial, program_launcher, program) as running:
+        program_launcher.require_mapped(running.process.pid)
+        argv = ["gdb", "-q", "-nx", "-batch", "-p", str(running.process.pid)]
+        for command in COMMANDS:
+            argv += ["-ex", command]
+        outcome = trial.run(debugger, argv, timeout=120, witnesses=["gdb"])
+        require(outcome.status == 0, f"{debugger.name}: {tail(outcome)}")
+        return outcome.stdout.decode(), running.finish()
+
+
+@check
+def attach(trial):
+    """Threads, backtraces, a breakpoint, variables, a watchpoint, detach; the program goes on and ends well."""
+    program = compile_workload(trial, "debugged", "-O0")
+    for launcher in trial.launchers:
+        # The debugger plain and the program on Freehold; then both.
+        for debugger in {trial.plain, launcher}:
+            said, end = _debug(trial, debugger, launcher, program)
+            require_same(f"{launcher.name}: the program's end", (0, b"done\n"), end)
+            threads = re.findall(r"^[* ] +\d+ +Thread 0x[0-9a-f]+ \(LWP \d+\)", said, re.MULTILINE)
+            require(len(threads) == 5, f"{launcher.name}: gdb sees {len(threads)} threads: {said}")
+            for expected in (r"hit Breakpoint 1, .*leaf \(number=", r"in worker \(argument=", r"\$1 = 1\n", r"\$2 = 1\n",
+                             r"Hardware watchpoint 2: -location turns\[0\]", r"detached\]"):
+                require(re.search(expected, said), f"{launcher.name}: no {expected!r} in {said}")
+
+
+@check
+def core(trial):
+    """gcore writes an image of the program, out of which backtraces can be read."""
+    program = compile_workload(trial, "debugged", "-O0")
+    for launcher in trial.launchers:
+        with _Running(trial, launcher, program) as running:
+            written = trial.run(trial.plain, ["gcore", "-o", "core", str(running.process.pid)], timeout=300)
+            require(written.status == 0, f"{launcher.name}: {tail(written)}")
+            require_same(f"{launcher.name}: the program's end", (0, b"done\n"), running.finish())
+            file = trial.directory(trial.plain) / f"core.{running.process.pid}"
+            require(file.stat().st_blocks * 512 < 512 << 20, f"{launcher.name}: {file.stat().st_blocks * 512} bytes on disk")
+            said = trial.run(trial.plain, ["gdb", "-q", "-nx", "-batch", "-ex", "thread apply all bt", program, file])
+            require(said.stdout.count(b"worker (argument=") == 4, f"{launcher.name}: {tail(said)} {said.stdout[-500:]!r}")
+            file.unlink()
