@@ -141,6 +141,7 @@ TEST_P(TelemetryTest, CountersAreThoseOfTheSpaceAndTheHeap) {
   const vm::AddressSpaceStats stats = space_->Stats();
   const std::map<std::string, std::uint64_t> expected = {
       {"vm_mapped_bytes", stats.mapped.value},
+      {"vm_heap_zone_mapped_bytes", stats.mapped_ordinary.value},
       {"vm_free_resident_bytes", stats.free_resident.value},
       {"vm_committed_bytes", stats.committed.value},
       {"vm_metadata_bytes", stats.metadata.value},
