@@ -109,7 +109,7 @@ h1 { font-size: 1.5rem; line-height: 1.2; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 p { margin: .25rem 0 .75rem; }
 .quiet, figcaption, th small { color: var(--quiet); }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem; margin: 1rem 0; }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(7.25rem, 1fr)); gap: .75rem; margin: 1rem 0; }
 .facts div { border: 1px solid var(--line); border-radius: .4rem; padding: .5rem .75rem; }
 .facts dt { color: var(--quiet); font-size: .85rem; } .facts dd { margin: 0; font-size: 1.2rem; }
 figure { margin: 0 0 1rem; } figcaption { font-size: .9rem; overflow-wrap: anywhere; }
