@@ -1,14 +1,14 @@
 // How often does a program in steady state take the kernel's mmap_lock for writing? steady_state_program, which knows
-// nothing of Freehold, under `freehold run` with every shim (`freehold`), and plain (`kernel`: glibc's malloc and stacks,
-// the kernel's mmap).
+// nothing of Freehold, under `freehold run` with every shim (`freehold`), and plain (`kernel`: glibc's malloc and
+// stacks, the kernel's mmap).
 //
 //   steady_state/IMPL     threads that allocate and free, map and unmap, and create and join threads
 //
 // What is measured. mmap_lock_writes: acquisitions by the program's threads, its own and Freehold's, in --seconds; the
 // kernel's tracepoint counts them. rounds_per_second: of the workload. warm_up_seconds: until --quiet_seconds passed
-// without an acquisition, --warm_up_seconds at most: while a program reaches addresses that it never used before, which
-// become writable in steps of up to 1 GiB, it is not in steady state. The baseline has no such time, and is given as long
-// as the quiet takes.
+// without an acquisition, --warm_up_seconds at most: while a program reaches addresses that it never used before,
+// which become writable in steps of up to 1 GiB, it is not in steady state. The baseline has no such time, and is given
+// as long as the quiet takes.
 //
 // Needs root and a kernel with tracepoints for mmap_lock.
 #include <benchmark/benchmark.h>

@@ -3,8 +3,8 @@
 //
 //   steady_state_program THREADS WARM_UP_ROUNDS
 //
-// Prints "warm" once every thread has done the rounds. Then it goes on until standard input ends; each line that it reads
-// there, it answers with the rounds of all threads so far.
+// Prints "warm" once every thread has done the rounds. Then it goes on until standard input ends; each line that it
+// reads there, it answers with the rounds of all threads so far.
 #include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -15,6 +15,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 
 namespace {
 

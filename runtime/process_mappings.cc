@@ -69,7 +69,7 @@ class KernelMapsParser {
       ++next_.field;
       return false;
     }
-    const unsigned digit = letter <= '9' ? static_cast<unsigned>(letter - '0') : static_cast<unsigned>(letter - 'a' + 10);
+    const auto digit = static_cast<unsigned>(letter <= '9' ? letter - '0' : letter - 'a' + 10);
     switch (next_.field) {
       case kFirstField: next_.first = next_.first << 4 | digit; break;
       case kEndField: next_.end = next_.end << 4 | digit; break;

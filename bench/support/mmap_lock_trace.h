@@ -1,8 +1,8 @@
 // Counts how often a process takes the kernel's mmap_lock for writing, by the kernel's own tracepoint
 // (mmap_lock:mmap_lock_acquire_returned). An instance of tracefs of its own: others who trace are not disturbed.
 //
-// Needs root and a kernel with the tracepoint; tracefs is mounted if nobody has done so, where only this process sees it.
-// Nothing stays behind, but for an empty instance if the process is killed.
+// Needs root and a kernel with the tracepoint; tracefs is mounted if nobody has done so, where only this process sees
+// it. Nothing stays behind, but for an instance that traces nobody if the process is killed.
 //
 // Thread safety: thread-compatible.
 // Errors:        Create's are told to the user; afterwards, as elsewhere here, what fails ends the program.
