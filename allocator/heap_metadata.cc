@@ -1,5 +1,7 @@
 #include "allocator/heap_metadata.h"
 
+#include <algorithm>
+
 #include "vm/os/check.h"
 #include "vm/os/kernel.h"
 
@@ -76,7 +78,11 @@ vm::Error HeapMetadata::Commit(const void* first, std::size_t bytes) const {
   const std::size_t end_step = (begin + bytes + kStep - 1) / kStep;
   for (std::size_t step = begin / kStep; step < end_step; ++step) {
     const std::uint64_t word = commitments_->done[step / kWordBits].load(std::memory_order_acquire);
-    if ((word >> step % kWordBits & 1) == 0) return CommitSteps(step, end_step);
+    if ((word >> step % kWordBits & 1) != 0) continue;
+    const std::size_t ahead = std::min(end_step + kStepsAhead, step_count());
+    if (CommitSteps(step, ahead).ok()) return vm::Error::Ok();
+    // Strict overcommit may refuse the large step and grant the small one.
+    return CommitSteps(step, end_step);
   }
   return vm::Error::Ok();
 }

@@ -81,6 +81,9 @@ class HeapMetadata {
  private:
   // What becomes writable at a time.
   static constexpr std::size_t kStep = std::size_t{64} << 10;
+  // Steps ahead of need, so that a heap that goes on to new addresses takes mmap_lock for writing rarely: spans for as
+  // many addresses as a region of the space makes writable ahead at most.
+  static constexpr std::size_t kStepsAhead = 16;
   static constexpr std::size_t kWordBits = 64;
 
   // At the start of the reservation. Written by whoever commits.
@@ -89,6 +92,7 @@ class HeapMetadata {
     std::atomic<std::uint64_t> done[];  // a bit a step, set after it was made writable
   };
 
+  std::size_t step_count() const { return reservation_.bytes().value / kStep; }
   vm::Error CommitSteps(std::size_t first, std::size_t end) const;
 
   vm::os::Kernel* kernel_ = nullptr;

@@ -7,6 +7,10 @@
 //   file_scan/IMPL/64KiB    another window each time, until the whole file was mapped, and again: more windows than
 //                           an AddressSpace keeps, so none is there when it is wanted
 //
+//   file_window_program/IMPL/64KiB
+//                           the same window again and again by a program that knows nothing of Freehold
+//                           (file_window_program): under `freehold run` (`freehold`), and plain (`kernel`)
+//
 // What is measured. Wall-clock time of all threads together. Every thread is pinned to a processor and uses the same
 // file, which is in the page cache: a memory file of 64 MiB, mapped shared and read-only. Every run starts with a
 // fresh AddressSpace, whose making is not timed.
@@ -20,6 +24,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdio>
 #include <string>
 #include <vector>
 
@@ -125,9 +130,37 @@ void RegisterForAll(const char* operation, std::size_t bytes, std::size_t step) 
   RegisterOne<KernelSpace>(operation, bytes, step);
 }
 
+constexpr std::size_t kProgramWindowKiB = 64;
+
+void RunProgram(benchmark::State& state, const std::string& runner) {
+  const std::size_t windows = Scaled(200'000, 100);
+  const std::string command =
+      absl::StrCat(runner, BuiltFile("file_window_program"), " ", windows, " ", kProgramWindowKiB);
+  for (auto _ : state) {
+    FILE* output = popen(command.c_str(), "r");
+    if (output == nullptr) DieOfErrno("popen");
+    double nanoseconds = 0;
+    const bool understood = std::fscanf(output, "%lf", &nanoseconds) == 1;
+    if (pclose(output) != 0 || !understood) {
+      state.SkipWithError("file_window_program did not do its work");
+      return;
+    }
+    state.SetIterationTime(nanoseconds * 1e-9 * static_cast<double>(windows));
+  }
+  state.SetItemsProcessed(static_cast<std::int64_t>(state.iterations() * windows));
+}
+
+void RegisterProgram(const char* implementation, const std::string& runner) {
+  Register(absl::StrCat("file_window_program/", implementation, "/", kProgramWindowKiB, "KiB"),
+           [runner](benchmark::State& state) { RunProgram(state, runner); },
+           {.max_threads = 1, .manual_time = true, .iterations = 1, .unit = benchmark::kMillisecond});
+}
+
 bool RegisterCases() {
   for (const std::size_t bytes : {4 * kKiB, 64 * kKiB, 1 * kMiB}) RegisterForAll("file_window", bytes, 0);
   RegisterForAll("file_scan", kScanBytes, kScanBytes);
+  RegisterProgram("freehold", absl::StrCat(BuiltFile("../runtime/cli/freehold"), " run -- "));
+  RegisterProgram("kernel", "");
   return true;
 }
 

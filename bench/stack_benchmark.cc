@@ -2,6 +2,8 @@
 // against libc's own stacks (`glibc`).
 //
 //   thread_create/IMPL/default      a thread that does nothing, with default attributes: created and joined
+//   thread_create/kernel/default    the floor: clone with libc's flags and a stack that is there, exit, and a wait for the
+//                                   thread's end. No thread could cost less
 //   thread_create/IMPL/deep_1MiB    the same, a thread that goes 1 MiB deep: memory comes, and goes back
 //   thread_create/IMPL/16MiB        sixteen threads with stacks of 16 MiB: all are created, then all are joined, so
 //   thread_create/IMPL/64MiB        that sixteen stacks live at once, which is more than the 40 MiB that libc keeps
@@ -14,10 +16,15 @@
 // the scheduler's choice, as in a program. The pool is one for the whole process, as in a program, and reports overflows,
 // as the shim does by default: each thread has an alternate signal stack.
 #include <benchmark/benchmark.h>
+#include <linux/futex.h>
 #include <pthread.h>
+#include <sched.h>
 #include <semaphore.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
 #include <cstdint>
 #include <cstdio>
@@ -105,6 +112,28 @@ template <typename Threads>
 void CreateAndJoin(benchmark::State& state, Body body) {
   Threads threads;
   for (auto _ : state) threads.Join(threads.Create(nullptr, body, nullptr));
+  state.SetItemsProcessed(static_cast<std::int64_t>(state.iterations()));
+}
+
+// Without thread-local storage of its own: it touches none.
+int ExitAtOnce(void*) { return 0; }
+
+void CloneAndWait(benchmark::State& state) {
+  constexpr std::size_t kStack = 64 * 1024;
+  constexpr int kFlags = CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM |
+                         CLONE_PARENT_SETTID | CLONE_CHILD_CLEARTID;
+  std::byte* stack = KernelMap(kStack);
+  std::atomic<pid_t> id{0};
+  static_assert(sizeof(id) == sizeof(pid_t));
+  for (auto _ : state) {
+    auto* word = reinterpret_cast<pid_t*>(&id);
+    if (clone(ExitAtOnce, stack + kStack, kFlags, nullptr, word, nullptr, word) < 0) DieOfErrno("clone");
+    // The kernel clears it when the thread is gone.
+    for (pid_t seen; (seen = id.load(std::memory_order_acquire)) != 0;) {
+      syscall(SYS_futex, word, FUTEX_WAIT, seen, nullptr, nullptr, 0);
+    }
+  }
+  KernelUnmap(stack, kStack);
   state.SetItemsProcessed(static_cast<std::int64_t>(state.iterations()));
 }
 
@@ -212,6 +241,7 @@ bool RegisterCases() {
     RegisterOne<FreeholdThreads>(argument);
     RegisterOne<GlibcThreads>(argument);
   }
+  Register("thread_create/kernel/default", CloneAndWait);
   Register("fiber_stack/freehold/256KiB", PoolStack);
   Register("fiber_stack/kernel/256KiB", KernelStack);
   return true;

@@ -54,6 +54,59 @@ constexpr std::size_t kMaxWindow = vm::MiB(64).value;
 
 constexpr std::size_t kPageMask = kPageSize - 1;
 
+// Reads /proc/self/maps letter by letter: FIRST-END PERMISSIONS OFFSET DEVICE INODE [NAME]
+class KernelMapsParser {
+ public:
+  // Whether a line ended; then it is what the accessors tell about.
+  bool Add(char letter) {
+    if (letter == '\n') {
+      last_ = next_;
+      next_ = {};
+      return true;
+    }
+    if (next_.field == kNameField) return false;
+    if (letter == ' ' || (letter == '-' && next_.field == kFirstField)) {
+      ++next_.field;
+      return false;
+    }
+    const auto digit = static_cast<unsigned>(letter <= '9' ? letter - '0' : letter - 'a' + 10);
+    switch (next_.field) {
+      case kFirstField: next_.first = next_.first << 4 | digit; break;
+      case kEndField: next_.end = next_.end << 4 | digit; break;
+      case kPermissionsField:
+        next_.readable |= letter == 'r';
+        next_.writable |= letter == 'w';
+        break;
+      case kInodeField: next_.of_file |= letter != '0'; break;
+      default: break;
+    }
+    return false;
+  }
+
+  PageRange range() const { return {PageNumber{last_.first / kPageSize}, PageNumber{last_.end / kPageSize}}; }
+  bool is_inaccessible() const { return !last_.readable && !last_.writable; }
+  // Anonymous and never written, as far as can be told.
+  bool is_zeros() const { return !last_.of_file && !last_.writable; }
+
+ private:
+  static constexpr int kFirstField = 0;
+  static constexpr int kEndField = 1;
+  static constexpr int kPermissionsField = 2;
+  static constexpr int kInodeField = 5;
+  static constexpr int kNameField = 6;
+
+  struct Line {
+    int field = 0;
+    std::uintptr_t first = 0;
+    std::uintptr_t end = 0;
+    bool readable = false;
+    bool writable = false;
+    bool of_file = false;
+  };
+  Line next_;
+  Line last_;
+};
+
 std::uintptr_t ToInteger(const void* address) { return reinterpret_cast<std::uintptr_t>(address); }
 bool IsAligned(const void* address) { return (ToInteger(address) & kPageMask) == 0; }
 long AddressOf(PageRange range) { return reinterpret_cast<long>(range.address()); }
@@ -624,13 +677,39 @@ long ProcessMappings::UnlockMemory(const void* address, std::size_t length) {
   return SyscallFailed(inside) ? inside : ForBoth({}, parts.above, pass);
 }
 
-// The kernel locks what it knows, all of the space with the rest; the space notes it for what it maps and unmaps.
+// The kernel locks what it knows, all of the space with the rest; the space notes it for what it maps and unmaps. But
+// the kernel shall make nothing present: it would do so with all that is writable ahead of use, and put a page of zeros
+// everywhere in the tables that are read where nothing was written, gigabytes of them.
 long ProcessMappings::LockAll(int flags) {
-  const long result = RawSyscall(SYS_mlockall, flags);
+  const bool made_present = (flags & ~(MCL_CURRENT | MCL_FUTURE)) == 0 && (flags & MCL_CURRENT) != 0;
+  long result = RawSyscall(SYS_mlockall, made_present ? MCL_CURRENT | MCL_ONFAULT : flags);
   if (SyscallFailed(result)) return result;
+  if (made_present) {
+    if ((flags & MCL_FUTURE) != 0) result = RawSyscall(SYS_mlockall, MCL_FUTURE);
+    if (SyscallFailed(result)) return result;
+    LockOutside();
+  }
   const MemoryLock lock = (flags & MCL_ONFAULT) != 0 ? MemoryLock::kOnFault : MemoryLock::kLocked;
   return Negative(space_->LockAll(
       {.current = (flags & MCL_CURRENT) != 0, .future = (flags & MCL_FUTURE) != 0, .lock = lock}));
+}
+
+// What goes meanwhile is refused by the kernel, and what comes is locked or not, as with a call of the kernel's.
+void ProcessMappings::LockOutside() {
+  const int file = static_cast<int>(RawSyscall(SYS_openat, AT_FDCWD, "/proc/self/maps", O_RDONLY | O_CLOEXEC));
+  if (file < 0) return;
+  KernelMapsParser parser;
+  char text[1024];
+  for (long length; (length = RawSyscall(SYS_read, file, text, sizeof(text))) > 0;) {
+    for (const char letter : absl::MakeConstSpan(text, static_cast<std::size_t>(length))) {
+      if (!parser.Add(letter) || parser.is_zeros() || parser.is_inaccessible()) continue;
+      const PageRange range = parser.range();
+      if (!PartsOf(range.address(), range.bytes().value).touches_space()) {
+        (void)RawSyscall(SYS_mlock, range.address(), range.bytes().value);
+      }
+    }
+  }
+  RawSyscall(SYS_close, file);
 }
 
 long ProcessMappings::UnlockAll() {

@@ -89,6 +89,9 @@ class ProcessMappings {
   // From outside, or of a mapping that the space cannot move, to `target` inside.
   long MoveInto(void* address, std::size_t old_length, vm::PageRange target, int flags);
 
+  // Makes present and keeps so what lies outside and has content.
+  void LockOutside();
+
   long AdviseInside(vm::PageRange range, int advice);
   // Calls `verb(range)`; if not all of it is mapped, for what comes before the hole.
   template <typename Verb>

@@ -102,7 +102,8 @@ Error AddressSpace::Init(PageRange reservation, MetadataArena* arena) {
     for (std::size_t i = 0; i < lock_count; ++i) range_locks_[i].lock.InstallRecorder(lock_times_);
   }
 
-  const Region::Shared shared{kernel_, arena_, purge_stage_, &options_, &clock_, &notifiers_, &fault_hooks_};
+  const Region::Shared shared{kernel_,  arena_,           purge_stage_, &options_,
+                              &clock_, &most_committed_, &notifiers_,  &fault_hooks_};
   const Pages region_pages = {std::size_t{1} << region_shift_};
   for (std::size_t i = 0; i < region_count_; ++i) {
     const Zone zone = i < zone_begin_[1] ? Zone::kPlain : i < zone_begin_[2] ? Zone::kDense : Zone::kMapping;

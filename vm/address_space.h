@@ -523,6 +523,7 @@ class AddressSpace {
 
   // CLOCK_MONOTONIC in units of 2^24 ns, as of the last Tick.
   std::atomic<std::uint32_t> clock_{0};
+  std::atomic<std::uint64_t> most_committed_{0};  // see Region::Shared
   // Relaxed, any thread. On a line of their own: every Unmap reads the clock.
   alignas(kCacheLineSize) std::atomic<std::uint64_t> remap_moves_{0};
   std::atomic<std::uint64_t> kernel_moves_{0};

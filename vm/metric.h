@@ -24,7 +24,8 @@ struct Metric {
   std::uint32_t count = 1;
   std::uint64_t stride = 0;
   std::uint64_t scale = 1;
-  bool of_regions = false;  // a number for each region of an AddressSpace, in their order
+  bool of_regions = false;     // a number for each region of an AddressSpace, in their order
+  bool of_heap_zones = false;  // only of regions of heap zones, which come first
 };
 
 using MetricVisitor = void (*)(void* context, const Metric& metric);

@@ -68,6 +68,7 @@ class alignas(kPageSize) Region {
     PurgeStage* purge_stage;
     const AddressSpaceOptions* options;
     std::atomic<std::uint32_t>* clock;  // coarse ticks, see AddressSpace::Tick
+    std::atomic<std::uint64_t>* most_committed;  // pages of the region that committed most; a hint
     NotifierList* notifiers;
     const std::atomic<FaultHooks*>* fault_hooks;
   };

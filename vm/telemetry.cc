@@ -17,6 +17,12 @@ void Region::ForEachMetric(MetricVisitor visit, void* context) const {
     visit(context, {.name = name, .help = help, .kind = Kind::kGauge, .first = value, .scale = kPageSize});
   };
   pages("vm_mapped_bytes", "Mapped by the program or its heap.", &mapped_pages_);
+  visit(context, {.name = "vm_heap_zone_mapped_bytes",
+                  .help = "Of that, anonymous and readable and writable: neither set aside nor files.",
+                  .kind = Kind::kGauge,
+                  .first = &mapped_pages_,
+                  .scale = kPageSize,
+                  .of_heap_zones = true});
   pages("vm_free_resident_bytes", "Free and possibly resident.", free_.dirty_pages_location());
   pages("vm_committed_bytes", "Readable and writable for the kernel.", &committed_pages_);
   visit(context, {.name = "vm_vmas", .help = "Mappings.", .kind = Kind::kGauge, .first = &vmas_});
@@ -48,15 +54,17 @@ void AddressSpace::ForEachMetric(MetricVisitor visit, void* context) const {
     MetricVisitor visit;
     void* context;
     std::uint32_t count;
-  } of_regions = {visit, context, static_cast<std::uint32_t>(region_count_)};
+    std::uint32_t in_heap_zones;
+  } of_regions = {visit, context, static_cast<std::uint32_t>(region_count_), 0};
+  for (const Region* region : regions()) of_regions.in_heap_zones += region->is_heap() ? 1 : 0;
   // Regions are an array.
   regions_[0]->ForEachMetric(
       [](void* to, const Metric& metric) {
         const auto& all = *static_cast<const OfRegions*>(to);
         Metric sum = metric;
-        sum.count = all.count;
+        sum.count = metric.of_heap_zones ? all.in_heap_zones : all.count;
         sum.stride = sizeof(Region);
-        sum.of_regions = true;
+        sum.of_regions = !metric.of_heap_zones;
         all.visit(all.context, sum);
       },
       &of_regions);

@@ -1,6 +1,7 @@
 #include "bench/support/runner.h"
 
 #include <sys/utsname.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -14,6 +15,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "bench/support/cpu.h"
+#include "bench/support/kernel_memory.h"
 
 ABSL_FLAG(std::vector<std::string>, threads, std::vector<std::string>({"1", "2"}),
           "how many threads to run every case with: numbers separated by commas");
@@ -116,6 +118,14 @@ std::vector<int> ThreadCounts() {
 bool Smoke() { return absl::GetFlag(FLAGS_smoke); }
 
 bool StandardOutputIsForMachines() { return standard_output_is_for_machines; }
+
+std::string BuiltFile(const std::string& path) {
+  char self[4096];
+  const ssize_t length = readlink("/proc/self/exe", self, sizeof(self));
+  if (length < 0) DieOfErrno("/proc/self/exe");
+  const std::string program(self, static_cast<std::size_t>(length));
+  return absl::StrCat(program.substr(0, program.rfind('/')), "/", path);
+}
 
 void NoteLeftOut(const std::string& cases, const std::string& reason) {
   std::fprintf(stderr, "left out: %s: %s\n", cases.c_str(), reason.c_str());

@@ -41,6 +41,9 @@ bool StandardOutputIsForMachines();
 // Says on standard error why a case is left out.
 void NoteLeftOut(const std::string& cases, const std::string& reason);
 
+// The path of a file of the build, given from this benchmark's folder: "../runtime/cli/freehold".
+std::string BuiltFile(const std::string& path);
+
 // How a case is registered.
 struct CaseOptions {
   // Which counts of --threads make sense: from, to, and a multiple of this many.

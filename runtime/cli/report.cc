@@ -49,7 +49,7 @@ constexpr int kMoments = 60;
 // Of one moment while it is watched.
 struct Moment {
   double seconds;
-  std::uint64_t mapped;
+  std::uint64_t mapped;  // in heap zones: what is only set aside would dwarf it
   std::uint64_t free_resident;
   std::size_t waiters;
 };
@@ -78,7 +78,7 @@ absl::StatusOr<Watched> Watch(const ProcessView& process, absl::Duration duratio
     absl::StatusOr<std::vector<LockWait>> waits = ReadLockWaits(process);
     if (!waits.ok()) return waits.status();
     watched.moments.push_back({.seconds = absl::ToDoubleSeconds(absl::Now() - begin),
-                               .mapped = ValueOf(*metrics, "vm_mapped_bytes"),
+                               .mapped = ValueOf(*metrics, "vm_heap_zone_mapped_bytes"),
                                .free_resident = ValueOf(*metrics, "vm_free_resident_bytes"),
                                .waiters = waits->size()});
     if (i == 0) watched.first = *metrics;
@@ -109,7 +109,7 @@ h1 { font-size: 1.5rem; line-height: 1.2; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 p { margin: .25rem 0 .75rem; }
 .quiet, figcaption, th small { color: var(--quiet); }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem; margin: 1rem 0; }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(7.25rem, 1fr)); gap: .75rem; margin: 1rem 0; }
 .facts div { border: 1px solid var(--line); border-radius: .4rem; padding: .5rem .75rem; }
 .facts dt { color: var(--quiet); font-size: .85rem; } .facts dd { margin: 0; font-size: 1.2rem; }
 figure { margin: 0 0 1rem; } figcaption { font-size: .9rem; overflow-wrap: anywhere; }
@@ -125,6 +125,7 @@ path.one { stroke: var(--one); fill: none; } path.two { stroke: var(--two); fill
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; padding: .25rem .5rem; border-bottom: 1px solid var(--line); vertical-align: top; }
+tbody td:first-child { white-space: nowrap; } td .quiet { white-space: normal; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 )";
 
@@ -165,7 +166,11 @@ class Page {
       absl::StrAppend(&html_, "<div><dt>", name, "</dt><dd>", value, "</dd></div>\n");
     };
     html_ += "<dl class=\"facts\">\n";
-    fact("Mapped", HumanBytes(ValueOf(watched_.last, "vm_mapped_bytes")));
+    const std::uint64_t in_heap_zones = ValueOf(watched_.last, "vm_heap_zone_mapped_bytes");
+    fact("Mapped", HumanBytes(in_heap_zones));
+    // Read one after the other.
+    const std::uint64_t in_all = std::max(in_heap_zones, ValueOf(watched_.last, "vm_mapped_bytes"));
+    fact("Set aside, or of files", HumanBytes(in_all - in_heap_zones));
     fact("Mappings", absl::StrCat(ValueOf(watched_.last, "vm_vmas")));
     fact("Free but resident", HumanBytes(ValueOf(watched_.last, "vm_free_resident_bytes")));
     fact("Small objects", HumanBytes(ValueOf(watched_.last, "heap_chunk_bytes")));

@@ -109,11 +109,15 @@ class Screen {
 
  private:
   void DrawMemory() {
-    const std::uint64_t mapped = now_["vm_mapped_bytes"];
+    // What is set aside, for stacks or by the program, would dwarf the rest.
+    const std::uint64_t mapped = now_["vm_heap_zone_mapped_bytes"];
+    const std::uint64_t elsewhere = std::max(mapped, now_["vm_mapped_bytes"]) - mapped;
     const std::uint64_t free = now_["vm_free_resident_bytes"];
-    absl::StrAppendFormat(&text_, "memory   resident %s, mapped %s in %d mappings, free but resident %s (%.1f %% of mapped)\n",
-                          HumanBytes(now_.resident), HumanBytes(mapped), now_["vm_vmas"], HumanBytes(free),
+    absl::StrAppendFormat(&text_, "memory   resident %s, free but resident %s (%.1f %% of mapped)\n",
+                          HumanBytes(now_.resident), HumanBytes(free),
                           mapped != 0 ? 100.0 * static_cast<double>(free) / static_cast<double>(mapped) : 0.0);
+    absl::StrAppendFormat(&text_, "         mapped %s, set aside or of files %s, in %d mappings\n", HumanBytes(mapped),
+                          HumanBytes(elsewhere), now_["vm_vmas"]);
     absl::StrAppendFormat(&text_, "heap     small objects %s, of that free %s; large objects %s in %d; largest gap %s\n\n",
                           HumanBytes(now_["heap_chunk_bytes"]), HumanBytes(now_["heap_free_bytes"]),
                           HumanBytes(now_["heap_large_bytes"]), now_["heap_large_objects"],

@@ -2,8 +2,10 @@
 // Not cancellation points, but for msync.
 #include <pthread.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/types.h>
 
+#include <atomic>
 #include <cerrno>
 #include <cstdarg>
 #include <cstddef>
@@ -11,6 +13,7 @@
 
 #include "absl/base/optimization.h"
 #include "runtime/keeper.h"
+#include "runtime/message.h"
 #include "runtime/process_mappings.h"
 #include "runtime/runtime.h"
 #include "runtime/shim/export.h"
@@ -39,6 +42,19 @@ inline ProcessMappings* Mappings() {
     process_runtime.EnsureStarted();
   }
   return process_runtime.mappings();
+}
+
+// Once: a program may try again.
+void ExplainLockLimit() {
+  static constinit std::atomic<bool> explained{false};
+  rlimit limit = {};
+  if (RawSyscall(SYS_prlimit64, 0, RLIMIT_MEMLOCK, nullptr, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return;
+  if (!process_runtime.has_space() || explained.exchange(true, std::memory_order_relaxed)) return;
+  Message()
+      .Append("mlockall was refused: the limit of ")
+      .AppendBytes({limit.rlim_cur})
+      .Append(" (ulimit -l) counts the address space that is reserved; with no limit, or CAP_IPC_LOCK, it works")
+      .Report();
 }
 
 // From what a system call says to what a C function says.
@@ -154,7 +170,9 @@ FREEHOLD_EXPORT int munlock(const void* address, std::size_t length) noexcept {
 
 FREEHOLD_EXPORT int mlockall(int flags) noexcept {
   ProcessMappings* mappings = shim::Mappings();
-  return shim::Answer(mappings != nullptr ? mappings->LockAll(flags) : shim::RawSyscall(SYS_mlockall, flags));
+  const long result = mappings != nullptr ? mappings->LockAll(flags) : shim::RawSyscall(SYS_mlockall, flags);
+  if (result == -ENOMEM) shim::ExplainLockLimit();
+  return shim::Answer(result);
 }
 
 FREEHOLD_EXPORT int munlockall() noexcept {

@@ -66,10 +66,27 @@ TEST_F(HeapMetadataTest, CommitMakesRecordsWritableInSteps) {
   EXPECT_EQ(metadata_.committed(), after);
 }
 
+// The kernel counts committed memory and refuses the large step: the small one serves.
+TEST_F(HeapMetadataTest, CommitsWhatIsNeededIfNoMoreIsGranted) {
+  Span* span = metadata_.spans().At(First() + vm::GiB(2).value);
+  const vm::Bytes before = metadata_.committed();
+  kernel_.FailProtectBeyond(kernel_.CommittedPages().bytes() + vm::KiB(64));
+  EXPECT_TRUE(metadata_.Commit(span, sizeof(Span)).ok());
+  EXPECT_EQ(metadata_.committed(), before + vm::KiB(64));
+  EXPECT_FALSE(metadata_.Commit(span + vm::KiB(64).value / sizeof(Span), sizeof(Span)).ok());
+}
+
+TEST_F(HeapMetadataTest, CommitsNothingBeyondItsEnd) {
+  Span* last = metadata_.spans().At(End() - 1);
+  EXPECT_TRUE(metadata_.Commit(last, sizeof(Span)).ok());
+  last->units = 17;
+}
+
 TEST_F(HeapMetadataTest, FailedCommitCanBeRepeated) {
   Span* span = metadata_.spans().At(First() + vm::GiB(2).value);
-  kernel_.FailNth(Operation::kProtect, 1, ENOMEM);
+  kernel_.FailAlways(Operation::kProtect, ENOMEM);
   EXPECT_FALSE(metadata_.Commit(span, sizeof(Span)).ok());
+  kernel_.StopFailing();
   EXPECT_TRUE(metadata_.Commit(span, sizeof(Span)).ok());
   span->units = 17;
 }

@@ -82,14 +82,20 @@ def hold_names():
 
 def file_mapping_names():
     cases = [f"file_window/{{}}/{size}" for size in ("4KiB", "64KiB", "1MiB")] + ["file_scan/{}/64KiB"]
-    return set().union(*(names(template, SPACES) for template in cases))
+    return set().union(*(names(template, SPACES) for template in cases),
+                       names("file_window_program/{}/64KiB", ("freehold", "kernel"), (1,)))
 
 
 def stack_names():
     return set().union(
         *(names(f"thread_create/{{}}/{case}", ("freehold", "glibc")) for case in ("default", "deep_1MiB")),
         *(names(f"thread_create/{{}}/{case}", ("freehold", "glibc"), (1,)) for case in ("16MiB", "64MiB", "10000_live")),
+        names("thread_create/{}/default", ("kernel",)),
         names("fiber_stack/{}/256KiB", ("freehold", "kernel")))
+
+
+def steady_state_names():
+    return names("steady_state/{}", ("freehold", "kernel"))
 
 
 def malloc_names():
@@ -229,6 +235,15 @@ class BenchmarksSmokeTest(unittest.TestCase):
         self.assertTrue(shares and all(0 <= share <= 100 for share in shares), result.stdout[-500:])
         if any("4GiB" in run["name"] for run in document["benchmarks"]):
             self.assertEqual(self.measured_targets(document), ({"P6"}, {"P6"}))
+
+    def test_steady_state_benchmark(self):
+        result = subprocess.run([os.path.join(BENCH, "steady_state_benchmark"), "--benchmark_list_tests"],
+                                capture_output=True, text=True, check=False)
+        if "left out: steady_state: " in result.stderr:
+            self.skipTest(result.stderr)
+        document = self.run_benchmark("steady_state_benchmark", steady_state_names(), "--seconds=0.1",
+                                      "--quiet_seconds=0.1", "--warm_up_seconds=0.1")
+        self.assertEqual(self.measured_targets(document), ({"P7"}, {"P7"}))
 
     def test_malloc_benchmark(self):
         document = self.run_benchmark("malloc_benchmark", malloc_names())

@@ -78,6 +78,26 @@ TEST_F(LimitsTest, TheReservationCanBeChosen) {
   }
 }
 
+TEST_F(LimitsTest, MlockallMakesPresentWhatTheProgramHas) {
+  const Launch launch = {.argv = {BuiltFile("tests/runtime/programs/lock_all")}};
+  const Outcome plain = RunProgram(launch);
+  if (plain.out.rfind("refused", 0) == 0) GTEST_SKIP() << "mlockall was " << plain.out;
+  EXPECT_EQ(plain.out, "ok\n") << plain.err;
+  const Outcome shim = RunProgram(UnderShim(launch));
+  EXPECT_EQ(shim.out, "ok\n") << shim.err;
+  EXPECT_EQ(shim.err, "");
+}
+
+TEST_F(LimitsTest, MlockallSaysWhyItIsRefused) {
+  const Outcome outcome = RunProgram(UnderShim(
+      {.argv = {"setpriv", "--bounding-set=-ipc_lock", "prlimit", "--memlock=4194304:4194304",
+                BuiltFile("tests/runtime/programs/lock_all")}}));
+  if (outcome.status == 127) GTEST_SKIP() << "not permitted to drop a capability: " << outcome.err;
+  EXPECT_EQ(outcome.out, "refused: Cannot allocate memory\n");
+  EXPECT_EQ(outcome.err, "freehold: mlockall was refused: the limit of 4M (ulimit -l) counts the address space that is "
+                         "reserved; with no limit, or CAP_IPC_LOCK, it works\n");
+}
+
 // Sets a file under /proc/sys while in scope.
 class KernelSetting {
  public:

@@ -667,6 +667,31 @@ TEST_P(MapTest, CommitsAheadInLargeSteps) {
   EXPECT_EQ(space_->Stats().committed, MiB(64));
 }
 
+// Steps grow with what one region was seen to need, and so does the first step of another.
+TEST(CommitTest, GoesAheadAsFarAsTheRegionThatGotFurthest) {
+  FakeKernel kernel;
+  AddressSpaceOptions options = SmallOptions();
+  options.reserve = GiB(64);
+  options.regions_per_zone = 2;
+  const TestSpace space(kernel, options);
+  // What making room for `size` commits.
+  const auto step = [&](Bytes size) {
+    const Bytes before = space->Stats().committed;
+    MustMap(*space, PagesFor(size).value);
+    return Bytes{space->Stats().committed.value - before.value};
+  };
+  EXPECT_EQ(step(MiB(4)), MiB(4 + 64)) << "at least";
+  EXPECT_EQ(step(MiB(64)), Bytes{0});
+  for (const Bytes before : {MiB(68), MiB(140), MiB(284), MiB(572)}) {
+    EXPECT_EQ(step(MiB(4)), MiB(4) + before) << "twice what there was";
+    EXPECT_EQ(step(before), Bytes{0});
+  }
+  EXPECT_EQ(step(MiB(4)), MiB(4) + GiB(1)) << "at most";
+  FakeKernel::SetCpu(1);
+  EXPECT_EQ(step(MiB(4)), MiB(4) + GiB(1));
+  FakeKernel::SetCpu(0);
+}
+
 // The kernel counts committed memory and refuses the large step: the small one serves.
 TEST_P(MapTest, ServesUnderAStrictLimit) {
   const Pages committed = kernel_.CommittedPages();
