@@ -250,7 +250,7 @@ Error Region::Commit(PageRange range) {
     while (needed_end < needed && !IsChunkCommitted(needed_end)) ++needed_end;
     // Ahead of what is needed, as much as the space has shown to use of a region: a program in steady state, whose use
     // of addresses reaches a little higher from time to time, then does not take mmap_lock for writing each time.
-    const std::size_t most = shared_.most_committed->load(std::memory_order_relaxed) / chunk_pages_;
+    const std::size_t most = shared_.most_committed->load(std::memory_order_relaxed) >> chunk_shift_;
     const std::size_t ahead = std::clamp(most, kCommitAheadMin, kCommitAheadMax);
     std::size_t end = needed_end;
     while (end < chunks && end < needed_end + ahead && !IsChunkCommitted(end)) ++end;
