@@ -55,8 +55,8 @@ ObjectHeap::ObjectHeap(vm::AddressSpace& space, const HeapMetadata& metadata,
       base_(AddressOf(space.reservation().address())),
       size_(space.reservation().bytes().value),
       code_(MakeSecret(space.kernel(), metadata.header()), &end_),
-      page_heap_(space, metadata_, ShardsFor(options, space.kernel())),
-      large_(space, metadata_, page_heap_) {}
+      page_heap_(space, metadata_, ShardsFor(options, space.kernel()), options.limit),
+      large_(space, metadata_, page_heap_, options.limit) {}
 
 // ---- threads ----
 
@@ -213,6 +213,31 @@ std::size_t ObjectHeap::UsableSizeOf(const Span* span) {
 
 std::size_t ObjectHeap::UsableSize(const void* p) const {
   return p == nullptr ? 0 : UsableSizeOf(CheckedSpan("malloc_usable_size", p));
+}
+
+// ---- large objects ----
+
+void* ObjectHeap::AllocateLarge(unsigned home, const LargeObjects::Request& request) {
+  for (unsigned attempt = 0;; ++attempt) {
+    if (void* object = large_.Allocate(home, request)) {
+      RelieveLimit();
+      return object;
+    }
+    if (!MakeRoom(std::max(request.size, request.alignment), attempt)) return nullptr;
+  }
+}
+
+// Room behind the object that only a limit refuses is worth an effort: to move takes much more.
+bool ObjectHeap::ResizeLarge(Span* span, std::size_t size) {
+  for (unsigned attempt = 0;; ++attempt) {
+    if (large_.Resize(span, size)) {
+      RelieveLimit();
+      return true;
+    }
+    const std::size_t usable = LargeObjects::UsableSize(span);
+    if (size <= usable || Admission(options_.limit, {size - usable}).granted()) return false;
+    if (!MakeRoom(size - usable, attempt)) return false;
+  }
 }
 
 // ---- giving back ----

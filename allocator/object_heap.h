@@ -27,6 +27,7 @@
 #include "allocator/heap_metadata.h"
 #include "allocator/heap_stats.h"
 #include "allocator/large_object.h"
+#include "allocator/memory_limit.h"
 #include "allocator/page_heap.h"
 #include "allocator/span.h"
 #include "allocator/thread_cache.h"
@@ -47,6 +48,8 @@ struct ObjectHeapOptions {
   unsigned shards = 0;
   // Objects of one other thread that a thread gathers before it hands them over.
   vm::Bytes remote_batch = vm::KiB(32);
+  // Asked for memory, and called when there is none. Must outlive the heap.
+  MemoryLimit* limit = nullptr;
 };
 
 class ObjectHeap {
@@ -81,6 +84,10 @@ class ObjectHeap {
   void Tick(vm::Nanoseconds now);
 
   HeapStats Stats();
+  // Of what the heap has mapped: not resident. Takes no lock, and is never too much while others allocate.
+  vm::Bytes absent() const { return page_heap_.clean() + large_.slack(); }
+  // Free and possibly resident. Takes no lock.
+  vm::Bytes free_dirty() const { return {page_heap_.GetStats().dirty_units * kUnitSize}; }
   // What is in Stats() and kept as a number: where.
   void ForEachMetric(vm::MetricVisitor visit, void* context) const;
   // Calls `visit` for every size class in ascending order, with no lock held.
@@ -136,6 +143,17 @@ class ObjectHeap {
   bool HasSuspects() const { return has_suspects_.load(std::memory_order_relaxed); }
   // Frees `object` if it is in such a span, by its tag.
   bool FreeSuspect(Span* span, FreeObject* object);
+
+  // As those of LargeObjects, as far as a limit can be made to allow it.
+  void* AllocateLarge(unsigned home, const LargeObjects::Request& request);
+  bool ResizeLarge(Span* span, std::size_t size);
+  // See MemoryLimit, for a caller that holds no lock.
+  void RelieveLimit() {
+    if (ABSL_PREDICT_FALSE(options_.limit != nullptr && options_.limit->wants_relief())) options_.limit->Relieve();
+  }
+  bool MakeRoom(std::size_t size, unsigned attempt) {
+    return options_.limit != nullptr && size < size_ && options_.limit->MakeRoom({size}, attempt);
+  }
 
   void EmptyStashes();
 

@@ -17,6 +17,7 @@
 #include <string_view>
 
 #include "absl/types/span.h"
+#include "allocator/memory_limit.h"
 #include "runtime/freehold.h"
 #include "runtime/runtime.h"
 #include "runtime/stack_pool.h"
@@ -45,6 +46,7 @@ struct freehold_stack_pool {
 
 namespace {
 
+using freehold::allocator::WithinLimit;
 using freehold::runtime::StackPool;
 using freehold::runtime::StackSlot;
 
@@ -113,6 +115,11 @@ int Open(const freehold_space* handle, vm::AddressSpace*& space) {
   if (handle != &process_space && handle->forks != forks.load(std::memory_order_relaxed)) return EOPNOTSUPP;
   space = handle->space.load(std::memory_order_relaxed);
   return 0;
+}
+
+// Of the space; null for a program's own.
+freehold::allocator::MemoryLimit* LimitOf(const freehold_space* handle) {
+  return handle == &process_space ? &process_runtime.limit() : nullptr;
 }
 
 int Result(vm::Error error) { return vm::ToErrno(error); }
@@ -356,6 +363,34 @@ int freehold_purge(freehold_space* handle, size_t* bytes) {
   return 0;
 }
 
+// ---- Limits ----
+
+int freehold_set_memory_limits(const freehold_memory_limits* given) {
+  freehold_memory_limits limits;
+  if (given == nullptr) return EINVAL;
+  if (const int error = Read(given, limits); error != 0) return error;
+  if (freehold_process_space() == nullptr) return EOPNOTSUPP;
+  process_runtime.limit().Set({.soft = {limits.soft}, .hard = {limits.hard}});
+  return 0;
+}
+
+int freehold_get_memory_usage(freehold_memory_usage* result) {
+  if (freehold_process_space() == nullptr) return EOPNOTSUPP;
+  const auto& limit = process_runtime.limit();
+  const auto limits = limit.Get();
+  freehold_memory_usage usage = {};
+  usage.soft = limits.soft.value;
+  usage.hard = limits.hard.value;
+  usage.in_use = limit.InUse().value;
+  usage.purges = limit.reliefs();
+  usage.refusals = limit.refusals();
+  return Write(usage, result);
+}
+
+freehold_out_of_memory_handler freehold_set_out_of_memory_handler(freehold_out_of_memory_handler handler) {
+  return process_runtime.limit().SetHandler(handler);
+}
+
 // ---- Mapping ----
 
 int freehold_map(freehold_space* handle, size_t bytes, const freehold_map_options* given, void** address) {
@@ -374,17 +409,20 @@ int freehold_map(freehold_space* handle, size_t bytes, const freehold_map_option
   const vm::Result<vm::Pages> count = ToPages(bytes);
   if (!count.ok()) return Result(count.error());
   const auto huge_pages = options.huge_pages != 0 ? vm::os::HugePages::kPrefer : vm::os::HugePages::kAvoid;
-  const vm::Result<vm::PageRange> mapped =
-      space->Map(*count, {.placement = *placement,
-                          .address = options.address,
-                          .alignment = vm::PagesFor({alignment}),
-                          .protection = *protection,
-                          .content = *content,
-                          .huge_pages = huge_pages,
-                          .populate = options.populate != 0,
-                          .lock = *lock});
-  if (!mapped.ok()) return Result(mapped.error());
-  *address = mapped->address();
+  const bool counts = *protection == vm::os::Protection::kReadWrite;
+  const auto mapped = WithinLimit(LimitOf(handle), counts ? count->bytes() : vm::Bytes{0}, [&] {
+    return space->Map(*count, {.placement = *placement,
+                               .address = options.address,
+                               .alignment = vm::PagesFor({alignment}),
+                               .protection = *protection,
+                               .content = *content,
+                               .huge_pages = huge_pages,
+                               .populate = options.populate != 0,
+                               .lock = *lock});
+  });
+  if (!mapped) return ENOMEM;
+  if (!mapped->ok()) return Result(mapped->error());
+  *address = (*mapped)->address();
   return 0;
 }
 
@@ -440,13 +478,17 @@ int freehold_remap(freehold_space* handle, void* address, size_t bytes, size_t n
     if (new_address == nullptr || !placement || *placement == vm::Placement::kHint) return EINVAL;
     const vm::Result<vm::Pages> count = ToPages(new_bytes);
     if (!count.ok()) return Result(count.error());
-    const vm::Result<vm::PageRange> moved = space.Remap(range, *count,
-                                                        {.placement = *placement,
-                                                         .address = options.address,
-                                                         .may_move = options.may_move != 0,
-                                                         .keep_source = options.keep_source != 0});
-    if (!moved.ok()) return Result(moved.error());
-    *new_address = moved->address();
+    const vm::Pages growth = *count - std::min(*count, range.count());
+    const auto moved = WithinLimit(LimitOf(handle), growth.bytes(), [&] {
+      return space.Remap(range, *count,
+                         {.placement = *placement,
+                          .address = options.address,
+                          .may_move = options.may_move != 0,
+                          .keep_source = options.keep_source != 0});
+    });
+    if (!moved) return ENOMEM;
+    if (!moved->ok()) return Result(moved->error());
+    *new_address = (*moved)->address();
     return 0;
   });
 }

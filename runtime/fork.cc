@@ -14,17 +14,19 @@ namespace {
 
 bool ServesMalloc() { return process_runtime.server() == Server::kFreehold; }
 
-// In lock order: stacks and the heap, which call into the space, and then the space.
+// In lock order: stacks and the heap, which call into the space, the limit, which looks at it, and then the space.
 void PrepareFork() {
   if (!process_runtime.has_space()) return;
   process_thread_stacks.PrepareFork();
   if (ServesMalloc()) process_runtime.heap().PrepareFork(CurrentThreadCache());
+  process_runtime.limit().PrepareFork();
   process_runtime.space().PrepareFork();
 }
 
 void ParentAfterFork() {
   if (!process_runtime.has_space()) return;
   process_runtime.space().ParentAfterFork();
+  process_runtime.limit().ParentAfterFork();
   if (ServesMalloc()) process_runtime.heap().ParentAfterFork(CurrentThreadCache());
   process_thread_stacks.ParentAfterFork();
 }
@@ -33,6 +35,7 @@ void ChildAfterFork() {
   if (!process_runtime.has_space()) return;
   vm::os::ForgetThreadIdAfterFork();
   process_runtime.space().ChildAfterFork();
+  process_runtime.limit().ChildAfterFork();
   if (ServesMalloc()) process_runtime.heap().ChildAfterFork(CurrentThreadCache());
   if (ProcessMappings* mappings = process_runtime.mappings()) mappings->ChildAfterFork();
   process_thread_stacks.ChildAfterFork();

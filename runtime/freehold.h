@@ -83,6 +83,38 @@ int freehold_tick(freehold_space* space);
 /* Gives back all that is unmapped. `bytes`, unless null, gets how much. */
 int freehold_purge(freehold_space* space, size_t* bytes);
 
+/* ---- Limits ---- */
+
+typedef struct freehold_memory_limits {
+  size_t size;
+  uint64_t soft; /* bytes in use above which what is free goes back to the system at once; 0: none */
+  uint64_t hard; /* above which there is no more: malloc and mmap fail with ENOMEM, operator new throws; 0: none */
+} freehold_memory_limits;
+
+/* Of malloc, mmap and freehold_map of the process's space, which start with FREEHOLD_SOFT_LIMIT and
+ * FREEHOLD_HARD_LIMIT. At any time, also below what is in use. EOPNOTSUPP: there is no such space. */
+int freehold_set_memory_limits(const freehold_memory_limits* limits);
+
+typedef struct freehold_memory_usage { /* a result: see freehold_statistics for `size` */
+  size_t size;
+  uint64_t soft;
+  uint64_t hard;
+  uint64_t in_use;   /* bytes, as the limits count: mapped to be read and written, or free and possibly resident */
+  uint64_t purges;   /* on behalf of the soft limit */
+  uint64_t refusals; /* by the hard limit, also of requests that were served after a purge or the handler */
+} freehold_memory_usage;
+
+int freehold_get_memory_usage(freehold_memory_usage* usage);
+
+/* Called in the thread that needs memory when malloc, operator new or mmap would fail for want of it, with how much is
+ * wanted: by the hard limit, or the system's. May allocate and free, and returns not 0 to have it tried again. It is
+ * not called for what it allocates itself; several threads may be in it at once; operator new calls it before the
+ * program's new handler. Requests that no process can have do not reach it. */
+typedef int (*freehold_out_of_memory_handler)(size_t bytes);
+
+/* Returns the one before; null is none. */
+freehold_out_of_memory_handler freehold_set_out_of_memory_handler(freehold_out_of_memory_handler handler);
+
 /* ---- Mapping ---- */
 
 enum freehold_protection {

@@ -137,6 +137,7 @@ Bytes Keeper::Decayable() {
 void Keeper::Tick() {
   if (ServesMalloc()) process_runtime.heap().Tick(Now());
   process_runtime.space().Tick();
+  process_runtime.limit().Tick();
 }
 
 void Keeper::Run() {

@@ -621,8 +621,53 @@ static void of_the_process(void) {
   REQUIRE(freehold_space_destroy(process) == EINVAL);
 }
 
+static int handler_calls;
+
+static int lift_limit(size_t bytes) {
+  freehold_memory_limits none = {.size = sizeof(none)};
+  REQUIRE(bytes >= 16 * MIB);
+  ++handler_calls;
+  return freehold_set_memory_limits(&none) == 0;
+}
+
+static void limits(void) {
+  freehold_memory_limits limits = {.size = sizeof(limits)};
+  freehold_memory_usage usage = {.size = sizeof(usage)};
+  void* small = NULL;
+  void* large = NULL;
+  REQUIRE(freehold_set_memory_limits(NULL) == EINVAL);
+  limits.size = 1;
+  REQUIRE(freehold_set_memory_limits(&limits) == EINVAL);
+  limits.size = sizeof(limits);
+  usage.size = 0;
+  REQUIRE(freehold_get_memory_usage(&usage) == EINVAL);
+  REQUIRE(freehold_get_memory_usage(NULL) == EINVAL);
+  usage.size = sizeof(usage);
+  REQUIRE(freehold_purge(space, NULL) == 0);
+  REQUIRE(freehold_get_memory_usage(&usage) == 0 && usage.soft == 0 && usage.hard == 0);
+  limits.soft = usage.in_use + 8 * MIB;
+  limits.hard = usage.in_use + 16 * MIB;
+  REQUIRE(freehold_set_memory_limits(&limits) == 0);
+  REQUIRE(freehold_map(space, 64 * MIB, NULL, &large) == ENOMEM && large == NULL);
+  REQUIRE(freehold_map(space, 4 * MIB, NULL, &small) == 0);
+  REQUIRE(freehold_remap(space, small, 4 * MIB, 64 * MIB, NULL, &large) == ENOMEM && large == NULL);
+  REQUIRE(freehold_get_memory_usage(&usage) == 0);
+  REQUIRE(usage.soft == limits.soft && usage.hard == limits.hard && usage.in_use <= limits.hard);
+  REQUIRE(usage.refusals >= 2);
+
+  REQUIRE(freehold_set_out_of_memory_handler(lift_limit) == NULL);
+  REQUIRE(freehold_map(space, 64 * MIB, NULL, &large) == 0 && handler_calls == 1);
+  REQUIRE(freehold_set_out_of_memory_handler(NULL) == lift_limit);
+  unmap(small, 4 * MIB);
+  unmap(large, 64 * MIB);
+}
+
 static void without_process_space(void) {
   freehold_heap_statistics heap = {.size = sizeof(heap)};
+  freehold_memory_limits limits = {.size = sizeof(limits)};
+  freehold_memory_usage usage = {.size = sizeof(usage)};
+  REQUIRE(freehold_set_memory_limits(&limits) == EOPNOTSUPP);
+  REQUIRE(freehold_get_memory_usage(&usage) == EOPNOTSUPP);
   REQUIRE(freehold_process_space() == NULL);
   REQUIRE(freehold_get_heap_statistics(&heap) == EOPNOTSUPP);
 }
@@ -676,6 +721,7 @@ int main(int argc, char** argv) {
     REQUIRE(space != NULL);
     verbs();
   }
+  if (process || beside || mapped) RUN(limits);
   if (process || beside) RUN(of_the_process);
   if (process || mapped) RUN(process_in_child);
   if (mapped) RUN(without_heap);
