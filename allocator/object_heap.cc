@@ -47,6 +47,17 @@ vm::Result<ObjectHeap*> ObjectHeap::Create(vm::AddressSpace& space, const Object
 
 void ObjectHeap::Destroy(ObjectHeap* heap) { heap->metadata_.Release(); }
 
+void ObjectHeap::DestroyWithMemory(ObjectHeap* heap) {
+  heap->metadata_.ForEachWritableSpan(
+      [](void* context, Span* span) {
+        if (span->kind.load(std::memory_order_relaxed) != SpanKind::kMapped) return;
+        static_cast<LargeObjects*>(context)->Free(span);
+      },
+      &heap->large_);
+  heap->page_heap_.UnmapAll();
+  Destroy(heap);
+}
+
 ObjectHeap::ObjectHeap(vm::AddressSpace& space, const HeapMetadata& metadata,
                        const ObjectHeapOptions& options)
     : space_(space),
@@ -242,7 +253,9 @@ bool ObjectHeap::ResizeLarge(Span* span, std::size_t size) {
 
 // ---- giving back ----
 
-std::size_t ObjectHeap::Trim() {
+std::size_t ObjectHeap::Trim(ThreadCache* own) {
+  if (own != nullptr) own->Trim();
+  for (std::uint32_t id = 0; id < cache_count(); ++id) CacheOf(id)->TrimOrphan();
   EmptyStashes();
   return page_heap_.Trim().bytes().value;
 }

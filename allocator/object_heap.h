@@ -59,6 +59,8 @@ class ObjectHeap {
   // Gives the metadata back; memory that the heap has from `space`, live objects included, stays mapped there.
   // REQUIRES: no thread uses the heap or its objects any more.
   static void Destroy(ObjectHeap* heap);
+  // The same, and everything that the heap has from `space` is unmapped: live objects too.
+  static void DestroyWithMemory(ObjectHeap* heap);
 
   ObjectHeap(const ObjectHeap&) = delete;
   ObjectHeap& operator=(const ObjectHeap&) = delete;
@@ -77,8 +79,10 @@ class ObjectHeap {
   // How many bytes the program may use at `p`; 0 for null. REQUIRES: otherwise, `p` is an object of this heap.
   std::size_t UsableSize(const void* p) const;
 
-  // Gives all free memory back to the kernel but for what threads have at hand. Returns the bytes given back.
-  std::size_t Trim();
+  // Gives all free memory back to the kernel but for what other threads have at hand, or have yet to take in. `own`: the
+  // calling thread's cache, or null for what it has to stay, too. Returns the bytes given back. REQUIRES: this thread is
+  // in no call on `own`.
+  std::size_t Trim(ThreadCache* own = nullptr);
   // Gives back what was free for long enough, when it is time for that. For a keeper thread; without one,
   // allocations do it now and then. `now`: CLOCK_MONOTONIC.
   void Tick(vm::Nanoseconds now);

@@ -300,6 +300,25 @@ ChunkRecord* PageHeap::TakeIdleChunk(Shard& shard, Scope scope) {
   return nullptr;
 }
 
+void PageHeap::UnmapAll() {
+  vm::sync::SpinLockHolder purging(purge_lock_);
+  for (unsigned i = 0; i < shard_count_; ++i) {
+    Shard& shard = shards_[i];
+    for (;;) {
+      ChunkRecord* chunk = nullptr;
+      {
+        vm::sync::SpinLockHolder holder(shard.lock);
+        if (shard.all == 0) break;
+        chunk = metadata_.chunks().Named(shard.all);
+        RemoveChunkLocked(shard, chunk);
+      }
+      const vm::PageRange range = RangeOf(chunk, 0, kChunkUnits);
+      // As for a large object: at worst addresses are lost.
+      if (!space_.Unmap(range).ok()) static_cast<void>(space_.Discard({&range, 1}));
+    }
+  }
+}
+
 void PageHeap::ForEachUsedUnit(void (*visit)(void* context, std::uintptr_t unit), void* context) {
   for (unsigned i = 0; i < shard_count_; ++i) {
     vm::sync::SpinLockHolder holder(shards_[i].lock);

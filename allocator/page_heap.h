@@ -60,6 +60,9 @@ class PageHeap {
   // Gives back everything that is free.
   vm::Pages Trim();
 
+  // Unmaps every chunk, whatever is in it. REQUIRES: nothing of it is used any more.
+  void UnmapAll();
+
   // Calls `visit` with the address of every unit that is not free, in no particular order, under the lock of
   // its shard.
   void ForEachUsedUnit(void (*visit)(void* context, std::uintptr_t unit), void* context);

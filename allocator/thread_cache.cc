@@ -237,6 +237,12 @@ void* ThreadCache::Reallocate(void* p, std::size_t size) {
   return to;
 }
 
+bool ThreadCache::TryExpand(void* p, std::size_t size) {
+  Span* span = heap_->CheckedSpan("try_expand", p);
+  if (size <= ObjectHeap::UsableSizeOf(span)) return true;
+  return IsLarge(span) && heap_->ResizeLarge(span, size);
+}
+
 // ---- spans ----
 
 unsigned ThreadCache::Home() const { return heap_->space_.kernel().CurrentCpu(); }
@@ -498,7 +504,56 @@ void ThreadCache::ReleaseIdleLocked() {
   }
 }
 
+void ThreadCache::ReleaseEmptyLocked() {
+  for (unsigned size_class = 0; size_class < kSizeClassCount; ++size_class) {
+    const Span* span = bins_[size_class].current;
+    if (span == &none_ || CountFree(span) != span->carved) continue;
+    RetireCurrentLocked(static_cast<SizeClass>(size_class), 0);
+  }
+}
+
+void ThreadCache::RebuildAllLocked() {
+  for (Bin& bin : bins_) {
+    for (std::uint32_t name = bin.available.first; name != 0;) {
+      Span* span = spans_.Named(name);
+      name = span->next;
+      if (span->kind.load(std::memory_order_relaxed) != SpanKind::kSuspect) continue;
+      RemoveLocked(bin.available, span);
+      PlaceLocked(span, RebuildLocked(span));
+    }
+  }
+}
+
 // ---- for ObjectHeap ----
+
+void ThreadCache::Trim() {
+  remote_frees_.HandOverAll();
+  InSlowPath([&] {
+    lock_.AssertHeld();
+    DrainLocked();
+    if (heap_->HasSuspects()) RebuildAllLocked();
+    ReleaseEmptyLocked();
+    EmptyStashLocked();
+  });
+  ForwardStrays();
+}
+
+void ThreadCache::TrimOrphan() {
+  const bool trimmed = InSlowPath([&] {
+    lock_.AssertHeld();
+    if (state_.load(std::memory_order_relaxed) == State::kAttached) return false;
+    if (state_.load(std::memory_order_relaxed) == State::kFrozen) {
+      ThawLocked();
+      // As in BecomeAttached.
+      state_.store(State::kOrphan, std::memory_order_release);
+    }
+    DrainLocked();
+    if (heap_->HasSuspects()) RebuildAllLocked();
+    UpdateOrphanClassesLocked();
+    return true;
+  });
+  if (trimmed) ForwardStrays();
+}
 
 void ThreadCache::BecomeOrphan() {
   remote_frees_.HandOverAll();

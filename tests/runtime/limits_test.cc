@@ -98,8 +98,8 @@ TEST_F(LimitsTest, TheSoftLimit) {
     EXPECT_EQ(outcome.err, "");
     return std::atol(outcome.out.c_str());
   };
-  EXPECT_GE(above("0"), 40);
-  EXPECT_LE(above("128M"), 24);
+  EXPECT_GE(above("0"), 56);
+  EXPECT_LE(above("128M"), 40);
 }
 
 TEST_F(LimitsTest, LimitsOfTheControlGroup) {
@@ -111,6 +111,17 @@ TEST_F(LimitsTest, LimitsOfTheControlGroup) {
   EXPECT_EQ(outcome.status, 0);
   // What they came to, in this group.
   EXPECT_THAT(outcome.err, ::testing::ContainsRegex(", soft-limit [0-9]+[KMGT]?, hard-limit [0-9]+[KMGT]?, "));
+}
+
+TEST_F(LimitsTest, TrimGivesEverythingBack) {
+  for (const char* mmap : {"1", "0"}) {
+    const Outcome outcome = RunProgram(UnderShim({.argv = {BuiltFile("tests/runtime/programs/trim")},
+                                                  .environment = {{"FREEHOLD_KEEPER", "0"},
+                                                                  {"FREEHOLD_DECAY_MS", "60s"},
+                                                                  {"FREEHOLD_MMAP", mmap}}}));
+    EXPECT_EQ(outcome.status, 0) << mmap;
+    EXPECT_EQ(outcome.err, "") << mmap;
+  }
 }
 
 // Sets a file under /proc/sys while in scope.
