@@ -18,6 +18,7 @@
 
 #include "absl/types/span.h"
 #include "allocator/memory_limit.h"
+#include "runtime/c_api_internal.h"
 #include "runtime/freehold.h"
 #include "runtime/runtime.h"
 #include "runtime/stack_pool.h"
@@ -49,6 +50,10 @@ namespace {
 using freehold::allocator::WithinLimit;
 using freehold::runtime::StackPool;
 using freehold::runtime::StackSlot;
+using freehold::runtime::c_api::Open;
+using freehold::runtime::c_api::Read;
+using freehold::runtime::c_api::Result;
+using freehold::runtime::c_api::Write;
 
 static_assert(FREEHOLD_PAGE_SIZE == vm::kPageSize);
 
@@ -70,59 +75,23 @@ int WatchForks() {
   return fork_handler_error;
 }
 
-// ---- Arguments ----
+}  // namespace
 
-// What a struct had in the first version of the header that has it: no caller knows less.
-template <typename Struct>
-constexpr std::size_t kFirstSize = sizeof(Struct);
-
-// No struct of any version has more.
-constexpr std::size_t kMaxSize = vm::kPageSize;
-
-template <typename Struct>
-bool IsSize(std::size_t size) {
-  return kFirstSize<Struct> <= size && size <= kMaxSize;
-}
-
-// The options as this library knows them.
-template <typename Options>
-int Read(const Options* given, Options& options) {
-  options = {};
-  if (given == nullptr) return 0;
-  const std::size_t size = given->size;
-  if (!IsSize<Options>(size)) return EINVAL;
-  std::memcpy(&options, given, std::min(size, sizeof(Options)));
-  const auto* bytes = reinterpret_cast<const unsigned char*>(given);
-  const bool known = std::all_of(bytes + std::min(size, sizeof(Options)), bytes + size,
-                                 [](unsigned char byte) { return byte == 0; });
-  return known ? 0 : E2BIG;
-}
-
-// Fills in `result`, of which the caller may know more or less.
-template <typename Struct>
-int Write(Struct value, Struct* result) {
-  if (result == nullptr || !IsSize<Struct>(result->size)) return EINVAL;
-  value.size = result->size;
-  const std::size_t known = std::min(value.size, sizeof(Struct));
-  std::memcpy(result, &value, known);
-  std::memset(reinterpret_cast<unsigned char*>(result) + known, 0, value.size - known);
-  return 0;
-}
-
-// Sets `space`, or says why not.
-int Open(const freehold_space* handle, vm::AddressSpace*& space) {
+int freehold::runtime::c_api::Open(const freehold_space* handle, vm::AddressSpace*& space) {
   if (handle == nullptr) return EINVAL;
   if (handle != &process_space && handle->forks != forks.load(std::memory_order_relaxed)) return EOPNOTSUPP;
   space = handle->space.load(std::memory_order_relaxed);
   return 0;
 }
 
+namespace {
+
+// ---- Arguments ----
+
 // Of the space; null for a program's own.
 freehold::allocator::MemoryLimit* LimitOf(const freehold_space* handle) {
   return handle == &process_space ? &process_runtime.limit() : nullptr;
 }
-
-int Result(vm::Error error) { return vm::ToErrno(error); }
 
 vm::Result<vm::Pages> ToPages(std::size_t bytes) {
   if (bytes == 0) return vm::ErrorCode::kEmpty;
@@ -376,7 +345,7 @@ int freehold_set_memory_limits(const freehold_memory_limits* given) {
 
 int freehold_get_memory_usage(freehold_memory_usage* result) {
   if (freehold_process_space() == nullptr) return EOPNOTSUPP;
-  const auto& limit = process_runtime.limit();
+  auto& limit = process_runtime.limit();
   const auto limits = limit.Get();
   freehold_memory_usage usage = {};
   usage.soft = limits.soft.value;
@@ -683,19 +652,7 @@ int freehold_get_statistics(const freehold_space* handle, freehold_statistics* r
 
 int freehold_get_heap_statistics(freehold_heap_statistics* result) {
   if (process_runtime.EnsureStarted() != Server::kFreehold) return EOPNOTSUPP;
-  const freehold::allocator::HeapStats stats = process_runtime.heap().Stats();
-  freehold_heap_statistics statistics = {};
-  statistics.allocated = stats.allocated.value;
-  statistics.active = stats.active.value;
-  statistics.free_resident = stats.free_dirty.value;
-  statistics.free_returned = stats.free_clean.value;
-  statistics.mapped = stats.mapped.value;
-  statistics.metadata = stats.metadata.value;
-  statistics.large = stats.large.value;
-  statistics.large_objects = stats.large_objects;
-  statistics.threads = stats.threads;
-  statistics.purged_pages = stats.purged_pages;
-  return Write(statistics, result);
+  return Write(freehold::runtime::c_api::Describe(process_runtime.heap().Stats()), result);
 }
 
 int freehold_print(freehold_space* handle, void (*write)(void* context, const char* line, size_t length),

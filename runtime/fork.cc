@@ -14,20 +14,20 @@ namespace {
 
 bool ServesMalloc() { return process_runtime.server() == Server::kFreehold; }
 
-// In lock order: stacks and the heap, which call into the space, the limit, which looks at it, and then the space.
+// In lock order: stacks, the limit, which works on heaps, and the heap, which call into the space, and then the space.
 void PrepareFork() {
   if (!process_runtime.has_space()) return;
   process_thread_stacks.PrepareFork();
-  if (ServesMalloc()) process_runtime.heap().PrepareFork(CurrentThreadCache());
   process_runtime.limit().PrepareFork();
+  if (ServesMalloc()) process_runtime.heap().PrepareFork(CurrentThreadCache());
   process_runtime.space().PrepareFork();
 }
 
 void ParentAfterFork() {
   if (!process_runtime.has_space()) return;
   process_runtime.space().ParentAfterFork();
-  process_runtime.limit().ParentAfterFork();
   if (ServesMalloc()) process_runtime.heap().ParentAfterFork(CurrentThreadCache());
+  process_runtime.limit().ParentAfterFork();
   process_thread_stacks.ParentAfterFork();
 }
 
@@ -35,8 +35,8 @@ void ChildAfterFork() {
   if (!process_runtime.has_space()) return;
   vm::os::ForgetThreadIdAfterFork();
   process_runtime.space().ChildAfterFork();
-  process_runtime.limit().ChildAfterFork();
   if (ServesMalloc()) process_runtime.heap().ChildAfterFork(CurrentThreadCache());
+  process_runtime.limit().ChildAfterFork(process_runtime.limited_heap());
   if (ProcessMappings* mappings = process_runtime.mappings()) mappings->ChildAfterFork();
   process_thread_stacks.ChildAfterFork();
   ForgetOtherThreads();

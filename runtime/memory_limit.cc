@@ -24,22 +24,57 @@ ProcessMemoryLimit::Limits ProcessMemoryLimit::Get() const {
   return {.soft = {soft_.load(std::memory_order_relaxed)}, .hard = {hard_.load(std::memory_order_relaxed)}};
 }
 
+void ProcessMemoryLimit::Add(LimitedHeap& heap) {
+  vm::sync::SpinLockHolder using_heaps(use_lock_);
+  vm::sync::SpinLockHolder holder(lock_);
+  heap.previous = nullptr;
+  heap.next = heaps_;
+  if (heaps_ != nullptr) heaps_->previous = &heap;
+  heaps_ = &heap;
+}
+
+void ProcessMemoryLimit::Remove(LimitedHeap& heap) {
+  vm::sync::SpinLockHolder using_heaps(use_lock_);
+  vm::sync::SpinLockHolder holder(lock_);
+  (heap.previous != nullptr ? heap.previous->next : heaps_) = heap.next;
+  if (heap.next != nullptr) heap.next->previous = heap.previous;
+}
+
+Bytes ProcessMemoryLimit::AbsentLocked() const {
+  Bytes sum = {0};
+  for (const LimitedHeap* limited = heaps_; limited != nullptr; limited = limited->next) {
+    sum = sum + limited->heap->absent();
+  }
+  return sum;
+}
+
+Bytes ProcessMemoryLimit::FreeDirty() {
+  vm::sync::SpinLockHolder holder(lock_);
+  Bytes sum = {0};
+  for (const LimitedHeap* limited = heaps_; limited != nullptr; limited = limited->next) {
+    sum = sum + limited->heap->free_dirty();
+  }
+  return sum;
+}
+
 // A chunk that comes or goes meanwhile is in one of the two readings of what is absent only, so it is not subtracted
 // from a sum that it is not in.
-Bytes ProcessMemoryLimit::InUse() const {
-  const Bytes before = Absent();
+Bytes ProcessMemoryLimit::InUseLocked() const {
+  const Bytes before = AbsentLocked();
   const vm::AddressSpaceStats space = space_->Stats();
   const Bytes present = space.mapped_ordinary + space.free_resident;
-  const Bytes absent = std::min(before, Absent());
+  const Bytes absent = std::min(before, AbsentLocked());
   return present - std::min(present, absent);
 }
 
-Bytes ProcessMemoryLimit::Absent() const { return heap_ != nullptr ? heap_->absent() : Bytes{0}; }
+Bytes ProcessMemoryLimit::InUse() {
+  vm::sync::SpinLockHolder holder(lock_);
+  return InUseLocked();
+}
 
-Bytes ProcessMemoryLimit::Purgeable() const {
+Bytes ProcessMemoryLimit::Purgeable() {
   const vm::AddressSpaceStats space = space_->Stats();
-  const Bytes heap = heap_ != nullptr ? heap_->free_dirty() : Bytes{0};
-  return space.free_resident + space.window_bytes + heap;
+  return space.free_resident + space.window_bytes + FreeDirty();
 }
 
 bool ProcessMemoryLimit::Admit(Bytes bytes) {
@@ -48,7 +83,7 @@ bool ProcessMemoryLimit::Admit(Bytes bytes) {
   // First what is in flight, then what is there: acquire pairs with the release in Settle, so whoever is not in the
   // one any more is in the other.
   const Bytes in_flight = Bytes{in_flight_.load(std::memory_order_acquire)} + bytes;
-  const Bytes wanted = InUse() + in_flight;
+  const Bytes wanted = InUseLocked() + in_flight;
   if (limits.hard.value != 0 && wanted > limits.hard) {
     refusals_.fetch_add(1, std::memory_order_relaxed);
     return false;
@@ -61,8 +96,14 @@ bool ProcessMemoryLimit::Admit(Bytes bytes) {
 void ProcessMemoryLimit::Settle(Bytes bytes) { in_flight_.fetch_sub(bytes.value, std::memory_order_release); }
 
 Bytes ProcessMemoryLimit::Purge() {
-  const Bytes heap = {heap_ != nullptr ? heap_->Trim() : 0};
-  return heap + space_->Purge(vm::PurgeScope::kAll).bytes();
+  Bytes sum = {0};
+  {
+    vm::sync::SpinLockHolder using_heaps(use_lock_);
+    for (LimitedHeap* limited = heaps_; limited != nullptr; limited = limited->next) {
+      sum = sum + Bytes{limited->heap->Trim()};
+    }
+  }
+  return sum + space_->Purge(vm::PurgeScope::kAll).bytes();
 }
 
 void ProcessMemoryLimit::Relieve() {
@@ -78,11 +119,17 @@ void ProcessMemoryLimit::Relieve() {
     reliefs_.fetch_add(1, std::memory_order_relaxed);
   }
   const vm::Nanoseconds end = space_->kernel().Now();
-  const std::uint64_t rest = std::max(kReliefInterval.value, (end - start).value * kReliefShare);
+  const std::uint64_t rest =
+      std::clamp((end - start).value * kReliefShare, kReliefInterval.value, kMaxReliefInterval.value);
   next_relief_.store(end.value + rest, std::memory_order_relaxed);
 }
 
 void ProcessMemoryLimit::Tick() {
+  {
+    const vm::Nanoseconds now = space_->kernel().Now();
+    vm::sync::SpinLockHolder using_heaps(use_lock_);
+    for (LimitedHeap* limited = heaps_; limited != nullptr; limited = limited->next) limited->heap->Tick(now);
+  }
   const Bytes soft = Get().soft;
   if (soft.value != 0 && InUse() > soft) Relieve();
 }
@@ -106,11 +153,23 @@ bool ProcessMemoryLimit::CallHandler(Bytes bytes) {
   return again;
 }
 
+// Nobody works on a heap from here on, so nobody waits for the fork with use_lock_ held.
+void ProcessMemoryLimit::PrepareFork() {
+  use_lock_.LockForFork();
+}
+
+void ProcessMemoryLimit::ParentAfterFork() {
+  use_lock_.UnlockAfterFork();
+}
+
 // Whoever else was asking, or purging, is not here.
-void ProcessMemoryLimit::ChildAfterFork() {
+void ProcessMemoryLimit::ChildAfterFork(LimitedHeap* survivor) {
+  lock_.ReinitAfterFork();
+  if (survivor != nullptr) survivor->next = survivor->previous = nullptr;
+  heaps_ = survivor;
   in_flight_.store(0, std::memory_order_relaxed);
   next_relief_.store(0, std::memory_order_relaxed);
-  lock_.UnlockAfterFork();
+  use_lock_.UnlockAfterFork();
 }
 
 }  // namespace freehold::runtime

@@ -10,7 +10,7 @@
 // refuse as much too early as they ask for in that moment.
 //
 // Thread safety: thread-safe.
-// Lock order:    lock_ is kHeapShard; held over sums only.
+// Lock order:    use_lock_ (kRuntime), held over purges; lock_ (kHeapShard), held over sums only.
 // Waiting:       MakeRoom and Relieve, for a thread that purges.
 // Allocation:    none.
 #ifndef FREEHOLD_RUNTIME_MEMORY_LIMIT_H_
@@ -28,6 +28,13 @@
 #include "vm/units.h"
 
 namespace freehold::runtime {
+
+// A heap that counts; in a list.
+struct LimitedHeap {
+  allocator::ObjectHeap* heap = nullptr;
+  LimitedHeap* next = nullptr;
+  LimitedHeap* previous = nullptr;
+};
 
 class ProcessMemoryLimit final : public allocator::MemoryLimit {
  public:
@@ -47,14 +54,18 @@ class ProcessMemoryLimit final : public allocator::MemoryLimit {
 
   // Once, before anything else.
   void Init(vm::AddressSpace& space) { space_ = &space; }
-  // From now on `heap`, of that space, counts.
-  void Add(allocator::ObjectHeap& heap) { heap_ = &heap; }
+  // From now on `heap`, of that space, counts; its free memory goes back with all other, and by Tick. REQUIRES: it is
+  // in no list; it lives, where it is, until it is removed.
+  void Add(LimitedHeap& heap);
+  void Remove(LimitedHeap& heap);
 
   // At any time. Below what is in use, a hard limit refuses everything until enough came free.
   void Set(const Limits& limits);
   Limits Get() const;
   // A sum of counters that others change meanwhile.
-  vm::Bytes InUse() const;
+  vm::Bytes InUse();
+  // Of the heaps: free and possibly resident.
+  vm::Bytes FreeDirty();
   // Returns the one before. Null: none.
   OutOfMemoryHandler SetHandler(OutOfMemoryHandler handler) {
     return handler_.exchange(handler, std::memory_order_acq_rel);
@@ -64,38 +75,44 @@ class ProcessMemoryLimit final : public allocator::MemoryLimit {
   void Settle(vm::Bytes bytes) override;
   void Relieve() override;
   bool MakeRoom(vm::Bytes bytes, unsigned attempt) override;
-  // For a keeper: gives back what came free since, while more than the soft limit is in use.
+  // For a keeper: gives back what was free for long enough, in every heap; and what came free at all, while more than
+  // the soft limit is in use.
   void Tick();
 
   // Requests that the hard limit refused, and purges that the soft limit asked for.
   std::uint64_t refusals() const { return refusals_.load(std::memory_order_relaxed); }
   std::uint64_t reliefs() const { return reliefs_.load(std::memory_order_relaxed); }
 
-  // In this order around those of the space, and after and before those of the heap.
-  void PrepareFork() ABSL_NO_THREAD_SAFETY_ANALYSIS { lock_.LockForFork(); }
-  void ParentAfterFork() ABSL_NO_THREAD_SAFETY_ANALYSIS { lock_.UnlockAfterFork(); }
-  void ChildAfterFork() ABSL_NO_THREAD_SAFETY_ANALYSIS;
+  // Around those of the heap and the space. In the child, all heaps but `survivor` are out of the list.
+  void PrepareFork() ABSL_NO_THREAD_SAFETY_ANALYSIS;
+  void ParentAfterFork() ABSL_NO_THREAD_SAFETY_ANALYSIS;
+  void ChildAfterFork(LimitedHeap* survivor) ABSL_NO_THREAD_SAFETY_ANALYSIS;
 
  private:
-  // Between purges on behalf of the soft limit, at least this long, and ten times as long as one takes.
+  // Between purges on behalf of the soft limit, at least this long, and ten times as long as one takes; but no longer
+  // than the other, should one take long because the thread did not run.
   static constexpr vm::Nanoseconds kReliefInterval = vm::Milliseconds(10);
+  static constexpr vm::Nanoseconds kMaxReliefInterval = vm::Milliseconds(50);
   static constexpr std::uint64_t kReliefShare = 10;
   // Less is not worth a purge.
   static constexpr vm::Bytes kWorthwhile = vm::MiB(1);
 
   vm::Bytes Purge();
-  // Mapped, but known not to be resident.
-  vm::Bytes Absent() const;
+  vm::Bytes InUseLocked() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
+  // Of the heaps: mapped, but known not to be resident.
+  vm::Bytes AbsentLocked() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
   // What a purge could give back.
-  vm::Bytes Purgeable() const;
+  vm::Bytes Purgeable();
   bool CallHandler(vm::Bytes bytes);
 
   vm::AddressSpace* space_ = nullptr;
-  allocator::ObjectHeap* heap_ = nullptr;
   std::atomic<std::size_t> soft_{0};
   std::atomic<std::size_t> hard_{0};
   std::atomic<OutOfMemoryHandler> handler_{nullptr};
+  // Keeps heaps in the list while they are worked on; lock_ does while they are looked at. Both to change it.
+  vm::sync::SpinLock use_lock_{vm::sync::LockRank::kRuntime};
   vm::sync::SpinLock lock_{vm::sync::LockRank::kHeapShard};
+  LimitedHeap* heaps_ = nullptr;
   // Admitted and not settled. Grows under lock_.
   std::atomic<std::size_t> in_flight_{0};
   std::atomic<std::uint64_t> next_relief_{0};  // CLOCK_MONOTONIC; written by the thread that won the turn

@@ -166,7 +166,8 @@ bool Runtime::StartHeap() {
     return false;
   }
   heap_ = *heap;
-  limit_.Add(*heap_);
+  limited_heap_.heap = heap_;
+  limit_.Add(limited_heap_);
   return true;
 }
 

@@ -67,6 +67,8 @@ class Runtime {
   ProcessMappings* mappings() { return serves_mappings_ ? &mappings_ : nullptr; }
   // REQUIRES: has_space().
   ProcessMemoryLimit& limit() { return limit_; }
+  // The process's heap, as the limit knows it; null if there is none.
+  LimitedHeap* limited_heap() { return heap_ != nullptr ? &limited_heap_ : nullptr; }
   vm::os::Kernel& kernel() { return kernel_; }
 
  private:
@@ -84,6 +86,7 @@ class Runtime {
   ProcessMappings mappings_;
   bool serves_mappings_ = false;
   ProcessMemoryLimit limit_;
+  LimitedHeap limited_heap_;
   vm::os::LinuxKernel kernel_;
   Telemetry telemetry_;
 };

@@ -35,7 +35,8 @@ class Process {
     const auto heap = ObjectHeap::Create(*space_, {.limit = &limit_});
     EXPECT_TRUE(heap.ok());
     heap_ = *heap;
-    limit_.Add(*heap_);
+    limited_.heap = heap_;
+    limit_.Add(limited_);
     limit_.Set(limits);
     mappings_.Init(*space_, {.limit = &limit_});
   }
@@ -56,6 +57,7 @@ class Process {
   vm::os::LinuxKernel kernel_;
   vm::AddressSpace* space_ = nullptr;
   ProcessMemoryLimit limit_;
+  LimitedHeap limited_;
   ObjectHeap* heap_ = nullptr;
   ProcessMappings mappings_;
 };
@@ -353,7 +355,7 @@ TEST(MemoryLimitTest, Fork) {
   process.limit().PrepareFork();
   const pid_t child = fork();
   if (child == 0) {
-    process.limit().ChildAfterFork();
+    process.limit().ChildAfterFork(nullptr);
     const bool admits = process.limit().Admit(MiB(60));
     _exit(admits ? 0 : 1);
   }

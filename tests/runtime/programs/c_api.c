@@ -610,6 +610,8 @@ static void of_the_process(void) {
   REQUIRE(freehold_get_heap_statistics(&heap) == 0);
   REQUIRE(heap.mapped >= heap.active && heap.metadata > 0);
   if (freehold_space_contains(process, object)) { /* not "beside" */
+    REQUIRE(freehold_try_expand(object, freehold_good_size(1000000)) == 1);
+    REQUIRE(freehold_try_expand(object, SIZE_MAX) == 0 && freehold_try_expand(NULL, 1) == 0);
     REQUIRE(heap.allocated > heap.large && heap.large >= 1000000 && heap.large_objects >= 1 && heap.threads >= 1);
   }
   heap.size = 0;
@@ -619,6 +621,38 @@ static void of_the_process(void) {
   free(text.bytes);
   free(object);
   REQUIRE(freehold_space_destroy(process) == EINVAL);
+}
+
+static void heaps(void) {
+  freehold_heap_options options = {.size = sizeof(options), .space = space};
+  freehold_heap_statistics statistics = {.size = sizeof(statistics)};
+  freehold_heap* heap = NULL;
+  size_t bytes = 0;
+  char* objects[3];
+  REQUIRE(freehold_heap_create(&options, NULL) == EINVAL);
+  options.size = 1;
+  REQUIRE(freehold_heap_create(&options, &heap) == EINVAL && heap == NULL);
+  options.size = sizeof(options);
+  REQUIRE(freehold_heap_create(&options, &heap) == 0);
+  objects[0] = freehold_heap_allocate(heap, 100);
+  objects[1] = freehold_heap_allocate_zeroed(heap, 5 * MIB);
+  objects[2] = freehold_heap_allocate_aligned(heap, 256, 1000);
+  REQUIRE(objects[0] != NULL && objects[1] != NULL && (uintptr_t)objects[2] % 256 == 0);
+  REQUIRE(freehold_space_contains(space, objects[0]) && freehold_space_contains(space, objects[1]));
+  REQUIRE(all_are(objects[1], 5 * MIB, 0));
+  memset(objects[0], 1, 100);
+  objects[0] = freehold_heap_reallocate(heap, objects[0], 10000);
+  REQUIRE(objects[0] != NULL && all_are(objects[0], 100, 1));
+  REQUIRE(freehold_heap_usable_size(heap, objects[0]) == freehold_good_size(10000));
+  REQUIRE(freehold_heap_try_expand(heap, objects[0], 10001) == 1);
+  REQUIRE(freehold_heap_try_expand(heap, objects[0], MIB) == 0);
+  REQUIRE(freehold_heap_get_statistics(heap, &statistics) == 0);
+  REQUIRE(statistics.large == 5 * MIB && statistics.threads == 1);
+  freehold_heap_free(heap, objects[0]);
+  freehold_heap_free_sized(heap, objects[2], 1000);
+  REQUIRE(freehold_heap_trim(heap, &bytes) == 0 && bytes > 0);
+  REQUIRE(freehold_heap_destroy(heap) == 0);
+  REQUIRE(freehold_heap_destroy(NULL) == EINVAL);
 }
 
 static int handler_calls;
@@ -668,8 +702,13 @@ static void without_process_space(void) {
   freehold_memory_usage usage = {.size = sizeof(usage)};
   REQUIRE(freehold_set_memory_limits(&limits) == EOPNOTSUPP);
   REQUIRE(freehold_get_memory_usage(&usage) == EOPNOTSUPP);
+  freehold_heap* own = NULL;
+  char* object = malloc(100);
   REQUIRE(freehold_process_space() == NULL);
   REQUIRE(freehold_get_heap_statistics(&heap) == EOPNOTSUPP);
+  REQUIRE(freehold_heap_create(NULL, &own) == EOPNOTSUPP && own == NULL);
+  REQUIRE(freehold_try_expand(object, 100) == 0);
+  free(object);
 }
 
 static void without_heap(void) {
@@ -698,6 +737,7 @@ static void verbs(void) {
   RUN(looking);
   RUN(threads);
   RUN(stacks);
+  RUN(heaps);
 }
 
 int main(int argc, char** argv) {
