@@ -218,6 +218,27 @@ bool ObjectHeap::FreeSuspect(Span* span, FreeObject* object) {
   }
 }
 
+void ObjectHeap::CheckFreeSized(const void* p, std::size_t size) const {
+  const std::size_t usable = CheckFree(p);
+  if (size <= usable) return;
+  StopProgram({.what = Misuse::kSizeMismatch, .call = "free", .address = p, .object_size = usable, .size = size});
+}
+
+// What is not suspect, and of no frozen cache, never becomes so.
+bool ObjectHeap::Hold(void* p) const {
+  const Span* span = SpanOf(p);
+  if (IsLarge(span)) return false;
+  if (HasSuspects() && span->owner.load(std::memory_order_acquire)->NeedsLockToFree(span)) return false;
+  code_.Link(static_cast<FreeObject*>(p), &end_);
+  return true;
+}
+
+void ObjectHeap::Release(void* p, bool intact) const {
+  auto* object = static_cast<FreeObject*>(p);
+  if (!intact || !code_.IsTagged(p) || code_.Next(object) != &end_) StopOnCorruption(p);
+  object->tag = 0;
+}
+
 std::size_t ObjectHeap::UsableSizeOf(const Span* span) {
   return IsLarge(span) ? LargeObjects::UsableSize(span) : kSizeClasses[span->size_class].size;
 }

@@ -79,6 +79,16 @@ class ObjectHeap {
   // How many bytes the program may use at `p`; 0 for null. REQUIRES: otherwise, `p` is an object of this heap.
   std::size_t UsableSize(const void* p) const;
 
+  // For who keeps objects that the program freed from being used again. CheckFree: as the beginning of a free of `p`;
+  // returns its usable size. Hold marks `p` so that it is known to be free, or returns false: a large object, or one that
+  // came through a fork and would be free by the mark alone. Release takes the mark away, so that it may be freed, and
+  // stops the program if it is damaged, or `intact` is false.
+  std::size_t CheckFree(const void* p) const { return UsableSizeOf(CheckedSpan("free", p)); }
+  // The same for a free with a size: stops the program if there is no room for `size` bytes.
+  void CheckFreeSized(const void* p, std::size_t size) const;
+  bool Hold(void* p) const;
+  void Release(void* p, bool intact) const;
+
   // Gives all free memory back to the kernel but for what other threads have at hand, or have yet to take in. `own`: the
   // calling thread's cache, or null for what it has to stay, too. Returns the bytes given back. REQUIRES: this thread is
   // in no call on `own`.

@@ -389,11 +389,7 @@ void ThreadCache::FreeChecked(void* p) {
 
 void ThreadCache::FreeSizedSlow(void* p, std::size_t size) {
   if (p == nullptr) return;
-  const std::size_t usable = heap_->UsableSizeOf(heap_->CheckedSpan("free", p));
-  if (size > usable) {
-    StopProgram(
-        {.what = Misuse::kSizeMismatch, .call = "free", .address = p, .object_size = usable, .size = size});
-  }
+  heap_->CheckFreeSized(p, size);
   FreeSlow(p);
 }
 

@@ -48,6 +48,10 @@ struct Config {
   // See ProcessMemoryLimit: 0 for none, kCgroupLimit for what the process's control groups leave.
   vm::Bytes soft_limit = {0};
   vm::Bytes hard_limit = {0};
+  // See HardeningOptions for these three.
+  bool zero_on_free = false;
+  bool random_placement = false;
+  vm::Bytes quarantine = {0};
   // Whether a thread may be started that gives freed memory back while the program idles
   // (keeper.h).
   bool keeper = true;

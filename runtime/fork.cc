@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include "runtime/hardening.h"
 #include "runtime/keeper.h"
 #include "runtime/message.h"
 #include "runtime/runtime.h"
@@ -18,6 +19,7 @@ bool ServesMalloc() { return process_runtime.server() == Server::kFreehold; }
 void PrepareFork() {
   if (!process_runtime.has_space()) return;
   process_thread_stacks.PrepareFork();
+  if (CurrentThreadCache() != nullptr) ReleaseHeld(*CurrentThreadCache());
   process_runtime.limit().PrepareFork();
   if (ServesMalloc()) process_runtime.heap().PrepareFork(CurrentThreadCache());
   process_runtime.space().PrepareFork();

@@ -9,6 +9,7 @@
 #include <cstddef>
 
 #include "runtime/cgroup.h"
+#include "runtime/hardening.h"
 #include "runtime/message.h"
 #include "runtime/thread.h"
 #include "vm/os/futex.h"
@@ -192,7 +193,12 @@ Server Runtime::StartFreehold() {
   if (config_.telemetry && !telemetry_.Publish(*space_, heap_, kernel_) && config_.verbose) {
     Message().Append("the system refuses the telemetry page: `freehold stat` and the like see nothing").Report();
   }
-  if (mallocs) WatchThreadExits();
+  if (mallocs) {
+    SetHardening({.zero_on_free = config_.zero_on_free,
+                  .random_placement = config_.random_placement,
+                  .quarantine = config_.quarantine});
+    WatchThreadExits();
+  }
   if (config_.verbose) ReportStart(config_, *space_);
   return mallocs ? Server::kFreehold : Server::kLibc;
 }
