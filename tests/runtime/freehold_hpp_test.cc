@@ -165,10 +165,12 @@ TEST(HeapAllocatorTest, SizesAndRoom) {
   allocator.deallocate(result.ptr, result.count);
   std::uint64_t* large = allocator.allocate(1 << 18);
   large[0] = 5;
-  EXPECT_TRUE(allocator.try_expand(large, 1 << 19));
+  const bool expanded = allocator.try_expand(large, 1 << 19);
+  const std::size_t count = expanded ? 1 << 19 : 1 << 18;
+  EXPECT_EQ(freehold_heap_usable_size(heap.get(), large), count * 8);
   EXPECT_EQ(large[0], 5u);
   EXPECT_FALSE(allocator.try_expand(large, PTRDIFF_MAX));
-  allocator.deallocate(large, 1 << 19);
+  allocator.deallocate(large, count);
   EXPECT_THROW(static_cast<void>(allocator.allocate(PTRDIFF_MAX)), std::bad_array_new_length);
   EXPECT_THROW(static_cast<void>(allocator.allocate_at_least(PTRDIFF_MAX / 8)), std::bad_alloc);
   struct alignas(256) Wide {
