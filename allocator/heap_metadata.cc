@@ -51,6 +51,7 @@ vm::Result<HeapMetadata> HeapMetadata::Create(vm::AddressSpace& space, const Lay
   metadata.chunks_ = ChunkTable(section, chunk_count);
   section += RoundUp(chunk_count * sizeof(ChunkRecord), kStep);
   metadata.spans_ = SpanTable(section, span_count);
+  metadata.span_section_ = section;
 
   const std::size_t writable = prefix + RoundUp(layout.header_bytes, kStep);
   vm::Error error = kernel.Protect(*reserved, vm::os::Protection::kRead);
@@ -101,6 +102,20 @@ vm::Error HeapMetadata::CommitSteps(std::size_t first, std::size_t end) const {
     if ((before & bit) == 0) commitments_->steps.fetch_add(1, std::memory_order_relaxed);
   }
   return vm::Error::Ok();
+}
+
+void HeapMetadata::ForEachWritableSpan(void (*visit)(void* context, Span* span), void* context) const {
+  const std::size_t first = static_cast<std::size_t>(span_section_ - reservation_.address()) / kStep;
+  const std::size_t end = reservation_.bytes().value / kStep;
+  for (std::size_t word = first / kWordBits; word * kWordBits < end; ++word) {
+    std::uint64_t done = commitments_->done[word].load(std::memory_order_acquire);
+    for (; done != 0; done &= done - 1) {
+      const std::size_t step = word * kWordBits + static_cast<std::size_t>(std::countr_zero(done));
+      if (step < first || step >= end) continue;
+      auto* span = reinterpret_cast<Span*>(reservation_.address() + step * kStep);
+      for (std::size_t i = 0; i < kStep / sizeof(Span); ++i) visit(context, span + i);
+    }
+  }
 }
 
 vm::Bytes HeapMetadata::committed() const {

@@ -77,6 +77,8 @@ class HeapMetadata {
   const ChunkTable& chunks() const { return chunks_; }
   // What is writable.
   vm::Bytes committed() const;
+  // Calls `visit` for every writable Span, used or not. REQUIRES: nobody commits.
+  void ForEachWritableSpan(void (*visit)(void* context, Span* span), void* context) const;
 
  private:
   // What becomes writable at a time.
@@ -100,6 +102,7 @@ class HeapMetadata {
   Commitments* commitments_ = nullptr;
   std::byte* header_ = nullptr;
   std::byte* caches_ = nullptr;
+  std::byte* span_section_ = nullptr;
   SpanTable spans_;
   ChunkTable chunks_;
 };

@@ -77,6 +77,8 @@ void* LargeObjects::AllocateMapped(const Request& request) {
   const vm::Pages alignment{std::max(request.alignment, kUnitSize) >> vm::kPageShift};
   const vm::MapOptions options = {.alignment = alignment,
                                   .content = request.zeroed ? vm::Content::kZeroed : vm::Content::kAnything};
+  const Admission admission(limit_, vm::Pages{pages}.bytes());
+  if (!admission.granted()) return nullptr;
   // Room to grow as far again: it is not touched, so it costs nothing but addresses.
   std::uint32_t mapped_pages = request.will_grow && request.size <= kMaxSize / 2 ? pages * 2 : pages;
   vm::Result<vm::PageRange> mapped = space_.Map({mapped_pages}, options);
@@ -98,6 +100,7 @@ void* LargeObjects::AllocateMapped(const Request& request) {
   count_.fetch_add(1, std::memory_order_relaxed);
   pages_.fetch_add(pages, std::memory_order_relaxed);
   mapped_pages_.fetch_add(mapped_pages, std::memory_order_relaxed);
+  slack_pages_.fetch_add(mapped_pages - pages, std::memory_order_relaxed);
   return mapped->address();
 }
 
@@ -118,6 +121,7 @@ bool LargeObjects::Free(Span* span) {
     return true;
   }
   mapped_pages_.fetch_sub(mapped, std::memory_order_relaxed);
+  slack_pages_.fetch_sub(mapped - used, std::memory_order_relaxed);
   // If the address space cannot unmap for want of metadata, the memory goes back to the kernel all the same,
   // and the addresses are lost.
   if (!space_.Unmap(range).ok()) static_cast<void>(space_.Discard({&range, 1}));
@@ -148,6 +152,9 @@ bool LargeObjects::ResizeRun(Span* span, std::uint32_t pages) {
 
 bool LargeObjects::ResizeMapped(Span* span, std::uint32_t pages) {
   const std::uint32_t mapped = span->mapped_pages;
+  const std::uint32_t slack = mapped - span->used_pages;
+  const Admission admission(limit_, vm::Pages{pages > span->used_pages ? pages - span->used_pages : 0}.bytes());
+  if (!admission.granted()) return false;
   if (pages > mapped) {
     const vm::PageRange more = RangeOf(span, mapped, pages);
     const vm::Result<vm::PageRange> grown =
@@ -161,6 +168,7 @@ bool LargeObjects::ResizeMapped(Span* span, std::uint32_t pages) {
     span->mapped_pages = pages;
   }
   mapped_pages_.fetch_add(std::uint64_t{span->mapped_pages} - mapped, std::memory_order_relaxed);
+  slack_pages_.fetch_add(std::uint64_t{span->mapped_pages} - pages - slack, std::memory_order_relaxed);
   SetUsedPages(span, pages);
   return true;
 }

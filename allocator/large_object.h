@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "allocator/heap_metadata.h"
+#include "allocator/memory_limit.h"
 #include "allocator/page_heap.h"
 #include "allocator/span.h"
 #include "vm/address_space.h"
@@ -26,8 +27,10 @@ class LargeObjects {
   // From here on an object's memory is unmapped when it is freed; the address space keeps it for a while.
   static constexpr std::size_t kMaxRunSize = std::size_t{1} << 20;
 
-  LargeObjects(vm::AddressSpace& space, const HeapMetadata& metadata, PageHeap& page_heap)
-      : space_(space), metadata_(metadata), page_heap_(page_heap) {}
+  // `limit`: asked for mappings; may be null.
+  LargeObjects(vm::AddressSpace& space, const HeapMetadata& metadata, PageHeap& page_heap,
+               MemoryLimit* limit = nullptr)
+      : space_(space), metadata_(metadata), page_heap_(page_heap), limit_(limit) {}
   LargeObjects(const LargeObjects&) = delete;
   LargeObjects& operator=(const LargeObjects&) = delete;
 
@@ -54,6 +57,8 @@ class LargeObjects {
   vm::Bytes bytes() const { return vm::Pages{pages_.load(std::memory_order_relaxed)}.bytes(); }
   // Of bytes(): in mappings of their own, at the mappings' size.
   vm::Bytes mapped_bytes() const { return vm::Pages{mapped_pages_.load(std::memory_order_relaxed)}.bytes(); }
+  // Of mapped_bytes(): kept to grow into, and not resident.
+  vm::Bytes slack() const { return vm::Pages{slack_pages_.load(std::memory_order_relaxed)}.bytes(); }
   std::uint64_t count() const { return count_.load(std::memory_order_relaxed); }
   void ForEachMetric(vm::MetricVisitor visit, void* context) const;
 
@@ -71,9 +76,11 @@ class LargeObjects {
   vm::AddressSpace& space_;
   const HeapMetadata& metadata_;
   PageHeap& page_heap_;
+  MemoryLimit* const limit_;
   // Of live large objects.
   std::atomic<std::uint64_t> pages_{0};
   std::atomic<std::uint64_t> mapped_pages_{0};
+  std::atomic<std::uint64_t> slack_pages_{0};
   std::atomic<std::uint64_t> count_{0};
 };
 

@@ -47,6 +47,17 @@ vm::Result<ObjectHeap*> ObjectHeap::Create(vm::AddressSpace& space, const Object
 
 void ObjectHeap::Destroy(ObjectHeap* heap) { heap->metadata_.Release(); }
 
+void ObjectHeap::DestroyWithMemory(ObjectHeap* heap) {
+  heap->metadata_.ForEachWritableSpan(
+      [](void* context, Span* span) {
+        if (span->kind.load(std::memory_order_relaxed) != SpanKind::kMapped) return;
+        static_cast<LargeObjects*>(context)->Free(span);
+      },
+      &heap->large_);
+  heap->page_heap_.UnmapAll();
+  Destroy(heap);
+}
+
 ObjectHeap::ObjectHeap(vm::AddressSpace& space, const HeapMetadata& metadata,
                        const ObjectHeapOptions& options)
     : space_(space),
@@ -55,8 +66,8 @@ ObjectHeap::ObjectHeap(vm::AddressSpace& space, const HeapMetadata& metadata,
       base_(AddressOf(space.reservation().address())),
       size_(space.reservation().bytes().value),
       code_(MakeSecret(space.kernel(), metadata.header()), &end_),
-      page_heap_(space, metadata_, ShardsFor(options, space.kernel())),
-      large_(space, metadata_, page_heap_) {}
+      page_heap_(space, metadata_, ShardsFor(options, space.kernel()), options.limit),
+      large_(space, metadata_, page_heap_, options.limit) {}
 
 // ---- threads ----
 
@@ -207,6 +218,27 @@ bool ObjectHeap::FreeSuspect(Span* span, FreeObject* object) {
   }
 }
 
+void ObjectHeap::CheckFreeSized(const void* p, std::size_t size) const {
+  const std::size_t usable = CheckFree(p);
+  if (size <= usable) return;
+  StopProgram({.what = Misuse::kSizeMismatch, .call = "free", .address = p, .object_size = usable, .size = size});
+}
+
+// What is not suspect, and of no frozen cache, never becomes so.
+bool ObjectHeap::Hold(void* p) const {
+  const Span* span = SpanOf(p);
+  if (IsLarge(span)) return false;
+  if (HasSuspects() && span->owner.load(std::memory_order_acquire)->NeedsLockToFree(span)) return false;
+  code_.Link(static_cast<FreeObject*>(p), &end_);
+  return true;
+}
+
+void ObjectHeap::Release(void* p, bool intact) const {
+  auto* object = static_cast<FreeObject*>(p);
+  if (!intact || !code_.IsTagged(p) || code_.Next(object) != &end_) StopOnCorruption(p);
+  object->tag = 0;
+}
+
 std::size_t ObjectHeap::UsableSizeOf(const Span* span) {
   return IsLarge(span) ? LargeObjects::UsableSize(span) : kSizeClasses[span->size_class].size;
 }
@@ -215,9 +247,36 @@ std::size_t ObjectHeap::UsableSize(const void* p) const {
   return p == nullptr ? 0 : UsableSizeOf(CheckedSpan("malloc_usable_size", p));
 }
 
+// ---- large objects ----
+
+void* ObjectHeap::AllocateLarge(unsigned home, const LargeObjects::Request& request) {
+  for (unsigned attempt = 0;; ++attempt) {
+    if (void* object = large_.Allocate(home, request)) {
+      RelieveLimit();
+      return object;
+    }
+    if (!MakeRoom(std::max(request.size, request.alignment), attempt)) return nullptr;
+  }
+}
+
+// Room behind the object that only a limit refuses is worth an effort: to move takes much more.
+bool ObjectHeap::ResizeLarge(Span* span, std::size_t size) {
+  for (unsigned attempt = 0;; ++attempt) {
+    if (large_.Resize(span, size)) {
+      RelieveLimit();
+      return true;
+    }
+    const std::size_t usable = LargeObjects::UsableSize(span);
+    if (size <= usable || Admission(options_.limit, {size - usable}).granted()) return false;
+    if (!MakeRoom(size - usable, attempt)) return false;
+  }
+}
+
 // ---- giving back ----
 
-std::size_t ObjectHeap::Trim() {
+std::size_t ObjectHeap::Trim(ThreadCache* own) {
+  if (own != nullptr) own->Trim();
+  for (std::uint32_t id = 0; id < cache_count(); ++id) CacheOf(id)->TrimOrphan();
   EmptyStashes();
   return page_heap_.Trim().bytes().value;
 }

@@ -27,6 +27,7 @@
 #include "allocator/heap_metadata.h"
 #include "allocator/heap_stats.h"
 #include "allocator/large_object.h"
+#include "allocator/memory_limit.h"
 #include "allocator/page_heap.h"
 #include "allocator/span.h"
 #include "allocator/thread_cache.h"
@@ -47,6 +48,8 @@ struct ObjectHeapOptions {
   unsigned shards = 0;
   // Objects of one other thread that a thread gathers before it hands them over.
   vm::Bytes remote_batch = vm::KiB(32);
+  // Asked for memory, and called when there is none. Must outlive the heap.
+  MemoryLimit* limit = nullptr;
 };
 
 class ObjectHeap {
@@ -56,6 +59,8 @@ class ObjectHeap {
   // Gives the metadata back; memory that the heap has from `space`, live objects included, stays mapped there.
   // REQUIRES: no thread uses the heap or its objects any more.
   static void Destroy(ObjectHeap* heap);
+  // The same, and everything that the heap has from `space` is unmapped: live objects too.
+  static void DestroyWithMemory(ObjectHeap* heap);
 
   ObjectHeap(const ObjectHeap&) = delete;
   ObjectHeap& operator=(const ObjectHeap&) = delete;
@@ -74,13 +79,29 @@ class ObjectHeap {
   // How many bytes the program may use at `p`; 0 for null. REQUIRES: otherwise, `p` is an object of this heap.
   std::size_t UsableSize(const void* p) const;
 
-  // Gives all free memory back to the kernel but for what threads have at hand. Returns the bytes given back.
-  std::size_t Trim();
+  // For who keeps objects that the program freed from being used again. CheckFree: as the beginning of a free of `p`;
+  // returns its usable size. Hold marks `p` so that it is known to be free, or returns false: a large object, or one that
+  // came through a fork and would be free by the mark alone. Release takes the mark away, so that it may be freed, and
+  // stops the program if it is damaged, or `intact` is false.
+  std::size_t CheckFree(const void* p) const { return UsableSizeOf(CheckedSpan("free", p)); }
+  // The same for a free with a size: stops the program if there is no room for `size` bytes.
+  void CheckFreeSized(const void* p, std::size_t size) const;
+  bool Hold(void* p) const;
+  void Release(void* p, bool intact) const;
+
+  // Gives all free memory back to the kernel but for what other threads have at hand, or have yet to take in. `own`: the
+  // calling thread's cache, or null for what it has to stay, too. Returns the bytes given back. REQUIRES: this thread is
+  // in no call on `own`.
+  std::size_t Trim(ThreadCache* own = nullptr);
   // Gives back what was free for long enough, when it is time for that. For a keeper thread; without one,
   // allocations do it now and then. `now`: CLOCK_MONOTONIC.
   void Tick(vm::Nanoseconds now);
 
   HeapStats Stats();
+  // Of what the heap has mapped: not resident. Takes no lock, and is never too much while others allocate.
+  vm::Bytes absent() const { return page_heap_.clean() + large_.slack(); }
+  // Free and possibly resident. Takes no lock.
+  vm::Bytes free_dirty() const { return {page_heap_.GetStats().dirty_units * kUnitSize}; }
   // What is in Stats() and kept as a number: where.
   void ForEachMetric(vm::MetricVisitor visit, void* context) const;
   // Calls `visit` for every size class in ascending order, with no lock held.
@@ -136,6 +157,17 @@ class ObjectHeap {
   bool HasSuspects() const { return has_suspects_.load(std::memory_order_relaxed); }
   // Frees `object` if it is in such a span, by its tag.
   bool FreeSuspect(Span* span, FreeObject* object);
+
+  // As those of LargeObjects, as far as a limit can be made to allow it.
+  void* AllocateLarge(unsigned home, const LargeObjects::Request& request);
+  bool ResizeLarge(Span* span, std::size_t size);
+  // See MemoryLimit, for a caller that holds no lock.
+  void RelieveLimit() {
+    if (ABSL_PREDICT_FALSE(options_.limit != nullptr && options_.limit->wants_relief())) options_.limit->Relieve();
+  }
+  bool MakeRoom(std::size_t size, unsigned attempt) {
+    return options_.limit != nullptr && size < size_ && options_.limit->MakeRoom({size}, attempt);
+  }
 
   void EmptyStashes();
 

@@ -56,8 +56,8 @@ struct PageHeap::PurgeBatch {
   }
 };
 
-PageHeap::PageHeap(vm::AddressSpace& space, const HeapMetadata& metadata, unsigned shards)
-    : space_(space), metadata_(metadata), shard_count_(shards) {
+PageHeap::PageHeap(vm::AddressSpace& space, const HeapMetadata& metadata, unsigned shards, MemoryLimit* limit)
+    : space_(space), metadata_(metadata), shard_count_(shards), limit_(limit) {
   FREEHOLD_CHECK(shards >= 1 && shards <= kMaxShards);
 }
 
@@ -66,7 +66,10 @@ PageHeap::Run PageHeap::Allocate(unsigned home, unsigned units) {
   Run run = AllocateFrom(shard, units, Memory::kDirty);
   // What other threads freed lately is in their caches, and they will soon want it again.
   if (run.start == 0) run = AllocateElsewhere(shard, units, Memory::kDirty, kKeptDirtyUnits);
-  if (run.start == 0) run = AllocateFrom(shard, units, Memory::kAny);
+  if (run.start != 0) return run;
+  const Admission admission(limit_, {units * kUnitSize});
+  if (!admission.granted()) return AllocateElsewhere(shard, units, Memory::kDirty, 0);
+  run = AllocateFrom(shard, units, Memory::kAny);
   if (run.start == 0) run = AllocateNewChunk(shard, units);
   if (run.start == 0) run = AllocateElsewhere(shard, units, Memory::kAny, 0);
   return run;
@@ -125,6 +128,8 @@ bool PageHeap::Extend(std::uintptr_t start, unsigned units, unsigned more) {
   Shard& shard = shards_[chunk->shard];
   const unsigned first = UnitOf(chunk, start) + units;
   if (first + more > kChunkUnits) return false;
+  const Admission admission(limit_, {more * kUnitSize});
+  if (!admission.granted()) return false;
   vm::sync::SpinLockHolder holder(shard.lock);
   if (!chunk->free.Contains(UnitSet::Of(first, more))) return false;
   TakeLocked(shard, chunk, first, more);
@@ -160,6 +165,9 @@ void PageHeap::UpdateLocked(Shard& shard, ChunkRecord* chunk, UnitSet free, Unit
                          std::memory_order_relaxed);
   shard.dirty_units.store(shard.dirty_units.load(std::memory_order_relaxed) + dirty_change,
                           std::memory_order_relaxed);
+  shard.clean_units.store(
+      shard.free_units.load(std::memory_order_relaxed) - shard.dirty_units.load(std::memory_order_relaxed),
+      std::memory_order_relaxed);
   chunk->free = free;
   chunk->dirty = dirty;
   Reindex<&ChunkRecord::by_free>(shard.by_free, chunk, chunk->free_run, free.LongestRun());
@@ -292,6 +300,25 @@ ChunkRecord* PageHeap::TakeIdleChunk(Shard& shard, Scope scope) {
   return nullptr;
 }
 
+void PageHeap::UnmapAll() {
+  vm::sync::SpinLockHolder purging(purge_lock_);
+  for (unsigned i = 0; i < shard_count_; ++i) {
+    Shard& shard = shards_[i];
+    for (;;) {
+      ChunkRecord* chunk = nullptr;
+      {
+        vm::sync::SpinLockHolder holder(shard.lock);
+        if (shard.all == 0) break;
+        chunk = metadata_.chunks().Named(shard.all);
+        RemoveChunkLocked(shard, chunk);
+      }
+      const vm::PageRange range = RangeOf(chunk, 0, kChunkUnits);
+      // As for a large object: at worst addresses are lost.
+      if (!space_.Unmap(range).ok()) static_cast<void>(space_.Discard({&range, 1}));
+    }
+  }
+}
+
 void PageHeap::ForEachUsedUnit(void (*visit)(void* context, std::uintptr_t unit), void* context) {
   for (unsigned i = 0; i < shard_count_; ++i) {
     vm::sync::SpinLockHolder holder(shards_[i].lock);
@@ -342,6 +369,12 @@ PageHeap::Stats PageHeap::GetStats() const {
   return stats;
 }
 
+vm::Bytes PageHeap::clean() const {
+  std::uint64_t units = 0;
+  for (unsigned i = 0; i < shard_count_; ++i) units += shards_[i].clean_units.load(std::memory_order_relaxed);
+  return {units * kUnitSize};
+}
+
 void PageHeap::CheckInvariants() {
   for (unsigned i = 0; i < shard_count_; ++i) {
     Shard& shard = shards_[i];
@@ -360,6 +393,7 @@ void PageHeap::CheckInvariants() {
     FREEHOLD_CHECK(sum.chunks == shard.chunks.load(std::memory_order_relaxed));
     FREEHOLD_CHECK(sum.free_units == shard.free_units.load(std::memory_order_relaxed));
     FREEHOLD_CHECK(sum.dirty_units == shard.dirty_units.load(std::memory_order_relaxed));
+    FREEHOLD_CHECK(sum.free_units - sum.dirty_units == shard.clean_units.load(std::memory_order_relaxed));
   }
 }
 

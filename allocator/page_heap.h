@@ -23,6 +23,7 @@
 #include "absl/base/thread_annotations.h"
 #include "allocator/chunk.h"
 #include "allocator/heap_metadata.h"
+#include "allocator/memory_limit.h"
 #include "vm/address_space.h"
 #include "vm/metric.h"
 #include "vm/sync/spin_lock.h"
@@ -36,8 +37,8 @@ class PageHeap {
   // What a shard keeps for its own threads of free memory that may be resident: 64 MiB.
   static constexpr std::uint64_t kKeptDirtyUnits = 1024;
 
-  // REQUIRES: 1 <= shards <= kMaxShards. Keeps both references.
-  PageHeap(vm::AddressSpace& space, const HeapMetadata& metadata, unsigned shards);
+  // REQUIRES: 1 <= shards <= kMaxShards. Keeps both references. `limit`: asked for what is not resident; may be null.
+  PageHeap(vm::AddressSpace& space, const HeapMetadata& metadata, unsigned shards, MemoryLimit* limit = nullptr);
   PageHeap(const PageHeap&) = delete;
   PageHeap& operator=(const PageHeap&) = delete;
 
@@ -59,6 +60,9 @@ class PageHeap {
   // Gives back everything that is free.
   vm::Pages Trim();
 
+  // Unmaps every chunk, whatever is in it. REQUIRES: nothing of it is used any more.
+  void UnmapAll();
+
   // Calls `visit` with the address of every unit that is not free, in no particular order, under the lock of
   // its shard.
   void ForEachUsedUnit(void (*visit)(void* context, std::uintptr_t unit), void* context);
@@ -74,6 +78,8 @@ class PageHeap {
     std::uint64_t purged_pages = 0;
   };
   Stats GetStats() const;
+  // What is free and not resident: never more than that, while others allocate too.
+  vm::Bytes clean() const;
   void ForEachMetric(vm::MetricVisitor visit, void* context) const;
 
   // CHECKs P1, P2 and the sums. REQUIRES: nobody allocates or frees.
@@ -100,6 +106,7 @@ class PageHeap {
     std::atomic<std::uint64_t> chunks{0};
     std::atomic<std::uint64_t> free_units{0};
     std::atomic<std::uint64_t> dirty_units{0};
+    std::atomic<std::uint64_t> clean_units{0};  // free and not dirty
   };
 
   // What one round of a purge took out of the sets.
@@ -139,6 +146,7 @@ class PageHeap {
   vm::AddressSpace& space_;
   const HeapMetadata& metadata_;
   const unsigned shard_count_;
+  MemoryLimit* const limit_;
   // One thread purges at a time, over all of its discards, and it alone removes chunks.
   vm::sync::SpinLock purge_lock_{vm::sync::LockRank::kHeap};
   std::atomic<std::uint64_t> purged_pages_{0};

@@ -80,16 +80,24 @@ void* ThreadCache::AllocateSlow(std::size_t size) {
 
 void* ThreadCache::AllocateClassSlow(ClassRequest& request) {
   Bin& bin = bins_[request.size_class];
-  if (void* object = PopAny(bin.current)) return object;
-  if (++slow_paths_ % kMaintenancePeriod == 0) Maintain();
-  // Memory that came back is used before memory that was not; then no list changes, and no lock is needed.
-  const bool none_came_back =
-      inbox_.load(std::memory_order_relaxed) == code_.end() && bin.available.empty();
-  if (none_came_back && !IsCarved(bin.current)) return PopCarved(bin.current, request);
-  return InSlowPath([&] {
-    lock_.AssertHeld();
-    return RefillLocked(request);
-  });
+  for (unsigned attempt = 0;; ++attempt) {
+    if (void* object = PopAny(bin.current)) return object;
+    if (++slow_paths_ % kMaintenancePeriod == 0) Maintain();
+    // Memory that came back is used before memory that was not; then no list changes, and no lock is needed.
+    const bool none_came_back =
+        inbox_.load(std::memory_order_relaxed) == code_.end() && bin.available.empty();
+    if (none_came_back && !IsCarved(bin.current)) return PopCarved(bin.current, request);
+    void* object = InSlowPath([&] {
+      lock_.AssertHeld();
+      return RefillLocked(request);
+    });
+    if (ABSL_PREDICT_TRUE(object != nullptr)) {
+      heap_->RelieveLimit();
+      return object;
+    }
+    const std::size_t bytes = kSizeClasses[request.size_class].units * kUnitSize;
+    if (!heap_->MakeRoom(bytes, attempt)) return nullptr;
+  }
 }
 
 void* ThreadCache::RefillLocked(ClassRequest& request) {
@@ -207,7 +215,7 @@ void* ThreadCache::AllocateAligned(std::size_t alignment, std::size_t size) {
 
 void* ThreadCache::AllocateLarge(std::size_t alignment, std::size_t size, bool zeroed) {
   if (++slow_paths_ % kMaintenancePeriod == 0) Maintain();
-  return heap_->large_.Allocate(Home(), {.size = size, .alignment = alignment, .zeroed = zeroed});
+  return heap_->AllocateLarge(Home(), {.size = size, .alignment = alignment, .zeroed = zeroed});
 }
 
 void* ThreadCache::Reallocate(void* p, std::size_t size) {
@@ -216,17 +224,23 @@ void* ThreadCache::Reallocate(void* p, std::size_t size) {
   const bool is_large = IsLarge(span);
   const std::size_t usable = is_large ? LargeObjects::UsableSize(span) : InfoOf(span).size;
   if (is_large && size > kMaxClassSize) {
-    if (heap_->large_.Resize(span, size)) return p;
+    if (heap_->ResizeLarge(span, size)) return p;
   } else if (size <= usable && size > usable / 2) {
     return p;
   }
   const bool grows = size > usable;
-  void* to = is_large && grows ? heap_->large_.Allocate(Home(), {.size = size, .will_grow = true})
+  void* to = is_large && grows ? heap_->AllocateLarge(Home(), {.size = size, .will_grow = true})
                                : Allocate(size);
   if (to == nullptr) return grows ? nullptr : p;
   std::memcpy(to, p, std::min(size, usable));
   Free(p);
   return to;
+}
+
+bool ThreadCache::TryExpand(void* p, std::size_t size) {
+  Span* span = heap_->CheckedSpan("try_expand", p);
+  if (size <= ObjectHeap::UsableSizeOf(span)) return true;
+  return IsLarge(span) && heap_->ResizeLarge(span, size);
 }
 
 // ---- spans ----
@@ -375,11 +389,7 @@ void ThreadCache::FreeChecked(void* p) {
 
 void ThreadCache::FreeSizedSlow(void* p, std::size_t size) {
   if (p == nullptr) return;
-  const std::size_t usable = heap_->UsableSizeOf(heap_->CheckedSpan("free", p));
-  if (size > usable) {
-    StopProgram(
-        {.what = Misuse::kSizeMismatch, .call = "free", .address = p, .object_size = usable, .size = size});
-  }
+  heap_->CheckFreeSized(p, size);
   FreeSlow(p);
 }
 
@@ -490,7 +500,56 @@ void ThreadCache::ReleaseIdleLocked() {
   }
 }
 
+void ThreadCache::ReleaseEmptyLocked() {
+  for (unsigned size_class = 0; size_class < kSizeClassCount; ++size_class) {
+    const Span* span = bins_[size_class].current;
+    if (span == &none_ || CountFree(span) != span->carved) continue;
+    RetireCurrentLocked(static_cast<SizeClass>(size_class), 0);
+  }
+}
+
+void ThreadCache::RebuildAllLocked() {
+  for (Bin& bin : bins_) {
+    for (std::uint32_t name = bin.available.first; name != 0;) {
+      Span* span = spans_.Named(name);
+      name = span->next;
+      if (span->kind.load(std::memory_order_relaxed) != SpanKind::kSuspect) continue;
+      RemoveLocked(bin.available, span);
+      PlaceLocked(span, RebuildLocked(span));
+    }
+  }
+}
+
 // ---- for ObjectHeap ----
+
+void ThreadCache::Trim() {
+  remote_frees_.HandOverAll();
+  InSlowPath([&] {
+    lock_.AssertHeld();
+    DrainLocked();
+    if (heap_->HasSuspects()) RebuildAllLocked();
+    ReleaseEmptyLocked();
+    EmptyStashLocked();
+  });
+  ForwardStrays();
+}
+
+void ThreadCache::TrimOrphan() {
+  const bool trimmed = InSlowPath([&] {
+    lock_.AssertHeld();
+    if (state_.load(std::memory_order_relaxed) == State::kAttached) return false;
+    if (state_.load(std::memory_order_relaxed) == State::kFrozen) {
+      ThawLocked();
+      // As in BecomeAttached.
+      state_.store(State::kOrphan, std::memory_order_release);
+    }
+    DrainLocked();
+    if (heap_->HasSuspects()) RebuildAllLocked();
+    UpdateOrphanClassesLocked();
+    return true;
+  });
+  if (trimmed) ForwardStrays();
+}
 
 void ThreadCache::BecomeOrphan() {
   remote_frees_.HandOverAll();

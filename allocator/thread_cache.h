@@ -49,6 +49,9 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   // `p` is no object any more, unless it is what is returned. Null `p`: as Allocate. Null result: `p` stays as
   // it was. Alignment beyond kMinAlignment is not kept.
   void* Reallocate(void* p, std::size_t size);
+  // Makes room for at least `size` bytes at `p` without moving it, or leaves it as it is and returns false. Never makes
+  // it smaller. REQUIRES: `p` is an object of the heap.
+  bool TryExpand(void* p, std::size_t size);
   // Frees `p`, an object of the heap, whichever thread allocated it. Null is fine. If `p` was free already, the
   // program stops at once where this thread allocated it, else a few calls later, or when the thread detaches.
   void Free(void* p);
@@ -151,6 +154,10 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   void ReleaseLocked(Span* span) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
   void EmptyStashLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
   void ReleaseIdleLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
+  // Current spans without an object that the program holds.
+  void ReleaseEmptyLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
+  // Available spans that came through a fork.
+  void RebuildAllLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
   // Finds out which objects of a kSuspect span are free, by their tags. Returns how many are not.
   std::uint32_t RebuildLocked(Span* span) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
   void AppendLocked(SpanList& list, Span* span) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
@@ -176,6 +183,9 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   // ---- for ObjectHeap ----
   void BecomeOrphan();
   void BecomeAttached();
+  // Gives back what is free: for the owner, and for whoever finds an orphan.
+  void Trim();
+  void TrimOrphan();
   void ThawLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
   void EmptyStash();
   // Returns when no slow path runs, for a thread that closed the gate; takes in what came if `drain`.

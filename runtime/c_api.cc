@@ -17,6 +17,8 @@
 #include <string_view>
 
 #include "absl/types/span.h"
+#include "allocator/memory_limit.h"
+#include "runtime/c_api_internal.h"
 #include "runtime/freehold.h"
 #include "runtime/runtime.h"
 #include "runtime/stack_pool.h"
@@ -45,8 +47,13 @@ struct freehold_stack_pool {
 
 namespace {
 
+using freehold::allocator::WithinLimit;
 using freehold::runtime::StackPool;
 using freehold::runtime::StackSlot;
+using freehold::runtime::c_api::Open;
+using freehold::runtime::c_api::Read;
+using freehold::runtime::c_api::Result;
+using freehold::runtime::c_api::Write;
 
 static_assert(FREEHOLD_PAGE_SIZE == vm::kPageSize);
 
@@ -68,54 +75,23 @@ int WatchForks() {
   return fork_handler_error;
 }
 
-// ---- Arguments ----
+}  // namespace
 
-// What a struct had in the first version of the header that has it: no caller knows less.
-template <typename Struct>
-constexpr std::size_t kFirstSize = sizeof(Struct);
-
-// No struct of any version has more.
-constexpr std::size_t kMaxSize = vm::kPageSize;
-
-template <typename Struct>
-bool IsSize(std::size_t size) {
-  return kFirstSize<Struct> <= size && size <= kMaxSize;
-}
-
-// The options as this library knows them.
-template <typename Options>
-int Read(const Options* given, Options& options) {
-  options = {};
-  if (given == nullptr) return 0;
-  const std::size_t size = given->size;
-  if (!IsSize<Options>(size)) return EINVAL;
-  std::memcpy(&options, given, std::min(size, sizeof(Options)));
-  const auto* bytes = reinterpret_cast<const unsigned char*>(given);
-  const bool known = std::all_of(bytes + std::min(size, sizeof(Options)), bytes + size,
-                                 [](unsigned char byte) { return byte == 0; });
-  return known ? 0 : E2BIG;
-}
-
-// Fills in `result`, of which the caller may know more or less.
-template <typename Struct>
-int Write(Struct value, Struct* result) {
-  if (result == nullptr || !IsSize<Struct>(result->size)) return EINVAL;
-  value.size = result->size;
-  const std::size_t known = std::min(value.size, sizeof(Struct));
-  std::memcpy(result, &value, known);
-  std::memset(reinterpret_cast<unsigned char*>(result) + known, 0, value.size - known);
-  return 0;
-}
-
-// Sets `space`, or says why not.
-int Open(const freehold_space* handle, vm::AddressSpace*& space) {
+int freehold::runtime::c_api::Open(const freehold_space* handle, vm::AddressSpace*& space) {
   if (handle == nullptr) return EINVAL;
   if (handle != &process_space && handle->forks != forks.load(std::memory_order_relaxed)) return EOPNOTSUPP;
   space = handle->space.load(std::memory_order_relaxed);
   return 0;
 }
 
-int Result(vm::Error error) { return vm::ToErrno(error); }
+namespace {
+
+// ---- Arguments ----
+
+// Of the space; null for a program's own.
+freehold::allocator::MemoryLimit* LimitOf(const freehold_space* handle) {
+  return handle == &process_space ? &process_runtime.limit() : nullptr;
+}
 
 vm::Result<vm::Pages> ToPages(std::size_t bytes) {
   if (bytes == 0) return vm::ErrorCode::kEmpty;
@@ -356,6 +332,34 @@ int freehold_purge(freehold_space* handle, size_t* bytes) {
   return 0;
 }
 
+// ---- Limits ----
+
+int freehold_set_memory_limits(const freehold_memory_limits* given) {
+  freehold_memory_limits limits;
+  if (given == nullptr) return EINVAL;
+  if (const int error = Read(given, limits); error != 0) return error;
+  if (freehold_process_space() == nullptr) return EOPNOTSUPP;
+  process_runtime.limit().Set({.soft = {limits.soft}, .hard = {limits.hard}});
+  return 0;
+}
+
+int freehold_get_memory_usage(freehold_memory_usage* result) {
+  if (freehold_process_space() == nullptr) return EOPNOTSUPP;
+  auto& limit = process_runtime.limit();
+  const auto limits = limit.Get();
+  freehold_memory_usage usage = {};
+  usage.soft = limits.soft.value;
+  usage.hard = limits.hard.value;
+  usage.in_use = limit.InUse().value;
+  usage.purges = limit.reliefs();
+  usage.refusals = limit.refusals();
+  return Write(usage, result);
+}
+
+freehold_out_of_memory_handler freehold_set_out_of_memory_handler(freehold_out_of_memory_handler handler) {
+  return process_runtime.limit().SetHandler(handler);
+}
+
 // ---- Mapping ----
 
 int freehold_map(freehold_space* handle, size_t bytes, const freehold_map_options* given, void** address) {
@@ -374,17 +378,20 @@ int freehold_map(freehold_space* handle, size_t bytes, const freehold_map_option
   const vm::Result<vm::Pages> count = ToPages(bytes);
   if (!count.ok()) return Result(count.error());
   const auto huge_pages = options.huge_pages != 0 ? vm::os::HugePages::kPrefer : vm::os::HugePages::kAvoid;
-  const vm::Result<vm::PageRange> mapped =
-      space->Map(*count, {.placement = *placement,
-                          .address = options.address,
-                          .alignment = vm::PagesFor({alignment}),
-                          .protection = *protection,
-                          .content = *content,
-                          .huge_pages = huge_pages,
-                          .populate = options.populate != 0,
-                          .lock = *lock});
-  if (!mapped.ok()) return Result(mapped.error());
-  *address = mapped->address();
+  const bool counts = *protection == vm::os::Protection::kReadWrite;
+  const auto mapped = WithinLimit(LimitOf(handle), counts ? count->bytes() : vm::Bytes{0}, [&] {
+    return space->Map(*count, {.placement = *placement,
+                               .address = options.address,
+                               .alignment = vm::PagesFor({alignment}),
+                               .protection = *protection,
+                               .content = *content,
+                               .huge_pages = huge_pages,
+                               .populate = options.populate != 0,
+                               .lock = *lock});
+  });
+  if (!mapped) return ENOMEM;
+  if (!mapped->ok()) return Result(mapped->error());
+  *address = (*mapped)->address();
   return 0;
 }
 
@@ -440,13 +447,17 @@ int freehold_remap(freehold_space* handle, void* address, size_t bytes, size_t n
     if (new_address == nullptr || !placement || *placement == vm::Placement::kHint) return EINVAL;
     const vm::Result<vm::Pages> count = ToPages(new_bytes);
     if (!count.ok()) return Result(count.error());
-    const vm::Result<vm::PageRange> moved = space.Remap(range, *count,
-                                                        {.placement = *placement,
-                                                         .address = options.address,
-                                                         .may_move = options.may_move != 0,
-                                                         .keep_source = options.keep_source != 0});
-    if (!moved.ok()) return Result(moved.error());
-    *new_address = moved->address();
+    const vm::Pages growth = *count - std::min(*count, range.count());
+    const auto moved = WithinLimit(LimitOf(handle), growth.bytes(), [&] {
+      return space.Remap(range, *count,
+                         {.placement = *placement,
+                          .address = options.address,
+                          .may_move = options.may_move != 0,
+                          .keep_source = options.keep_source != 0});
+    });
+    if (!moved) return ENOMEM;
+    if (!moved->ok()) return Result(moved->error());
+    *new_address = (*moved)->address();
     return 0;
   });
 }
@@ -641,19 +652,7 @@ int freehold_get_statistics(const freehold_space* handle, freehold_statistics* r
 
 int freehold_get_heap_statistics(freehold_heap_statistics* result) {
   if (process_runtime.EnsureStarted() != Server::kFreehold) return EOPNOTSUPP;
-  const freehold::allocator::HeapStats stats = process_runtime.heap().Stats();
-  freehold_heap_statistics statistics = {};
-  statistics.allocated = stats.allocated.value;
-  statistics.active = stats.active.value;
-  statistics.free_resident = stats.free_dirty.value;
-  statistics.free_returned = stats.free_clean.value;
-  statistics.mapped = stats.mapped.value;
-  statistics.metadata = stats.metadata.value;
-  statistics.large = stats.large.value;
-  statistics.large_objects = stats.large_objects;
-  statistics.threads = stats.threads;
-  statistics.purged_pages = stats.purged_pages;
-  return Write(statistics, result);
+  return Write(freehold::runtime::c_api::Describe(process_runtime.heap().Stats()), result);
 }
 
 int freehold_print(freehold_space* handle, void (*write)(void* context, const char* line, size_t length),

@@ -108,6 +108,42 @@ constexpr Option kOptions[] = {
      .most = vm::TiB(64).value,
      .store = Store<&Config::window_limit>,
      .load = Load<&Config::window_limit>},
+    {.name = "soft-limit",
+     .type = OptionType::kBytes,
+     .help = "memory above which what is free goes back to the system at once; 0: none; cgroup: seven eighths of the "
+             "control group's memory.high or memory.max",
+     .least = 0,
+     .most = vm::TiB(64).value,
+     .word = "cgroup",
+     .store = Store<&Config::soft_limit>,
+     .load = Load<&Config::soft_limit>},
+    {.name = "hard-limit",
+     .type = OptionType::kBytes,
+     .help = "memory above which malloc and mmap fail with ENOMEM; 0: none; cgroup: fifteen sixteenths of the control "
+             "group's memory.max",
+     .least = 0,
+     .most = vm::TiB(64).value,
+     .word = "cgroup",
+     .store = Store<&Config::hard_limit>,
+     .load = Load<&Config::hard_limit>},
+    {.name = "zero-on-free",
+     .type = OptionType::kSwitch,
+     .help = "zero what is freed to malloc; slower",
+     .store = Store<&Config::zero_on_free>,
+     .load = Load<&Config::zero_on_free>},
+    {.name = "random-placement",
+     .type = OptionType::kSwitch,
+     .help = "hand out malloc's objects in no order; slower",
+     .store = Store<&Config::random_placement>,
+     .load = Load<&Config::random_placement>},
+    {.name = "quarantine",
+     .type = OptionType::kBytes,
+     .help = "freed objects that each thread holds back from re-use at most, and in which writes are found; slower; 0: "
+             "none",
+     .least = 0,
+     .most = vm::GiB(1).value,
+     .store = Store<&Config::quarantine>,
+     .load = Load<&Config::quarantine>},
     {.name = "keeper",
      .type = OptionType::kSwitch,
      .help = "a thread that gives freed memory back while the program idles; off: only the "
@@ -260,6 +296,7 @@ bool InRange(const Option& option, std::uint64_t value) {
 bool ParseValue(const Option& option, std::string_view text, std::uint64_t& value) {
   switch (option.type) {
     case OptionType::kBytes:
+      if (!option.word.empty() && EqualIgnoringCase(text, option.word)) return value = kCgroupLimit.value, true;
       return ParseBytes(text, value) && InRange(option, value);
     case OptionType::kMilliseconds:
       return ParseMilliseconds(text, value) && InRange(option, value);
@@ -337,7 +374,11 @@ void AppendValue(const Option& option, const Config& config, Message& message) {
   const std::uint64_t value = option.load(config);
   switch (option.type) {
     case OptionType::kBytes:
-      message.AppendBytes(vm::Bytes{value});
+      if (!option.word.empty() && value == kCgroupLimit.value) {
+        message.Append(option.word);
+      } else {
+        message.AppendBytes(vm::Bytes{value});
+      }
       return;
     case OptionType::kMilliseconds:
       message.AppendNumber(value);
@@ -358,6 +399,7 @@ void AppendAcceptedForm(const Option& option, Message& message) {
     case OptionType::kBytes:
       message.Append("a size such as 64M or 16T, from ").AppendBytes({option.least});
       message.Append(" to ").AppendBytes({option.most});
+      if (!option.word.empty()) message.Append(", or ").Append(option.word);
       return;
     case OptionType::kMilliseconds:
       message.Append("a time such as 250 (milliseconds) or 3s, from ").AppendNumber(option.least);

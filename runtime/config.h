@@ -21,6 +21,9 @@
 
 namespace freehold::runtime {
 
+// A limit that the runtime derives at its start (cgroup.h).
+inline constexpr vm::Bytes kCgroupLimit = {SIZE_MAX};
+
 enum class MallocChoice : std::uint8_t { kFreehold, kLibc, kMimalloc };
 enum class StacksChoice : std::uint8_t { kFreehold, kLibc };
 
@@ -42,6 +45,13 @@ struct Config {
   vm::Bytes free_resident_limit = vm::MiB(256);
   vm::Bytes window_limit = vm::MiB(256);
   vm::Nanoseconds decay = vm::Milliseconds(1000);
+  // See ProcessMemoryLimit: 0 for none, kCgroupLimit for what the process's control groups leave.
+  vm::Bytes soft_limit = {0};
+  vm::Bytes hard_limit = {0};
+  // See HardeningOptions for these three.
+  bool zero_on_free = false;
+  bool random_placement = false;
+  vm::Bytes quarantine = {0};
   // Whether a thread may be started that gives freed memory back while the program idles
   // (keeper.h).
   bool keeper = true;
@@ -82,6 +92,8 @@ struct Option {
   std::uint64_t most = 0;
   // kChoice: the names of the enumeration's values 0, 1, ...
   absl::Span<const std::string_view> choices = {};
+  // kBytes: a word that is accepted instead of a size, and stored as kCgroupLimit.
+  std::string_view word = {};
   // Access to the field, as a number: bytes, 0 or 1, milliseconds, the enumeration's value. Null
   // for an option that `freehold run` itself reads; the runtime accepts its variable and does
   // nothing.

@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include "runtime/hardening.h"
 #include "runtime/keeper.h"
 #include "runtime/message.h"
 #include "runtime/runtime.h"
@@ -14,10 +15,12 @@ namespace {
 
 bool ServesMalloc() { return process_runtime.server() == Server::kFreehold; }
 
-// In lock order: stacks and the heap, which call into the space, and then the space.
+// In lock order: stacks, the limit, which works on heaps, and the heap, which call into the space, and then the space.
 void PrepareFork() {
   if (!process_runtime.has_space()) return;
   process_thread_stacks.PrepareFork();
+  if (CurrentThreadCache() != nullptr) ReleaseHeld(*CurrentThreadCache());
+  process_runtime.limit().PrepareFork();
   if (ServesMalloc()) process_runtime.heap().PrepareFork(CurrentThreadCache());
   process_runtime.space().PrepareFork();
 }
@@ -26,6 +29,7 @@ void ParentAfterFork() {
   if (!process_runtime.has_space()) return;
   process_runtime.space().ParentAfterFork();
   if (ServesMalloc()) process_runtime.heap().ParentAfterFork(CurrentThreadCache());
+  process_runtime.limit().ParentAfterFork();
   process_thread_stacks.ParentAfterFork();
 }
 
@@ -34,6 +38,7 @@ void ChildAfterFork() {
   vm::os::ForgetThreadIdAfterFork();
   process_runtime.space().ChildAfterFork();
   if (ServesMalloc()) process_runtime.heap().ChildAfterFork(CurrentThreadCache());
+  process_runtime.limit().ChildAfterFork(process_runtime.limited_heap());
   if (ProcessMappings* mappings = process_runtime.mappings()) mappings->ChildAfterFork();
   process_thread_stacks.ChildAfterFork();
   ForgetOtherThreads();

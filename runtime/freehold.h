@@ -83,6 +83,86 @@ int freehold_tick(freehold_space* space);
 /* Gives back all that is unmapped. `bytes`, unless null, gets how much. */
 int freehold_purge(freehold_space* space, size_t* bytes);
 
+/* ---- Heaps ---- */
+
+/* A malloc of its own, for what comes and goes together: freehold_heap_destroy ends all of its objects at once. Any thread
+ * may use any heap, and may free what others allocated from it. An object belongs to one heap: what is freed in, or
+ * asked of, another one, or of malloc, stops the program with a message, as every wrong free does.
+ *
+ * A thread has a cache of each heap that it used, until it ends or the heap does. Each heap takes some 50 KiB, and 64 KiB
+ * for each size that it has objects of; a few thousand heaps fit into a process. In the child of a fork a heap has its
+ * memory and nothing else: what is asked of it is null, and free does nothing. */
+typedef struct freehold_heap freehold_heap;
+
+typedef struct freehold_heap_options {
+  size_t size;
+  freehold_space* space; /* where its memory comes from, and must outlive it; null: the process's, by whose limits it counts */
+} freehold_heap_options;
+
+/* EOPNOTSUPP also: there is no process's space. */
+int freehold_heap_create(const freehold_heap_options* options, freehold_heap** heap);
+
+/* Unmaps everything that the heap has, live objects included. By any thread. REQUIRES: nobody is in a call with it, or
+ * uses its objects, any more; threads that did need not have ended. */
+int freehold_heap_destroy(freehold_heap* heap);
+
+/* An object of at least `bytes`, for 0 too, aligned as malloc's; null when out of memory, and for a null heap. */
+void* freehold_heap_allocate(freehold_heap* heap, size_t bytes);
+/* The same, zero. */
+void* freehold_heap_allocate_zeroed(freehold_heap* heap, size_t bytes);
+/* The same as freehold_heap_allocate, at a multiple of `alignment`, a power of two; null if it is none. */
+void* freehold_heap_allocate_aligned(freehold_heap* heap, size_t alignment, size_t bytes);
+/* As realloc, but for 0 bytes, which is a size like others. Null: `object` is as it was. */
+void* freehold_heap_reallocate(freehold_heap* heap, void* object, size_t bytes);
+/* Null is fine. */
+void freehold_heap_free(freehold_heap* heap, void* object);
+/* The same; stops the program if the object has no room for `bytes`. */
+void freehold_heap_free_sized(freehold_heap* heap, void* object, size_t bytes);
+/* How many bytes the program may use; 0 for null. */
+size_t freehold_heap_usable_size(freehold_heap* heap, const void* object);
+/* 1 if there is room for `bytes` at `object` now, without moving it; else 0, and it is as it was. */
+int freehold_heap_try_expand(freehold_heap* heap, void* object, size_t bytes);
+/* Gives back what is free, but for what other threads have at hand. `bytes`, unless null, gets how much. */
+int freehold_heap_trim(freehold_heap* heap, size_t* bytes);
+
+/* How many bytes malloc and heaps give to who asks for `bytes`: what freehold_heap_usable_size then says, and all that
+ * is there. 0: more than there can be. */
+size_t freehold_good_size(size_t bytes);
+/* freehold_heap_try_expand for malloc's objects. Where Freehold does not serve malloc, 0. */
+int freehold_try_expand(void* object, size_t bytes);
+
+/* ---- Limits ---- */
+
+typedef struct freehold_memory_limits {
+  size_t size;
+  uint64_t soft; /* bytes in use above which what is free goes back to the system at once; 0: none */
+  uint64_t hard; /* above which there is no more: malloc and mmap fail with ENOMEM, operator new throws; 0: none */
+} freehold_memory_limits;
+
+/* Of malloc, mmap and freehold_map of the process's space, which start with FREEHOLD_SOFT_LIMIT and
+ * FREEHOLD_HARD_LIMIT. At any time, also below what is in use. EOPNOTSUPP: there is no such space. */
+int freehold_set_memory_limits(const freehold_memory_limits* limits);
+
+typedef struct freehold_memory_usage { /* a result: see freehold_statistics for `size` */
+  size_t size;
+  uint64_t soft;
+  uint64_t hard;
+  uint64_t in_use;   /* bytes, as the limits count: mapped to be read and written, or free and possibly resident */
+  uint64_t purges;   /* on behalf of the soft limit */
+  uint64_t refusals; /* by the hard limit, also of requests that were served after a purge or the handler */
+} freehold_memory_usage;
+
+int freehold_get_memory_usage(freehold_memory_usage* usage);
+
+/* Called in the thread that needs memory when malloc, operator new or mmap would fail for want of it, with how much is
+ * wanted: by the hard limit, or the system's. May allocate and free, and returns not 0 to have it tried again. It is
+ * not called for what it allocates itself; several threads may be in it at once; operator new calls it before the
+ * program's new handler. Requests that no process can have do not reach it. */
+typedef int (*freehold_out_of_memory_handler)(size_t bytes);
+
+/* Returns the one before; null is none. */
+freehold_out_of_memory_handler freehold_set_out_of_memory_handler(freehold_out_of_memory_handler handler);
+
 /* ---- Mapping ---- */
 
 enum freehold_protection {
@@ -306,6 +386,9 @@ typedef struct freehold_heap_statistics {
 
 /* Of malloc. EOPNOTSUPP: Freehold does not serve it. */
 int freehold_get_heap_statistics(freehold_heap_statistics* statistics);
+
+/* Of a heap of one's own. */
+int freehold_heap_get_statistics(freehold_heap* heap, freehold_heap_statistics* statistics);
 
 /* Writes a report for humans, line by line, each with its newline and not terminated by a null character: every counter
  * as "NAME VALUE", malloc's too if the space is the process's, an empty line, and the mappings as /proc/PID/maps has

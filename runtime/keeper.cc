@@ -29,8 +29,6 @@ constexpr Nanoseconds kLookInterval = vm::Milliseconds(10);
 
 Nanoseconds Now() { return process_runtime.kernel().Now(); }
 
-bool ServesMalloc() { return process_runtime.server() == Server::kFreehold; }
-
 // The thread that is being created takes over the mask: it must not run the program's signal
 // handlers.
 class BlockedSignals {
@@ -131,11 +129,11 @@ void* Keeper::ThreadMain(void* keeper) {
 Bytes Keeper::Decayable() {
   const vm::AddressSpaceStats space = process_runtime.space().Stats();
   const Bytes mapped = space.free_resident + space.window_bytes;
-  return ServesMalloc() ? process_runtime.heap().Stats().free_dirty + mapped : mapped;
+  return process_runtime.limit().FreeDirty() + mapped;
 }
 
 void Keeper::Tick() {
-  if (ServesMalloc()) process_runtime.heap().Tick(Now());
+  process_runtime.limit().Tick();
   process_runtime.space().Tick();
 }
 

@@ -15,6 +15,7 @@
 namespace freehold::runtime {
 namespace {
 
+using allocator::WithinLimit;
 using vm::AdviceEffect;
 using vm::Bytes;
 using vm::Error;
@@ -200,6 +201,17 @@ Error ProcessMappings::ForEachPart(PageRange range, const Visit& visit) const {
   return hole ? Error{ErrorCode::kNotMapped} : Error::Ok();
 }
 
+Bytes ProcessMappings::Growth(PageRange part) const {
+  if (options_.limit == nullptr || !options_.limit->is_set()) return {0};
+  Pages mapped;
+  // Holes are what this is about.
+  (void)ForEachPart(part, [&](PageRange there, const VmaInfo&) {
+    mapped += there.count();
+    return Error::Ok();
+  });
+  return (part.count() - mapped).bytes();
+}
+
 template <typename Verb>
 long ProcessMappings::UpToHole(PageRange range, const Verb& verb) const {
   const Error error = verb(range);
@@ -258,9 +270,18 @@ long ProcessMappings::MapAnywhere(const MapRequest& request) {
       options.alignment = {std::max(alignment / kPageSize, std::size_t{1})};
     }
   }
-  const Result<PageRange> mapped = space_->Map(request.count(), options);
-  // Too large for a region, refused by a limit, ...: the kernel may know better, or has the errno.
-  return mapped.ok() ? AddressOf(*mapped) : request.Pass();
+  // Only ordinary memory counts against the limit.
+  const bool counts = options.protection == Protection::kReadWrite;
+  return WithinLimit(options_.limit, counts ? request.count().bytes() : Bytes{0}, [&] {
+    for (unsigned attempt = 0;; ++attempt) {
+      const Result<PageRange> mapped = space_->Map(request.count(), options);
+      if (mapped.ok()) return AddressOf(*mapped);
+      // Too large for a region, refused by the system, ...: the kernel may know better, or has the errno.
+      const long passed = request.Pass();
+      if (passed != -ENOMEM || !promised || options_.limit == nullptr) return passed;
+      if (!options_.limit->MakeRoom({request.length}, attempt)) return passed;
+    }
+  }).value_or(-ENOMEM);
 }
 
 // Files that are only read, by descriptors that can do no more. A window keeps the open file for a while: one that can
@@ -305,11 +326,14 @@ long ProcessMappings::MapFixedPart(const MapRequest& request, PageRange part) {
   vm::MapOptions options = request.Options();
   options.placement = request.replaces() ? Placement::kReplace : Placement::kFixed;
   options.address = part.address();
-  const Result<PageRange> mapped = space_->Map(part.count(), options);
-  if (mapped.ok()) return AddressOf(part);
-  // mmap has another errno than mlock for memory that may not be locked.
-  const bool refused_lock = options.lock != MemoryLock::kNone && mapped.error() == Error::System(ENOMEM);
-  return refused_lock ? -EAGAIN : Negative(mapped.error());
+  const bool counts = options.protection == Protection::kReadWrite;
+  return WithinLimit(options_.limit, counts ? Growth(part) : Bytes{0}, [&] {
+    const Result<PageRange> mapped = space_->Map(part.count(), options);
+    if (mapped.ok()) return AddressOf(part);
+    // mmap has another errno than mlock for memory that may not be locked.
+    const bool refused_lock = options.lock != MemoryLock::kNone && mapped.error() == Error::System(ENOMEM);
+    return refused_lock ? -long{EAGAIN} : Negative(mapped.error());
+  }).value_or(-ENOMEM);
 }
 
 long ProcessMappings::MapForeign(const MapRequest& request, PageRange part) {
@@ -418,7 +442,11 @@ long ProcessMappings::Remap(void* address, std::size_t old_length, std::size_t n
     if (vma->backing == nullptr || to.touches_space()) return -EINVAL;
     return pass();
   }
-  return RemapFrom(from.inside, count, flags, new_address);
+  const bool counts = vma->protection == Protection::kReadWrite && vma->backing == nullptr;
+  const Pages growth = count - std::min(count, from.inside.count());
+  return WithinLimit(options_.limit, counts ? growth.bytes() : Bytes{0}, [&] {
+    return RemapFrom(from.inside, count, flags, new_address);
+  }).value_or(-ENOMEM);
 }
 
 long ProcessMappings::RemapFrom(PageRange range, Pages count, int flags, void* new_address) {

@@ -18,6 +18,7 @@
 #include <atomic>
 #include <cstddef>
 
+#include "allocator/memory_limit.h"
 #include "runtime/kernel_backing.h"
 #include "vm/address_space.h"
 
@@ -29,6 +30,8 @@ struct ProcessMappingsOptions {
   bool follow_hints = true;
   // Whether files that are only read are mapped in the space, which keeps windows of them for a while.
   bool map_files = true;
+  // Asked before memory is mapped, or a mapping grows. May be null.
+  allocator::MemoryLimit* limit = nullptr;
 };
 
 class ProcessMappings {
@@ -82,6 +85,8 @@ class ProcessMappings {
                    bool& moved);
   bool IsWindow(const MapRequest& request) const;
 
+  // How much more memory a fixed map of `part` takes, for the limit; 0 without one.
+  vm::Bytes Growth(vm::PageRange part) const;
   long RemapFrom(vm::PageRange range, vm::Pages count, int flags, void* new_address);
   long RemapPieces(vm::PageRange range, vm::Pages count, int flags, void* new_address);
   // Leaves a mapping for the kernel to put outside, at `new_address` unless that is null.

@@ -8,6 +8,8 @@
 #include <bit>
 #include <cstddef>
 
+#include "runtime/cgroup.h"
+#include "runtime/hardening.h"
 #include "runtime/message.h"
 #include "runtime/thread.h"
 #include "vm/os/futex.h"
@@ -71,8 +73,10 @@ vm::AddressSpaceOptions SpaceOptions(const Config& config) {
   return options;
 }
 
-allocator::ObjectHeapOptions HeapOptions(const Config& config, const vm::AddressSpace& space) {
+allocator::ObjectHeapOptions HeapOptions(const Config& config, const vm::AddressSpace& space,
+                                         allocator::MemoryLimit& limit) {
   allocator::ObjectHeapOptions options;
+  options.limit = &limit;
   // The heap gives back after one to two times its decay.
   options.decay = {config.decay.value / 2};
   const std::size_t share = space.reservation().bytes().value / kSpacePerThread.value;
@@ -151,17 +155,27 @@ bool Runtime::StartSpace() {
     return false;
   }
   space_ = *space;
+  limit_.Init(*space_);
   return true;
+}
+
+void Runtime::ResolveLimits() {
+  if (config_.soft_limit != kCgroupLimit && config_.hard_limit != kCgroupLimit) return;
+  const CgroupLimits limits = ReadCgroupLimits();
+  if (config_.soft_limit == kCgroupLimit) config_.soft_limit = SoftLimitFor(limits);
+  if (config_.hard_limit == kCgroupLimit) config_.hard_limit = HardLimitFor(limits);
 }
 
 bool Runtime::StartHeap() {
   const vm::Result<allocator::ObjectHeap*> heap =
-      allocator::ObjectHeap::Create(*space_, HeapOptions(config_, *space_));
+      allocator::ObjectHeap::Create(*space_, HeapOptions(config_, *space_, limit_));
   if (!heap.ok()) {
     ReportFailure(config_, heap.error());
     return false;
   }
   heap_ = *heap;
+  limited_heap_.heap = heap_;
+  limit_.Add(limited_heap_);
   return true;
 }
 
@@ -179,16 +193,24 @@ Server Runtime::StartFreehold() {
     space_ = nullptr;
     return Server::kLibc;
   }
+  ResolveLimits();
+  limit_.Set({.soft = config_.soft_limit, .hard = config_.hard_limit});
   serves_mappings_ = maps;
   if (maps) {
     // mimalloc asks for aligned memory by asking for addresses.
     mappings_.Init(*space_, {.follow_hints = config_.malloc != MallocChoice::kMimalloc,
-                             .map_files = config_.window_limit.value != 0});
+                             .map_files = config_.window_limit.value != 0,
+                             .limit = &limit_});
   }
   if (config_.telemetry && !telemetry_.Publish(*space_, heap_, kernel_) && config_.verbose) {
     Message().Append("the system refuses the telemetry page: `freehold stat` and the like see nothing").Report();
   }
-  if (mallocs) WatchThreadExits();
+  if (mallocs) {
+    SetHardening({.zero_on_free = config_.zero_on_free,
+                  .random_placement = config_.random_placement,
+                  .quarantine = config_.quarantine});
+    WatchThreadExits();
+  }
   if (config_.verbose) ReportStart(config_, *space_);
   return mallocs ? Server::kFreehold : Server::kLibc;
 }

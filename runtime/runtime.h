@@ -20,6 +20,7 @@
 
 #include "allocator/object_heap.h"
 #include "runtime/config.h"
+#include "runtime/memory_limit.h"
 #include "runtime/process_mappings.h"
 #include "runtime/telemetry.h"
 #include "vm/address_space.h"
@@ -64,6 +65,10 @@ class Runtime {
   bool has_space() const { return space_ != nullptr; }
   // Null if the mmap family is the kernel's.
   ProcessMappings* mappings() { return serves_mappings_ ? &mappings_ : nullptr; }
+  // REQUIRES: has_space().
+  ProcessMemoryLimit& limit() { return limit_; }
+  // The process's heap, as the limit knows it; null if there is none.
+  LimitedHeap* limited_heap() { return heap_ != nullptr ? &limited_heap_ : nullptr; }
   vm::os::Kernel& kernel() { return kernel_; }
 
  private:
@@ -71,6 +76,8 @@ class Runtime {
   Server StartFreehold();
   bool StartSpace();
   bool StartHeap();
+  // Replaces kCgroupLimit in config_.
+  void ResolveLimits();
 
   std::atomic<Server> server_{Server::kUndecided};  // written by the thread that starts the runtime
   Config config_;
@@ -78,6 +85,8 @@ class Runtime {
   allocator::ObjectHeap* heap_ = nullptr;
   ProcessMappings mappings_;
   bool serves_mappings_ = false;
+  ProcessMemoryLimit limit_;
+  LimitedHeap limited_heap_;
   vm::os::LinuxKernel kernel_;
   Telemetry telemetry_;
 };

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 
+#include "runtime/hardening.h"
 #include "runtime/keeper.h"
 #include "runtime/message.h"
 #include "runtime/runtime.h"
@@ -13,11 +14,13 @@ namespace freehold::runtime {
 
 namespace internal {
 constinit thread_local allocator::ThreadCache* thread_cache = nullptr;
+constinit thread_local allocator::ThreadCache* fast_cache = nullptr;
 }  // namespace internal
 
 namespace {
 
 using allocator::ThreadCache;
+using internal::fast_cache;
 using internal::thread_cache;
 
 // True from the detachment on.
@@ -45,7 +48,9 @@ static_assert(kDetachRound < PTHREAD_DESTRUCTOR_ITERATIONS);
 void DetachThread() {
   ThreadCache* cache = thread_cache;
   thread_ended = true;
+  if (cache != nullptr) ReleaseHardening(*cache);
   thread_cache = nullptr;
+  fast_cache = nullptr;
   if (cache == nullptr) return;
   process_runtime.heap().DetachThread(cache);
   // Without a thread that allocates there is nothing to keep; and when main left by pthread_exit,
@@ -68,6 +73,7 @@ bool AttachThread() {
   attached_threads.fetch_add(1, std::memory_order_relaxed);
   // Before pthread_setspecific, which allocates for all but the first few keys.
   thread_cache = cache;
+  if (!IsHardened()) fast_cache = cache;
   if (has_exit_key && pthread_setspecific(exit_key, reinterpret_cast<void*>(1)) == 0) return true;
   // Its end would go unnoticed.
   DetachThread();
@@ -77,6 +83,10 @@ bool AttachThread() {
 }  // namespace
 
 CacheLease::CacheLease(Use use) {
+  if (thread_cache != nullptr) {
+    cache_ = thread_cache;
+    return;
+  }
   const bool may_attach = use == Use::kAny || ++frees_without_cache > kFreesUntilAttached;
   if (may_attach && !thread_ended && AttachThread()) {
     cache_ = thread_cache;

@@ -21,12 +21,16 @@ namespace internal {
 // the program.
 extern constinit thread_local allocator::ThreadCache* thread_cache
     __attribute__((tls_model("initial-exec"), visibility("hidden")));
+// The same for malloc's fast path; null as well where no call may take that (hardening.h).
+extern constinit thread_local allocator::ThreadCache* fast_cache
+    __attribute__((tls_model("initial-exec"), visibility("hidden")));
 
 }  // namespace internal
 
 inline allocator::ThreadCache* CurrentThreadCache() { return internal::thread_cache; }
+inline allocator::ThreadCache* FastThreadCache() { return internal::fast_cache; }
 
-// A cache for a few calls by a thread that has none, for as long as this is in scope: attaches the
+// A cache for a few calls, for as long as this is in scope: the thread's; if it has none, attaches the
 // thread, or borrows a cache if it ended. REQUIRES: Freehold serves malloc.
 class CacheLease {
  public:
@@ -40,6 +44,8 @@ class CacheLease {
 
   // Null when there is no memory for a cache.
   allocator::ThreadCache* get() const { return cache_; }
+  // Whether it is the thread's own.
+  bool attached() const { return !borrowed_; }
 
  private:
   allocator::ThreadCache* cache_;

@@ -69,7 +69,9 @@ for name in freehold freehold-static; do
   sed -e "s|@PREFIX@|${prefix//&/\\&}|" -e "s|@VERSION@|$version|" "runtime/install/$name.pc.in" |
     stage_text "lib/pkgconfig/$name.pc"
 done
-stage_file 644 runtime/freehold.h include/freehold/freehold.h
+for header in freehold.h freehold.hpp; do
+  stage_file 644 "runtime/$header" "include/freehold/$header"
+done
 while read -r header; do
   stage_file 644 "$header" "include/freehold/$header"
 done < runtime/install/headers.txt

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "allocator/chunk.h"
+#include "runtime/hardening.h"
 #include "runtime/keeper.h"
 #include "runtime/runtime.h"
 #include "runtime/shim/libc_malloc.h"
@@ -15,11 +16,12 @@ using allocator::ThreadCache;
 
 bool LibcServes() { return process_runtime.EnsureStarted() == Server::kLibc; }
 
-// Calls `call` with a cache, for a thread that has none.
-template <typename Call>
-void* WithLease(Call call) {
+// Calls `call` with a cache, for a thread that has none, or `hardened` with whether it is the thread's own.
+template <typename Call, typename Hardened>
+void* WithLease(Call call, Hardened hardened) {
   const CacheLease lease;
-  return lease.get() != nullptr ? call(*lease.get()) : nullptr;
+  if (lease.get() == nullptr) return nullptr;
+  return IsHardened() ? hardened(*lease.get(), lease.attached()) : call(*lease.get());
 }
 
 // An object of the bootstrap buffer moves to the malloc that was found meanwhile.
@@ -57,7 +59,8 @@ void* AllocateCold(std::size_t size) {
     return libc != nullptr ? libc->malloc(size)
                            : LibcMalloc::BootstrapAllocate(allocator::kMinAlignment, size);
   }
-  return WithLease([=](ThreadCache& cache) { return cache.Allocate(size); });
+  return WithLease([=](ThreadCache& cache) { return cache.Allocate(size); },
+                   [=](ThreadCache& cache, bool own) { return HardenedAllocate(cache, own, size); });
 }
 
 void* AllocateZeroedCold(std::size_t size) {
@@ -66,7 +69,8 @@ void* AllocateZeroedCold(std::size_t size) {
     return libc != nullptr ? libc->calloc(1, size)
                            : LibcMalloc::BootstrapAllocate(allocator::kMinAlignment, size);
   }
-  return WithLease([=](ThreadCache& cache) { return cache.AllocateZeroed(size); });
+  return WithLease([=](ThreadCache& cache) { return cache.AllocateZeroed(size); },
+                   [=](ThreadCache& cache, bool own) { return HardenedAllocateZeroed(cache, own, size); });
 }
 
 void* AllocateAlignedCold(std::size_t alignment, std::size_t size) {
@@ -75,7 +79,9 @@ void* AllocateAlignedCold(std::size_t alignment, std::size_t size) {
     return libc != nullptr ? libc->memalign(alignment, size)
                            : LibcMalloc::BootstrapAllocate(alignment, size);
   }
-  return WithLease([=](ThreadCache& cache) { return cache.AllocateAligned(alignment, size); });
+  return WithLease(
+      [=](ThreadCache& cache) { return cache.AllocateAligned(alignment, size); },
+      [=](ThreadCache& cache, bool own) { return HardenedAllocateAligned(cache, own, alignment, size); });
 }
 
 void* ReallocateCold(void* p, std::size_t size) {
@@ -88,7 +94,8 @@ void* ReallocateCold(void* p, std::size_t size) {
     }
     return LibcMalloc::IsBootstrap(p) ? MoveFromBootstrap(*libc, p, size) : libc->realloc(p, size);
   }
-  return WithLease([=](ThreadCache& cache) { return cache.Reallocate(p, size); });
+  return WithLease([=](ThreadCache& cache) { return cache.Reallocate(p, size); },
+                   [=](ThreadCache& cache, bool own) { return HardenedReallocate(cache, own, p, size); });
 }
 
 void* AllocateLarge(ThreadCache& cache, std::size_t size, const void* caller) {
@@ -101,21 +108,30 @@ void NoticeLarge(const void* caller) { process_keeper.NudgeOnGrowth(caller); }
 
 void FreeCold(void* p, const void* caller) {
   if (p == nullptr) return;
-  if (ThreadCache* cache = CurrentThreadCache()) {
+  if (ThreadCache* cache = FastThreadCache()) {
     cache->Free(p);
   } else if (LibcServes()) {
     return FreeToLibc(p);
   } else {
     // Also for a thread that only frees: through a cache it hands over whole batches.
     const CacheLease lease(CacheLease::Use::kFree);
-    lease.get() != nullptr ? lease.get()->Free(p) : process_runtime.heap().Free(p);
+    if (lease.get() == nullptr) {
+      process_runtime.heap().Free(p);
+    } else if (IsHardened()) {
+      HardenedFree(*lease.get(), lease.attached(), p);
+    } else {
+      lease.get()->Free(p);
+    }
   }
   if (IsUnitStart(p)) NoticeFree(p, caller);
 }
 
 void FreeSizedCold(void* p, std::size_t size, const void* caller) {
-  ThreadCache* cache = CurrentThreadCache();
-  if (cache == nullptr || p == nullptr) return FreeCold(p, caller);
+  ThreadCache* cache = FastThreadCache();
+  if (cache == nullptr || p == nullptr) {
+    if (IsHardened() && p != nullptr) process_runtime.heap().CheckFreeSized(p, size);
+    return FreeCold(p, caller);
+  }
   cache->FreeSized(p, size);
   NoticeFree(p, caller);
 }

@@ -40,7 +40,7 @@ inline bool IsLarge(std::size_t size) { return size > allocator::kMaxClassSize; 
 
 // At least `size` bytes, aligned for every type.
 ABSL_ATTRIBUTE_ALWAYS_INLINE inline void* Allocate(std::size_t size) {
-  allocator::ThreadCache* cache = CurrentThreadCache();
+  allocator::ThreadCache* cache = FastThreadCache();
   if (ABSL_PREDICT_FALSE(cache == nullptr)) return AllocateCold(size);
   // The outer test is the cache's own first one.
   if (ABSL_PREDICT_FALSE(size > allocator::kMaxDirectSize) && ABSL_PREDICT_FALSE(IsLarge(size))) {
@@ -51,7 +51,7 @@ ABSL_ATTRIBUTE_ALWAYS_INLINE inline void* Allocate(std::size_t size) {
 
 // The same, zeroed.
 ABSL_ATTRIBUTE_ALWAYS_INLINE inline void* AllocateZeroed(std::size_t size) {
-  allocator::ThreadCache* cache = CurrentThreadCache();
+  allocator::ThreadCache* cache = FastThreadCache();
   if (ABSL_PREDICT_FALSE(cache == nullptr)) return AllocateZeroedCold(size);
   if (ABSL_PREDICT_FALSE(IsLarge(size))) NoticeLarge(__builtin_return_address(0));
   return cache->AllocateZeroed(size);
@@ -59,7 +59,7 @@ ABSL_ATTRIBUTE_ALWAYS_INLINE inline void* AllocateZeroed(std::size_t size) {
 
 // The same as Allocate, aligned. REQUIRES: `alignment` is a power of two.
 ABSL_ATTRIBUTE_ALWAYS_INLINE inline void* AllocateAligned(std::size_t alignment, std::size_t size) {
-  allocator::ThreadCache* cache = CurrentThreadCache();
+  allocator::ThreadCache* cache = FastThreadCache();
   if (ABSL_PREDICT_FALSE(cache == nullptr)) return AllocateAlignedCold(alignment, size);
   if (ABSL_PREDICT_FALSE(IsLarge(size))) NoticeLarge(__builtin_return_address(0));
   return cache->AllocateAligned(alignment, size);
@@ -67,7 +67,7 @@ ABSL_ATTRIBUTE_ALWAYS_INLINE inline void* AllocateAligned(std::size_t alignment,
 
 // As realloc, for a size of zero too: the smallest object. Null: `p` is unchanged.
 ABSL_ATTRIBUTE_ALWAYS_INLINE inline void* Reallocate(void* p, std::size_t size) {
-  allocator::ThreadCache* cache = CurrentThreadCache();
+  allocator::ThreadCache* cache = FastThreadCache();
   if (ABSL_PREDICT_FALSE(cache == nullptr)) return ReallocateCold(p, size);
   if (ABSL_PREDICT_FALSE(IsLarge(size))) NoticeLarge(__builtin_return_address(0));
   return cache->Reallocate(p, size);
@@ -80,7 +80,7 @@ inline bool IsUnitStart(const void* p) {
 }
 
 ABSL_ATTRIBUTE_ALWAYS_INLINE inline void Free(void* p) {
-  allocator::ThreadCache* cache = CurrentThreadCache();
+  allocator::ThreadCache* cache = FastThreadCache();
   if (ABSL_PREDICT_FALSE(cache == nullptr || IsUnitStart(p)))
     return FreeCold(p, __builtin_return_address(0));
   cache->Free(p);
@@ -88,7 +88,7 @@ ABSL_ATTRIBUTE_ALWAYS_INLINE inline void Free(void* p) {
 
 // REQUIRES: `p` was allocated with `size` bytes, which is checked as far as can be.
 ABSL_ATTRIBUTE_ALWAYS_INLINE inline void FreeSized(void* p, std::size_t size) {
-  allocator::ThreadCache* cache = CurrentThreadCache();
+  allocator::ThreadCache* cache = FastThreadCache();
   if (ABSL_PREDICT_FALSE(cache == nullptr || IsUnitStart(p))) {
     return FreeSizedCold(p, size, __builtin_return_address(0));
   }

@@ -15,6 +15,7 @@
 #include "runtime/runtime.h"
 #include "runtime/shim/export.h"
 #include "runtime/shim/libc_malloc.h"
+#include "runtime/thread.h"
 #include "vm/address_space.h"
 #include "vm/os/thread_id.h"
 
@@ -136,11 +137,11 @@ namespace shim = freehold::runtime::shim;
 
 extern "C" {
 
-// Gives back all free memory; `pad`, what glibc would keep at the end of its heap, has no meaning
-// here.
+// Gives back all free memory, but for what other threads have at hand. `pad`, what glibc would keep at the end of its
+// heap, has no meaning here.
 FREEHOLD_EXPORT int malloc_trim(std::size_t pad) noexcept {
   if (const auto* libc = shim::Libc()) return libc->malloc_trim(pad);
-  const std::size_t given_back = runtime::process_runtime.heap().Trim();
+  const std::size_t given_back = runtime::process_runtime.heap().Trim(runtime::CurrentThreadCache());
   const freehold::vm::Pages purged =
       runtime::process_runtime.space().Purge(freehold::vm::PurgeScope::kAll);
   return given_back + purged.value > 0 ? 1 : 0;

@@ -84,6 +84,44 @@ TEST(HeapForkTest, WithoutOtherThreads) {
   heap->CheckInvariants();
 }
 
+// Memory of threads that are not in the child goes back there, once it is free.
+TEST(HeapForkTest, TrimInTheChild) {
+  TestHeap heap;
+  AttachedThread cache(*heap);
+  std::vector<void*> objects;
+  std::binary_semaphore allocated(0);
+  std::binary_semaphore done(0);
+  std::thread other([&] {
+    AttachedThread cache(*heap);
+    for (int i = 0; i < 20000; ++i) objects.push_back(cache->Allocate(400));
+    for (int i = 0; i < 10; ++i) objects.push_back(cache->Allocate(20000));
+    allocated.release();
+    done.acquire();
+  });
+  allocated.acquire();
+  Fill(objects[7], 400, 7);
+  ForkAndRun(heap, cache.get(), [&]() -> std::string {
+    for (std::size_t i = 8; i < objects.size(); ++i) cache->Free(objects[i]);
+    if (heap->Trim(cache.get()) < 7 << 20) return "little went back";
+    if (heap->Stats().active.value > 1 << 20) return "much is held";
+    if (!HasContent(objects[7], 400, 7)) return "content";
+    for (std::size_t i = 0; i < 8; ++i) cache->Free(objects[i]);
+    heap->Trim(cache.get());
+    if (heap->Stats().active.value != 0) return "something is held";
+    // A thread may still attach to the cache.
+    std::thread([&] {
+      AttachedThread again(*heap);
+      again->Free(again->Allocate(400));
+    }).join();
+    heap->CheckInvariants();
+    return "";
+  });
+  done.release();
+  other.join();
+  for (void* p : objects) cache->Free(p);
+  heap->CheckInvariants();
+}
+
 TEST(HeapForkTest, FromAThreadWithoutCache) {
   TestHeap heap;
   AttachedThread cache(*heap);

@@ -157,7 +157,7 @@ std::string HeapModel::Perform(const ModelOperation& operation) {
       cache_ = heap_.AttachThread();
       return {};
     case kTrim:
-      heap_.Trim();
+      heap_.Trim(cache_);
       return {};
     case kTick:
       heap_.Tick(heap_.space().kernel().Now());

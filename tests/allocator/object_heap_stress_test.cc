@@ -63,6 +63,7 @@ TEST(ObjectHeapStressTest, EverythingAtOnce) {
           random ^= random >> 7;
           random ^= random << 17;
           const std::size_t size = random % 100 == 0 ? (random >> 8) % 300000 : (random >> 8) % 1500;
+          if (random % 3000 == 0) heap->Trim(cache.get());
           auto* p = static_cast<char*>(cache->Allocate(size));
           if (p != nullptr) p[0] = 1;
           cache->Free(objects[(random >> 32) % objects.size()].exchange(p));

@@ -216,6 +216,52 @@ TEST(ObjectHeapTest, TrimGivesMemoryBack) {
   EXPECT_EQ(heap->Trim(), 0u);
 }
 
+// Down to the last span, with the thread's own help.
+TEST(ObjectHeapTest, TrimGivesBackWhatTheThreadHasAtHand) {
+  TestHeap heap;
+  AttachedThread cache(*heap);
+  const auto use_every_class = [&] {
+    std::vector<void*> objects;
+    for (std::size_t size = 16; size <= kMaxClassSize; size += size / 4) {
+      for (int i = 0; i < 20; ++i) objects.push_back(cache->Allocate(size));
+    }
+    return objects;
+  };
+  std::vector<void*> objects = use_every_class();
+  for (void* p : objects) cache->Free(p);
+  EXPECT_GT(heap->Trim(), 0u);
+  EXPECT_GT(heap->Stats().active.value, MiB(1)) << "current spans";
+  EXPECT_GT(heap->Trim(cache.get()), MiB(1));
+  EXPECT_EQ(heap->Stats().active.value, 0u);
+  EXPECT_EQ(heap->Stats().mapped.value, 0u);
+  EXPECT_EQ(heap->Trim(cache.get()), 0u);
+  // It goes on; what is in use stays.
+  objects = use_every_class();
+  for (std::size_t i = 0; i < objects.size(); ++i) Fill(objects[i], 16, i);
+  heap->Trim(cache.get());
+  for (std::size_t i = 0; i < objects.size(); ++i) {
+    EXPECT_TRUE(HasContent(objects[i], 16, i));
+    cache->Free(objects[i]);
+  }
+  heap->CheckInvariants();
+}
+
+// What this thread freed of others is on its way, and there is nobody to take it in but the heap.
+TEST(ObjectHeapTest, TrimTakesInWhatThreadsThatAreGoneWillNot) {
+  TestHeap heap;
+  AttachedThread cache(*heap);
+  std::vector<void*> objects;
+  std::thread([&] {
+    AttachedThread other(*heap);
+    for (int i = 0; i < 100; ++i) objects.push_back(other->Allocate(500));
+  }).join();
+  for (void* p : objects) cache->Free(p);
+  EXPECT_GT(heap->Stats().active.value, 0u);
+  EXPECT_GT(heap->Trim(cache.get()), 0u);
+  EXPECT_EQ(heap->Stats().active.value, 0u);
+  heap->CheckInvariants();
+}
+
 TEST(ObjectHeapTest, IdleMemoryGoesBackWithTime) {
   TestHeap heap(ObjectHeapOptions{.decay = vm::Milliseconds(100)});
   AttachedThread cache(*heap);

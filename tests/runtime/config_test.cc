@@ -98,6 +98,25 @@ TEST(ConfigTest, Sizes) {
   }
 }
 
+TEST(ConfigTest, Limits) {
+  EXPECT_EQ(Good("FREEHOLD_SOFT_LIMIT=512M").soft_limit, vm::MiB(512));
+  EXPECT_EQ(Good("FREEHOLD_HARD_LIMIT=0").hard_limit, vm::Bytes{0});
+  EXPECT_EQ(Good("FREEHOLD_SOFT_LIMIT=cgroup").soft_limit, kCgroupLimit);
+  EXPECT_EQ(Good("FREEHOLD_HARD_LIMIT=CGroup").hard_limit, kCgroupLimit);
+  ExpectBad("FREEHOLD_SOFT_LIMIT=auto");
+  ExpectBad("FREEHOLD_SOFT_LIMIT=");
+  ExpectBad("FREEHOLD_SOFT_LIMIT=18446744073709551615");
+  ExpectBad("FREEHOLD_RESERVE=cgroup");
+
+  const Option& option = *FindOption("soft-limit");
+  Message value;
+  AppendValue(option, Good("FREEHOLD_SOFT_LIMIT=cgroup"), value);
+  EXPECT_EQ(value.text(), "cgroup");
+  Message form;
+  AppendAcceptedForm(option, form);
+  EXPECT_EQ(form.text(), "a size such as 64M or 16T, from 0 to 64T, or cgroup");
+}
+
 TEST(ConfigTest, Switches) {
   for (const char* off : {"FREEHOLD_KEEPER=0", "FREEHOLD_KEEPER=off", "FREEHOLD_KEEPER=False",
                           "FREEHOLD_KEEPER=no"}) {

@@ -176,11 +176,27 @@ int main() {
   std::puts("fine");
 })";
 
+constexpr char kHeapsProgram[] = R"(
+#include <freehold.hpp>
+#include <cstdio>
+#include <numeric>
+#include <vector>
+int main() {
+  freehold::Heap heap;
+  freehold::HeapResource resource(heap);
+  std::pmr::vector<int> numbers(&resource);
+  std::vector<int, freehold::HeapAllocator<int>> copy{freehold::HeapAllocator<int>(heap)};
+  for (int i = 0; i < 1000; ++i) numbers.push_back(i);
+  copy.assign(numbers.begin(), numbers.end());
+  std::printf("%zu %d\n", copy.size(), std::accumulate(copy.begin(), copy.end(), 0));
+})";
+
 TEST_F(InstallTest, Files) {
   const std::string version = runtime::kVersion;
   std::set<std::string> expected = {
       "bin/freehold",
       "include/freehold/freehold.h",
+      "include/freehold/freehold.hpp",
       "lib/libfreehold.a",
       "lib/libfreehold.so",
       "lib/libfreehold.so.0",
@@ -191,7 +207,7 @@ TEST_F(InstallTest, Files) {
   };
   std::set<std::string> headers;
   for (const std::string& name : NamesIn(prefix_)) {
-    if (name.starts_with("include/freehold/") && name != "include/freehold/freehold.h") {
+    if (name.starts_with("include/freehold/") && !name.starts_with("include/freehold/freehold.h")) {
       headers.insert(name);
     } else {
       EXPECT_EQ(expected.erase(name), 1u) << name;
@@ -229,6 +245,17 @@ TEST_F(InstallTest, ProgramsInCxx) {
     const Outcome outcome = CompileAndRun("g++-12 -std=c++20", kCxxProgram, package, more);
     EXPECT_EQ(outcome.status, 0) << package << more << outcome.err;
     EXPECT_EQ(outcome.out, std::string(runtime::kVersion) + "\n") << package << more;
+  }
+}
+
+TEST_F(InstallTest, HeapsInCxx17) {
+  const std::pair<std::string, std::string> ways[] = {{"g++-12 -std=c++17", "freehold"},
+                                                      {"clang++-14 -std=c++20", "freehold"},
+                                                      {"g++-12 -std=c++17", "freehold-static"}};
+  for (const auto& [compiler, package] : ways) {
+    const Outcome outcome = CompileAndRun(compiler + " -Wall -Wextra -pedantic -Werror", kHeapsProgram, package);
+    EXPECT_EQ(outcome.status, 0) << compiler << package << outcome.err;
+    EXPECT_EQ(outcome.out, "1000 499500\n") << compiler << package;
   }
 }
 

@@ -98,6 +98,52 @@ TEST_F(LimitsTest, MlockallSaysWhyItIsRefused) {
                          "reserved; with no limit, or CAP_IPC_LOCK, it works\n");
 }
 
+TEST_F(LimitsTest, TheHardLimit) {
+  for (const char* keeper : {"1", "0"}) {
+    const Outcome outcome = RunProgram(UnderShim({.argv = {BuiltFile("tests/runtime/programs/memory_limit"), "64"},
+                                                  .environment = {{"FREEHOLD_HARD_LIMIT", "64M"},
+                                                                  {"FREEHOLD_KEEPER", keeper}}}));
+    EXPECT_EQ(outcome.status, 0) << outcome.err;
+    EXPECT_EQ(outcome.err, "");
+  }
+}
+
+// Bursts of different sizes, of which one after another would fit: what each leaves behind goes while the next grows.
+TEST_F(LimitsTest, TheSoftLimit) {
+  const auto above = [](const char* limit) {
+    const Outcome outcome = RunProgram(UnderShim({.argv = {BuiltFile("tests/runtime/programs/memory_limit"), "128", "soft"},
+                                                  .environment = {{"FREEHOLD_SOFT_LIMIT", limit},
+                                                                  {"FREEHOLD_DECAY_MS", "60s"}}}));
+    EXPECT_EQ(outcome.status, 0) << outcome.err;
+    EXPECT_EQ(outcome.err, "");
+    return std::atol(outcome.out.c_str());
+  };
+  EXPECT_GE(above("0"), 56);
+  EXPECT_LE(above("128M"), 40);
+}
+
+TEST_F(LimitsTest, LimitsOfTheControlGroup) {
+  const Outcome outcome = RunProgram(
+      UnderShim({.argv = {"/bin/true"},
+                 .environment = {{"FREEHOLD_SOFT_LIMIT", "cgroup"},
+                                 {"FREEHOLD_HARD_LIMIT", "cgroup"},
+                                 {"FREEHOLD_VERBOSE", "1"}}}));
+  EXPECT_EQ(outcome.status, 0);
+  // What they came to, in this group.
+  EXPECT_THAT(outcome.err, ::testing::ContainsRegex(", soft-limit [0-9]+[KMGT]?, hard-limit [0-9]+[KMGT]?, "));
+}
+
+TEST_F(LimitsTest, TrimGivesEverythingBack) {
+  for (const char* mmap : {"1", "0"}) {
+    const Outcome outcome = RunProgram(UnderShim({.argv = {BuiltFile("tests/runtime/programs/trim")},
+                                                  .environment = {{"FREEHOLD_KEEPER", "0"},
+                                                                  {"FREEHOLD_DECAY_MS", "60s"},
+                                                                  {"FREEHOLD_MMAP", mmap}}}));
+    EXPECT_EQ(outcome.status, 0) << mmap;
+    EXPECT_EQ(outcome.err, "") << mmap;
+  }
+}
+
 // Sets a file under /proc/sys while in scope.
 class KernelSetting {
  public:

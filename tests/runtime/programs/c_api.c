@@ -610,6 +610,8 @@ static void of_the_process(void) {
   REQUIRE(freehold_get_heap_statistics(&heap) == 0);
   REQUIRE(heap.mapped >= heap.active && heap.metadata > 0);
   if (freehold_space_contains(process, object)) { /* not "beside" */
+    REQUIRE(freehold_try_expand(object, freehold_good_size(1000000)) == 1);
+    REQUIRE(freehold_try_expand(object, SIZE_MAX) == 0 && freehold_try_expand(NULL, 1) == 0);
     REQUIRE(heap.allocated > heap.large && heap.large >= 1000000 && heap.large_objects >= 1 && heap.threads >= 1);
   }
   heap.size = 0;
@@ -621,10 +623,92 @@ static void of_the_process(void) {
   REQUIRE(freehold_space_destroy(process) == EINVAL);
 }
 
+static void heaps(void) {
+  freehold_heap_options options = {.size = sizeof(options), .space = space};
+  freehold_heap_statistics statistics = {.size = sizeof(statistics)};
+  freehold_heap* heap = NULL;
+  size_t bytes = 0;
+  char* objects[3];
+  REQUIRE(freehold_heap_create(&options, NULL) == EINVAL);
+  options.size = 1;
+  REQUIRE(freehold_heap_create(&options, &heap) == EINVAL && heap == NULL);
+  options.size = sizeof(options);
+  REQUIRE(freehold_heap_create(&options, &heap) == 0);
+  objects[0] = freehold_heap_allocate(heap, 100);
+  objects[1] = freehold_heap_allocate_zeroed(heap, 5 * MIB);
+  objects[2] = freehold_heap_allocate_aligned(heap, 256, 1000);
+  REQUIRE(objects[0] != NULL && objects[1] != NULL && (uintptr_t)objects[2] % 256 == 0);
+  REQUIRE(freehold_space_contains(space, objects[0]) && freehold_space_contains(space, objects[1]));
+  REQUIRE(all_are(objects[1], 5 * MIB, 0));
+  memset(objects[0], 1, 100);
+  objects[0] = freehold_heap_reallocate(heap, objects[0], 10000);
+  REQUIRE(objects[0] != NULL && all_are(objects[0], 100, 1));
+  REQUIRE(freehold_heap_usable_size(heap, objects[0]) == freehold_good_size(10000));
+  REQUIRE(freehold_heap_try_expand(heap, objects[0], 10001) == 1);
+  REQUIRE(freehold_heap_try_expand(heap, objects[0], MIB) == 0);
+  REQUIRE(freehold_heap_get_statistics(heap, &statistics) == 0);
+  REQUIRE(statistics.large == 5 * MIB && statistics.threads == 1);
+  freehold_heap_free(heap, objects[0]);
+  freehold_heap_free_sized(heap, objects[2], 1000);
+  REQUIRE(freehold_heap_trim(heap, &bytes) == 0 && bytes > 0);
+  REQUIRE(freehold_heap_destroy(heap) == 0);
+  REQUIRE(freehold_heap_destroy(NULL) == EINVAL);
+}
+
+static int handler_calls;
+
+static int lift_limit(size_t bytes) {
+  freehold_memory_limits none = {.size = sizeof(none)};
+  REQUIRE(bytes >= 16 * MIB);
+  ++handler_calls;
+  return freehold_set_memory_limits(&none) == 0;
+}
+
+static void limits(void) {
+  freehold_memory_limits limits = {.size = sizeof(limits)};
+  freehold_memory_usage usage = {.size = sizeof(usage)};
+  void* small = NULL;
+  void* large = NULL;
+  REQUIRE(freehold_set_memory_limits(NULL) == EINVAL);
+  limits.size = 1;
+  REQUIRE(freehold_set_memory_limits(&limits) == EINVAL);
+  limits.size = sizeof(limits);
+  usage.size = 0;
+  REQUIRE(freehold_get_memory_usage(&usage) == EINVAL);
+  REQUIRE(freehold_get_memory_usage(NULL) == EINVAL);
+  usage.size = sizeof(usage);
+  REQUIRE(freehold_purge(space, NULL) == 0);
+  REQUIRE(freehold_get_memory_usage(&usage) == 0 && usage.soft == 0 && usage.hard == 0);
+  limits.soft = usage.in_use + 8 * MIB;
+  limits.hard = usage.in_use + 16 * MIB;
+  REQUIRE(freehold_set_memory_limits(&limits) == 0);
+  REQUIRE(freehold_map(space, 64 * MIB, NULL, &large) == ENOMEM && large == NULL);
+  REQUIRE(freehold_map(space, 4 * MIB, NULL, &small) == 0);
+  REQUIRE(freehold_remap(space, small, 4 * MIB, 64 * MIB, NULL, &large) == ENOMEM && large == NULL);
+  REQUIRE(freehold_get_memory_usage(&usage) == 0);
+  REQUIRE(usage.soft == limits.soft && usage.hard == limits.hard && usage.in_use <= limits.hard);
+  REQUIRE(usage.refusals >= 2);
+
+  REQUIRE(freehold_set_out_of_memory_handler(lift_limit) == NULL);
+  REQUIRE(freehold_map(space, 64 * MIB, NULL, &large) == 0 && handler_calls == 1);
+  REQUIRE(freehold_set_out_of_memory_handler(NULL) == lift_limit);
+  unmap(small, 4 * MIB);
+  unmap(large, 64 * MIB);
+}
+
 static void without_process_space(void) {
   freehold_heap_statistics heap = {.size = sizeof(heap)};
+  freehold_memory_limits limits = {.size = sizeof(limits)};
+  freehold_memory_usage usage = {.size = sizeof(usage)};
+  REQUIRE(freehold_set_memory_limits(&limits) == EOPNOTSUPP);
+  REQUIRE(freehold_get_memory_usage(&usage) == EOPNOTSUPP);
+  freehold_heap* own = NULL;
+  char* object = malloc(100);
   REQUIRE(freehold_process_space() == NULL);
   REQUIRE(freehold_get_heap_statistics(&heap) == EOPNOTSUPP);
+  REQUIRE(freehold_heap_create(NULL, &own) == EOPNOTSUPP && own == NULL);
+  REQUIRE(freehold_try_expand(object, 100) == 0);
+  free(object);
 }
 
 static void without_heap(void) {
@@ -653,6 +737,7 @@ static void verbs(void) {
   RUN(looking);
   RUN(threads);
   RUN(stacks);
+  RUN(heaps);
 }
 
 int main(int argc, char** argv) {
@@ -676,6 +761,7 @@ int main(int argc, char** argv) {
     REQUIRE(space != NULL);
     verbs();
   }
+  if (process || beside || mapped) RUN(limits);
   if (process || beside) RUN(of_the_process);
   if (process || mapped) RUN(process_in_child);
   if (mapped) RUN(without_heap);
