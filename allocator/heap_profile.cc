@@ -48,6 +48,18 @@ void HeapProfile::ForEachMetric(vm::MetricVisitor visit, void* context) const {
                   .first = &dropped_});
 }
 
+// 1 / (1 - exp(-size / interval)), without libm.
+double HeapProfile::ObjectsPerSample(std::size_t object_size) const {
+  constexpr int kHalvings = 20;
+  const double x = static_cast<double>(object_size) / static_cast<double>(options_.interval.value);
+  if (options_.interval.value == 1 || x > 50) return 1;
+  // 1 - exp(-2y) = c (2 - c) with c = 1 - exp(-y), which is y - y^2 / 2 + y^3 / 6 - ... for small y.
+  const double y = x / (1 << kHalvings);
+  double chance = y * (1 - y / 2 * (1 - y / 3));
+  for (int i = 0; i < kHalvings; ++i) chance *= 2 - chance;
+  return 1 / chance;
+}
+
 HeapProfile::Stack HeapProfile::Capture() const {
   Stack stack;
   stack.depth = std::min(options_.capture(stack.frames, kMaxDepth), kMaxDepth);

@@ -82,6 +82,8 @@ class HeapProfile {
     const std::uint64_t allocated = site.allocated.load(std::memory_order_relaxed);
     return {allocated - freed, allocated};
   }
+  // For how many objects of this size one sample stands, on average.
+  double ObjectsPerSample(std::size_t object_size) const;
   // All sites, through `next`; null when there is none.
   const AllocationSite* sites() const { return sites_.load(std::memory_order_acquire); }
 

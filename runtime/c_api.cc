@@ -18,6 +18,7 @@
 
 #include "absl/types/span.h"
 #include "runtime/freehold.h"
+#include "runtime/heap_profile_file.h"
 #include "runtime/runtime.h"
 #include "runtime/stack_pool.h"
 #include "runtime/version.h"
@@ -654,6 +655,12 @@ int freehold_get_heap_statistics(freehold_heap_statistics* result) {
   statistics.threads = stats.threads;
   statistics.purged_pages = stats.purged_pages;
   return Write(statistics, result);
+}
+
+int freehold_heap_profile_write(int descriptor) { return freehold::runtime::WriteHeapProfile(descriptor); }
+
+int freehold_heap_profile_save(const char* path) {
+  return path == nullptr ? EINVAL : freehold::runtime::SaveHeapProfile(path);
 }
 
 int freehold_print(freehold_space* handle, void (*write)(void* context, const char* line, size_t length),

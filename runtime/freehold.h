@@ -307,6 +307,14 @@ typedef struct freehold_heap_statistics {
 /* Of malloc. EOPNOTSUPP: Freehold does not serve it. */
 int freehold_get_heap_statistics(freehold_heap_statistics* statistics);
 
+/* The heap profile of malloc: samples of what the program holds and of what it ever allocated, in the text format that
+ * pprof reads. It is there if a setting asks for it (FREEHOLD_HEAP_PROFILE, FREEHOLD_HEAP_PROFILE_INTERVAL, ...); else
+ * EOPNOTSUPP. Both are async-signal-safe. */
+int freehold_heap_profile_write(int descriptor);
+
+/* To a file that is created or overwritten. */
+int freehold_heap_profile_save(const char* path);
+
 /* Writes a report for humans, line by line, each with its newline and not terminated by a null character: every counter
  * as "NAME VALUE", malloc's too if the space is the process's, an empty line, and the mappings as /proc/PID/maps has
  * them. */

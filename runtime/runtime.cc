@@ -8,7 +8,9 @@
 #include <bit>
 #include <cstddef>
 
+#include "runtime/heap_profile_file.h"
 #include "runtime/message.h"
+#include "runtime/stack_trace.h"
 #include "runtime/thread.h"
 #include "vm/os/futex.h"
 #include "vm/os/raw_syscall.h"
@@ -75,6 +77,7 @@ allocator::ObjectHeapOptions HeapOptions(const Config& config, const vm::Address
   // The heap gives back after one to two times its decay.
   options.decay = {config.decay.value / 2};
   const std::size_t share = space.reservation().bytes().value / kSpacePerThread.value;
+  options.profile = {.interval = ProfileInterval(config), .capture = CaptureStack};
   options.max_threads = static_cast<std::uint32_t>(
       std::clamp<std::size_t>(share, kMinThreads, allocator::ObjectHeapOptions{}.max_threads));
   return options;
