@@ -2,6 +2,7 @@
 
 #include <unwind.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <new>
@@ -28,15 +29,29 @@ bool IsOwn(std::uintptr_t address) {
                                           static_cast<std::uintptr_t>(etext - __ehdr_start);
 }
 
+// An address within operator new; past its start, since readers take one off a return address. malloc itself has
+// several names, of which readers see one that they do not know.
+void* MallocFrame() {
+  constexpr void* (*kEntry)(std::size_t) = &::operator new;
+  return reinterpret_cast<char*>(kEntry) + 1;
+}
+
+// Programs that are linked statically register their unwind tables in their first constructor. Until then the unwinder
+// would stop the program, since it does not find its own frame.
+bool HasUnwindTables() {
+  static constinit std::atomic<bool> seen{false};
+  if (seen.load(std::memory_order_relaxed)) return true;
+  const bool found = _Unwind_FindEnclosingFunction(reinterpret_cast<char*>(&CaptureStack) + 1) != nullptr;
+  if (found) seen.store(true, std::memory_order_relaxed);
+  return found;
+}
+
 _Unwind_Reason_Code Visit(_Unwind_Context* context, void* to) {
   Walk& walk = *static_cast<Walk*>(to);
   std::uintptr_t address = _Unwind_GetIP(context);
   if (address == 0) return _URC_END_OF_STACK;
   if (!walk.outside && IsOwn(address)) {
-    // Past its start: readers take one off a return address. malloc itself has several names, of which readers see one
-    // that they do not know.
-    constexpr void* (*kEntry)(std::size_t) = &::operator new;
-    walk.frames[0] = reinterpret_cast<char*>(kEntry) + 1;
+    walk.frames[0] = MallocFrame();
     walk.count = 1;
     return _URC_NO_REASON;
   }
@@ -52,7 +67,9 @@ unsigned FramesOfMalloc() { return &has_mmap_shim != nullptr ? 1 : 0; }
 
 unsigned CaptureStack(void** frames, unsigned most) {
   Walk walk = {.frames = frames, .most = most};
-  if (most != 0) _Unwind_Backtrace(Visit, &walk);
+  if (most == 0) return 0;
+  if (HasUnwindTables()) _Unwind_Backtrace(Visit, &walk);
+  if (walk.count == 0) frames[walk.count++] = MallocFrame();
   return walk.count;
 }
 
