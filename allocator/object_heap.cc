@@ -301,6 +301,22 @@ void ObjectHeap::ForEachSizeClass(void (*visit)(void* context, const SizeClassSt
   for (const SizeClassStats& size_class : stats) visit(context, size_class);
 }
 
+void ObjectHeap::ForEachCache(void (*visit)(void* context, const CacheStats& stats), void* context) {
+  for (std::uint32_t id = 0; id < cache_count(); ++id) {
+    ThreadCache* cache = CacheOf(id);
+    std::array<SizeClassStats, kSizeClassCount> classes;
+    cache->AddStats(classes);
+    CacheStats stats{.id = id,
+                     .attached = cache->state_.load(std::memory_order_relaxed) == ThreadCache::State::kAttached};
+    for (unsigned i = 0; i < kSizeClassCount; ++i) {
+      stats.spans += classes[i].spans;
+      stats.capacity.value += classes[i].capacity * kSizeClasses[i].size;
+      stats.allocated.value += classes[i].allocated * kSizeClasses[i].size;
+    }
+    visit(context, stats);
+  }
+}
+
 // ---- fork ----
 
 void ObjectHeap::PrepareFork(ThreadCache* own) {

@@ -88,6 +88,8 @@ class ObjectHeap {
   void ForEachMetric(vm::MetricVisitor visit, void* context) const;
   // Calls `visit` for every size class in ascending order, with no lock held.
   void ForEachSizeClass(void (*visit)(void* context, const SizeClassStats& stats), void* context);
+  // The same for every thread cache there ever was, by id.
+  void ForEachCache(void (*visit)(void* context, const CacheStats& stats), void* context);
 
   // fork(2): PrepareFork waits until no thread is in a slow path and keeps them out; exactly one of the other
   // two follows, in the parent and in the child, with the same argument. The heap comes before its address

@@ -320,6 +320,23 @@ int freehold_heap_profile_save(const char* path);
  * them. */
 int freehold_print(freehold_space* space, void (*write)(void* context, const char* line, size_t length), void* context);
 
+enum freehold_format {
+  FREEHOLD_TEXT = 0, /* "NAME VALUE", "NAME[LABEL NUMBER] VALUE" */
+  FREEHOLD_JSON = 1, /* one object */
+  FREEHOLD_PROMETHEUS = 2
+};
+
+typedef struct freehold_statistics_options {
+  size_t size;
+  int format;
+  int huge_pages; /* not 0: how much is in huge pages, too. The kernel keeps all mappings from changing meanwhile */
+} freehold_statistics_options;
+
+/* Writes all numbers that the process's space and malloc have, part by part, as freehold_print does: counters, and what
+ * is counted for it, per size class and per thread cache. EOPNOTSUPP: Freehold serves neither. */
+int freehold_print_statistics(const freehold_statistics_options* options,
+                              void (*write)(void* context, const char* text, size_t length), void* context);
+
 #ifdef __cplusplus
 }
 #endif
