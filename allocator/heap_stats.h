@@ -41,8 +41,8 @@ struct CacheStats {
   std::uint32_t id = 0;
   bool attached = false;  // false: its thread is gone
   std::uint64_t spans = 0;
-  vm::Bytes capacity;   // of the spans' objects
-  vm::Bytes allocated;  // see HeapStats::allocated
+  vm::Bytes capacity = {0};   // of the spans' objects
+  vm::Bytes allocated = {0};  // see HeapStats::allocated
 };
 
 }  // namespace freehold::allocator
