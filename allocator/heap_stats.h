@@ -36,6 +36,15 @@ struct SizeClassStats {
   std::uint64_t allocated = 0;  // objects that the program holds, see HeapStats::allocated
 };
 
+// Of one thread cache, or of the heap profile's.
+struct CacheStats {
+  std::uint32_t id = 0;
+  bool attached = false;  // false: its thread is gone
+  std::uint64_t spans = 0;
+  vm::Bytes capacity = {0};   // of the spans' objects
+  vm::Bytes allocated = {0};  // see HeapStats::allocated
+};
+
 }  // namespace freehold::allocator
 
 #endif  // FREEHOLD_ALLOCATOR_HEAP_STATS_H_

@@ -63,6 +63,7 @@ void* LargeObjects::AllocateRun(unsigned home, const Request& request) {
   span->start = run.start;
   span->units = units;
   span->used_pages = pages;
+  span->site = nullptr;
   span->kind.store(SpanKind::kRun, std::memory_order_relaxed);
   MarkInterior(metadata_.spans(), span, 1, units);
   count_.fetch_add(1, std::memory_order_relaxed);
@@ -96,6 +97,7 @@ void* LargeObjects::AllocateMapped(const Request& request) {
   span->start = start;
   span->used_pages = pages;
   span->mapped_pages = mapped_pages;
+  span->site = nullptr;
   span->kind.store(SpanKind::kMapped, std::memory_order_relaxed);
   count_.fetch_add(1, std::memory_order_relaxed);
   pages_.fetch_add(pages, std::memory_order_relaxed);

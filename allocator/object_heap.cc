@@ -39,13 +39,23 @@ unsigned ShardsFor(const ObjectHeapOptions& options, vm::os::Kernel& kernel) {
 }  // namespace
 
 vm::Result<ObjectHeap*> ObjectHeap::Create(vm::AddressSpace& space, const ObjectHeapOptions& options) {
+  const bool has_profile = options.profile.interval.value != 0;
+  const std::size_t bytes_per_thread = sizeof(ThreadCache) + (has_profile ? sizeof(Sampler) : 0);
   const vm::Result<HeapMetadata> metadata = HeapMetadata::Create(
-      space, {.header_bytes = sizeof(ObjectHeap), .cache_bytes = options.max_threads * sizeof(ThreadCache)});
+      space, {.header_bytes = sizeof(ObjectHeap), .cache_bytes = options.max_threads * bytes_per_thread});
   if (!metadata.ok()) return metadata.error();
-  return new (metadata->header()) ObjectHeap(space, *metadata, options);
+  auto* heap = new (metadata->header()) ObjectHeap(space, *metadata, options);
+  if (has_profile) {
+    heap->profile_ = HeapProfile::Create(*heap, options.profile);
+    heap->samples_ = heap->profile_ == nullptr ? nullptr : heap->profile_->objects();
+  }
+  return heap;
 }
 
-void ObjectHeap::Destroy(ObjectHeap* heap) { heap->metadata_.Release(); }
+void ObjectHeap::Destroy(ObjectHeap* heap) {
+  if (heap->profile_ != nullptr) HeapProfile::Destroy(heap->profile_);
+  heap->metadata_.Release();
+}
 
 void ObjectHeap::DestroyWithMemory(ObjectHeap* heap) {
   heap->metadata_.ForEachWritableSpan(
@@ -109,9 +119,12 @@ ThreadCache* ObjectHeap::NewCache() {
     const std::uint32_t id = cache_count();
     if (id == options_.max_threads) return nullptr;
     if (!metadata_.Commit(CacheOf(id), sizeof(ThreadCache)).ok()) return nullptr;
+    // Without memory for that, the thread's objects are no samples.
+    const bool samples = profile_ != nullptr && metadata_.Commit(SamplerOf(id), sizeof(Sampler)).ok();
     vm::sync::SpinLockHolder holder(registry_lock_);
     if (cache_count() != id) continue;
-    ThreadCache* cache = new (CacheOf(id)) ThreadCache(*this, id);
+    Sampler* sampler = samples ? new (SamplerOf(id)) Sampler(profile_->interval(), Mix(code_.Tag(CacheOf(id)))) : nullptr;
+    ThreadCache* cache = new (CacheOf(id)) ThreadCache(*this, id, sampler);
     // Pairs with the acquire in cache_count().
     cache_count_.store(id + 1, std::memory_order_release);
     return cache;
@@ -196,15 +209,19 @@ void ObjectHeap::StopOnCorruption(const void* object) const {
 void ObjectHeap::Free(void* p) {
   if (p == nullptr) return;
   Span* span = CheckedSpan("free", p);
-  if (IsLarge(span)) {
-    if (!large_.Free(span)) StopOnWrongPointer("free", p, span);
-    return;
-  }
+  if (IsLarge(span)) return FreeLarge(span, p);
+  if (IsSample(span)) return profile_->Free(span, p);
   auto* object = static_cast<FreeObject*>(p);
   if (HasSuspects() && FreeSuspect(span, object)) return;
   code_.Link(object, &end_);
   MakeMessage(code_, span, {.first = object, .last = object, .count = 1});
   span->owner.load(std::memory_order_relaxed)->Receive(object, object);
+}
+
+void ObjectHeap::FreeLarge(Span* span, void* p) {
+  AllocationSite* site = span->site;
+  if (!large_.Free(span)) StopOnWrongPointer("free", p, span);
+  if (site != nullptr) HeapProfile::NoteFree(site);
 }
 
 // The span of an object that the caller holds may go to another cache at any time, but once its list is rebuilt it
@@ -333,6 +350,7 @@ void ObjectHeap::ForEachMetric(vm::MetricVisitor visit, void* context) const {
   };
   caches("heap_threads", "Threads that have a cache.", attached_);
   caches("heap_orphans", "Caches of threads that are gone, kept for threads to come.", orphan_count_);
+  if (profile_ != nullptr) profile_->ForEachMetric(visit, context);
 }
 
 void ObjectHeap::ForEachSizeClass(void (*visit)(void* context, const SizeClassStats& stats), void* context) {
@@ -342,10 +360,27 @@ void ObjectHeap::ForEachSizeClass(void (*visit)(void* context, const SizeClassSt
   for (const SizeClassStats& size_class : stats) visit(context, size_class);
 }
 
+void ObjectHeap::ForEachCache(void (*visit)(void* context, const CacheStats& stats), void* context) {
+  for (std::uint32_t id = 0; id < cache_count(); ++id) {
+    ThreadCache* cache = CacheOf(id);
+    std::array<SizeClassStats, kSizeClassCount> classes;
+    cache->AddStats(classes);
+    CacheStats stats{.id = id,
+                     .attached = cache->state_.load(std::memory_order_relaxed) == ThreadCache::State::kAttached};
+    for (unsigned i = 0; i < kSizeClassCount; ++i) {
+      stats.spans += classes[i].spans;
+      stats.capacity.value += classes[i].capacity * kSizeClasses[i].size;
+      stats.allocated.value += classes[i].allocated * kSizeClasses[i].size;
+    }
+    visit(context, stats);
+  }
+}
+
 // ---- fork ----
 
 void ObjectHeap::PrepareFork(ThreadCache* own) {
   if (own != nullptr) own->remote_frees_.LinkArrivals();  // may wait for a fork
+  if (profile_ != nullptr) profile_->PrepareFork();
   std::uint32_t idle = 0;
   while (!forking_.compare_exchange_strong(idle, 1, std::memory_order_seq_cst)) {
     WaitForFork();
@@ -361,28 +396,32 @@ void ObjectHeap::ParentAfterFork(ThreadCache*) {
   registry_lock_.UnlockAfterFork();
   page_heap_.UnlockAfterFork();
   EndFork();
+  if (profile_ != nullptr) profile_->UnlockAfterFork();
 }
 
 // The list of orphans is made anew: a thread that was about to attach or detach had its cache in neither state.
 void ObjectHeap::ChildAfterFork(ThreadCache* own) {
   orphans_ = 0;
+  std::uint32_t others = 0;
   for (std::uint32_t id = 0; id < cache_count(); ++id) {
     ThreadCache* cache = CacheOf(id);
-    if (cache == own) {
+    // The profile's is as consistent as its lock made it.
+    if (cache == own || cache == samples_) {
       cache->ForgetOthers();
     } else {
+      ++others;
       cache->Freeze();
       cache->next_orphan_ = orphans_;
       orphans_ = id + 1;
     }
   }
-  const std::uint32_t attached = own == nullptr ? 0 : 1;
-  has_suspects_.store(cache_count() > attached, std::memory_order_relaxed);
-  attached_.store(attached, std::memory_order_relaxed);
-  orphan_count_.store(cache_count() - attached, std::memory_order_relaxed);
+  has_suspects_.store(others != 0, std::memory_order_relaxed);
+  attached_.store(own == nullptr ? 0 : 1, std::memory_order_relaxed);
+  orphan_count_.store(others, std::memory_order_relaxed);
   registry_lock_.UnlockAfterFork();
   page_heap_.UnlockAfterFork();
   EndFork();
+  if (profile_ != nullptr) profile_->UnlockAfterFork();
 }
 
 void ObjectHeap::WaitForFork() {

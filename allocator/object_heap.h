@@ -25,6 +25,7 @@
 
 #include "absl/base/thread_annotations.h"
 #include "allocator/heap_metadata.h"
+#include "allocator/heap_profile.h"
 #include "allocator/heap_stats.h"
 #include "allocator/large_object.h"
 #include "allocator/memory_limit.h"
@@ -50,6 +51,8 @@ struct ObjectHeapOptions {
   vm::Bytes remote_batch = vm::KiB(32);
   // Asked for memory, and called when there is none. Must outlive the heap.
   MemoryLimit* limit = nullptr;
+  // Constant while the heap lives.
+  HeapProfileOptions profile = {};
 };
 
 class ObjectHeap {
@@ -106,6 +109,8 @@ class ObjectHeap {
   void ForEachMetric(vm::MetricVisitor visit, void* context) const;
   // Calls `visit` for every size class in ascending order, with no lock held.
   void ForEachSizeClass(void (*visit)(void* context, const SizeClassStats& stats), void* context);
+  // The same for every thread cache there ever was, by id.
+  void ForEachCache(void (*visit)(void* context, const CacheStats& stats), void* context);
 
   // fork(2): PrepareFork waits until no thread is in a slow path and keeps them out; exactly one of the other
   // two follows, in the parent and in the child, with the same argument. The heap comes before its address
@@ -116,11 +121,14 @@ class ObjectHeap {
   void ChildAfterFork(ThreadCache* own) ABSL_NO_THREAD_SAFETY_ANALYSIS;
 
   vm::AddressSpace& space() const { return space_; }
+  // Null if there is none, by the options or for want of memory.
+  const HeapProfile* profile() const { return profile_; }
 
   // CHECKs H1, H2 and the invariants of all parts. O(heap). REQUIRES: no call into the heap is running.
   void CheckInvariants();
 
  private:
+  friend class HeapProfile;
   friend class RemoteFrees;
   friend class ThreadCache;
 
@@ -132,6 +140,8 @@ class ObjectHeap {
   ThreadCache* CacheOf(std::uint32_t id) const {
     return reinterpret_cast<ThreadCache*>(metadata_.caches()) + id;
   }
+  // There is room for them only with a profile.
+  Sampler* SamplerOf(std::uint32_t id) const { return reinterpret_cast<Sampler*>(CacheOf(options_.max_threads)) + id; }
   std::uint32_t cache_count() const { return cache_count_.load(std::memory_order_acquire); }
   ThreadCache* TakeOrphan();
   void AddOrphan(ThreadCache* cache);
@@ -153,6 +163,11 @@ class ObjectHeap {
   // `object` is free, but its link or tag are not what they must be.
   [[noreturn]] void StopOnCorruption(const void* object) const;
   static std::size_t UsableSizeOf(const Span* span);
+  bool IsSample(const Span* span) const {
+    return samples_ != nullptr && span->owner.load(std::memory_order_relaxed) == samples_;
+  }
+  // Frees the large object `p`.
+  void FreeLarge(Span* span, void* p);
   // Whether there may be spans whose free lists a fork made unusable.
   bool HasSuspects() const { return has_suspects_.load(std::memory_order_relaxed); }
   // Frees `object` if it is in such a span, by its tag.
@@ -190,6 +205,10 @@ class ObjectHeap {
   std::atomic<std::uint32_t> orphan_count_{0};
   vm::sync::SpinLock registry_lock_{vm::sync::LockRank::kHeapShard};
   std::uint32_t orphans_ ABSL_GUARDED_BY(registry_lock_) = 0;  // the last one's id + 1, then next_orphan_
+
+  // Constant once threads use the heap.
+  HeapProfile* profile_ = nullptr;
+  const ThreadCache* samples_ = nullptr;  // owner of small samples
 
   std::atomic<std::uint64_t> next_tick_{0};    // written by the thread that ticks
   std::atomic<bool> has_suspects_{false};      // set in the child of a fork

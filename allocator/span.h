@@ -30,6 +30,7 @@
 namespace freehold::allocator {
 
 class ThreadCache;
+struct AllocationSite;
 
 // What an object is while it is free.
 struct FreeObject {
@@ -124,7 +125,10 @@ struct alignas(vm::kCacheLineSize) Span {
   std::uint64_t reciprocal = 0;  // SizeClassInfo::reciprocal
   // kObjects: the owner's.
   std::uint64_t limit = 0;     // carved * SizeClassInfo::excess. Others read it by ReadLimit.
-  FreeObject* free = nullptr;  // never null: LinkCode::end() when there is none
+  union {
+    FreeObject* free = nullptr;  // kObjects: never null: LinkCode::end() when there is none
+    AllocationSite* site;        // kRun, kMapped: if the object is a sample of the heap profile; else null
+  };
   OwnerCounter credits;        // frees until an event, see ThreadCache::HandleEvent
   std::uint32_t carved = 0;    // objects made
 

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <utility>
 
+#include "allocator/heap_profile.h"
 #include "allocator/misuse.h"
 #include "allocator/object_heap.h"
 #include "vm/os/check.h"
@@ -19,11 +20,12 @@ FreeObject* ObjectAt(const Span* span, std::uint32_t index) {
 
 }  // namespace
 
-ThreadCache::ThreadCache(ObjectHeap& heap, std::uint32_t id)
+ThreadCache::ThreadCache(ObjectHeap& heap, std::uint32_t id, Sampler* sampler)
     : spans_(heap.metadata_.spans()),
       code_(heap.code_),
       heap_(&heap),
       id_(id),
+      sampler_(sampler),
       remote_frees_(heap, heap.code_, heap.options_.remote_batch),
       strays_(heap.code_.end()),
       inbox_(heap.code_.end()) {
@@ -31,7 +33,7 @@ ThreadCache::ThreadCache(ObjectHeap& heap, std::uint32_t id)
   none_.credits.Set(kNoEvent);
   none_.carved = kSizeClasses[0].capacity;  // of class 0: nothing to carve
   direct_.fill(&none_);
-  for (Bin& bin : bins_) bin.current = &none_;
+  for (Bin& bin : bins_) bin.current = bin.source = &none_;
 }
 
 // Fork: PrepareFork closes the gate (IsForking), then takes and releases each cache's lock, so that whoever
@@ -50,24 +52,28 @@ auto ThreadCache::InSlowPath(Work work) {
 // ---- allocation ----
 
 // Every failure of Pop, told apart: no free object, the last one, and a link that the program overwrote.
-void* ThreadCache::PopAny(Span* span) const {
-  FreeObject* object = span->free;
+void* ThreadCache::PopAny(Span* source, const Span* span) const {
+  FreeObject* object = source->free;
   if (object == code_.end()) return nullptr;
-  FreeObject* next = code_.Next(object);
-  const bool next_is_fine = next == code_.end() || IsObject(span, next);
-  if (ABSL_PREDICT_FALSE(!code_.IsTagged(object) || !next_is_fine)) heap_->StopOnCorruption(object);
-  span->free = next;
+  source->free = NextIn(span, object);
   object->tag = 0;
   return object;
 }
 
+FreeObject* ThreadCache::NextIn(const Span* span, const FreeObject* object) const {
+  FreeObject* next = code_.Next(object);
+  const bool next_is_fine = next == code_.end() || IsObject(span, next);
+  if (ABSL_PREDICT_FALSE(!code_.IsTagged(object) || !next_is_fine)) heap_->StopOnCorruption(object);
+  return next;
+}
+
 void* ThreadCache::AllocateAboveDirect(std::size_t size) {
-  if (size > kMaxClassSize) return AllocateLarge(kMinAlignment, size, /*zeroed=*/false);
+  if (size > kMaxClassSize) return AllocateLarge({.size = size});
   return AllocateClass(ClassOf(size));
 }
 
 void* ThreadCache::AllocateClass(SizeClass size_class) {
-  void* object = Pop(bins_[size_class].current, kChunkReach);
+  void* object = Pop(bins_[size_class].source, kChunkReach);
   if (ABSL_PREDICT_TRUE(object != nullptr)) return object;
   ClassRequest request{size_class};
   return AllocateClassSlow(request);
@@ -81,33 +87,37 @@ void* ThreadCache::AllocateSlow(std::size_t size) {
 void* ThreadCache::AllocateClassSlow(ClassRequest& request) {
   Bin& bin = bins_[request.size_class];
   for (unsigned attempt = 0;; ++attempt) {
-    if (void* object = PopAny(bin.current)) return object;
+    if (void* object = PopAny(bin.source, bin.current)) return object;
     if (++slow_paths_ % kMaintenancePeriod == 0) Maintain();
-    // Memory that came back is used before memory that was not; then no list changes, and no lock is needed.
-    const bool none_came_back =
-        inbox_.load(std::memory_order_relaxed) == code_.end() && bin.available.empty();
-    if (none_came_back && !IsCarved(bin.current)) return PopCarved(bin.current, request);
-    void* object = InSlowPath([&] {
-      lock_.AssertHeld();
-      return RefillLocked(request);
-    });
-    if (ABSL_PREDICT_TRUE(object != nullptr)) {
-      heap_->RelieveLimit();
-      return object;
-    }
+    void* object = ABSL_PREDICT_TRUE(sampler_ == nullptr) ? AllocateFromSpans(request) : AllocateCounted(request);
+    if (ABSL_PREDICT_TRUE(object != nullptr)) return object;
     const std::size_t bytes = kSizeClasses[request.size_class].units * kUnitSize;
     if (!heap_->MakeRoom(bytes, attempt)) return nullptr;
   }
+}
+
+void* ThreadCache::AllocateFromSpans(ClassRequest& request) {
+  Bin& bin = bins_[request.size_class];
+  // Memory that came back is used before memory that was not; then no list changes, and no lock is needed.
+  const bool none_came_back =
+      inbox_.load(std::memory_order_relaxed) == code_.end() && bin.available.empty();
+  if (none_came_back && !IsCarved(bin.current)) return PopCarved(bin.current, request);
+  void* object = InSlowPath([&] {
+    lock_.AssertHeld();
+    return RefillLocked(request);
+  });
+  if (ABSL_PREDICT_TRUE(object != nullptr)) heap_->RelieveLimit();
+  return object;
 }
 
 void* ThreadCache::RefillLocked(ClassRequest& request) {
   Bin& bin = bins_[request.size_class];
   if (inbox_.load(std::memory_order_relaxed) != code_.end()) {
     DrainLocked();
-    if (void* object = PopAny(bin.current)) return object;
+    if (void* object = PopAny(bin.current, bin.current)) return object;
   }
   if (!FindSpanLocked(request.size_class)) return nullptr;
-  if (void* object = PopAny(bin.current)) return object;
+  if (void* object = PopAny(bin.current, bin.current)) return object;
   return PopCarved(bin.current, request);
 }
 
@@ -190,18 +200,18 @@ void* ThreadCache::PopCarved(Span* span, ClassRequest& request) {
   span->carved = end;
   span->SetLimit(end * info.excess);
   bins_[span->size_class].held.Add(end - first);
-  return PopAny(span);
+  return PopAny(span, span);
 }
 
 void* ThreadCache::AllocateZeroed(std::size_t size) {
-  if (size > kMaxClassSize) return AllocateLarge(kMinAlignment, size, /*zeroed=*/true);
+  if (size > kMaxClassSize) return AllocateLarge({.size = size, .zeroed = true});
   if (size <= kMaxDirectSize) {
     void* object = Allocate(size);
     return object == nullptr ? nullptr : std::memset(object, 0, size);
   }
   const SizeClass size_class = ClassOf(size);
   ClassRequest request{size_class};
-  void* object = Pop(bins_[size_class].current, kChunkReach);
+  void* object = Pop(bins_[size_class].source, kChunkReach);
   if (object == nullptr) object = AllocateClassSlow(request);
   return object == nullptr ? nullptr : std::memset(object, 0, request.zero ? kMinAlignment : size);
 }
@@ -209,13 +219,15 @@ void* ThreadCache::AllocateZeroed(std::size_t size) {
 void* ThreadCache::AllocateAligned(std::size_t alignment, std::size_t size) {
   if (alignment <= kMinAlignment) return Allocate(size);
   // The largest class is a multiple of every alignment up to a unit.
-  if (size > kMaxClassSize || alignment > kUnitSize) return AllocateLarge(alignment, size, /*zeroed=*/false);
+  if (size > kMaxClassSize || alignment > kUnitSize) return AllocateLarge({.size = size, .alignment = alignment});
   return AllocateClass(AlignedClassOf(alignment, size));
 }
 
-void* ThreadCache::AllocateLarge(std::size_t alignment, std::size_t size, bool zeroed) {
+void* ThreadCache::AllocateLarge(const LargeObjects::Request& request) {
   if (++slow_paths_ % kMaintenancePeriod == 0) Maintain();
-  return heap_->AllocateLarge(Home(), {.size = size, .alignment = alignment, .zeroed = zeroed});
+  void* object = heap_->AllocateLarge(Home(), request);
+  if (ABSL_PREDICT_FALSE(sampler_ != nullptr) && object != nullptr) CountLarge(spans_.At(AddressOf(object)));
+  return object;
 }
 
 void* ThreadCache::Reallocate(void* p, std::size_t size) {
@@ -224,13 +236,12 @@ void* ThreadCache::Reallocate(void* p, std::size_t size) {
   const bool is_large = IsLarge(span);
   const std::size_t usable = is_large ? LargeObjects::UsableSize(span) : InfoOf(span).size;
   if (is_large && size > kMaxClassSize) {
-    if (heap_->ResizeLarge(span, size)) return p;
+    if (ResizeLarge(span, size)) return p;
   } else if (size <= usable && size > usable / 2) {
     return p;
   }
   const bool grows = size > usable;
-  void* to = is_large && grows ? heap_->AllocateLarge(Home(), {.size = size, .will_grow = true})
-                               : Allocate(size);
+  void* to = is_large && grows ? AllocateLarge({.size = size, .will_grow = true}) : Allocate(size);
   if (to == nullptr) return grows ? nullptr : p;
   std::memcpy(to, p, std::min(size, usable));
   Free(p);
@@ -240,7 +251,76 @@ void* ThreadCache::Reallocate(void* p, std::size_t size) {
 bool ThreadCache::TryExpand(void* p, std::size_t size) {
   Span* span = heap_->CheckedSpan("try_expand", p);
   if (size <= ObjectHeap::UsableSizeOf(span)) return true;
-  return IsLarge(span) && heap_->ResizeLarge(span, size);
+  return IsLarge(span) && ResizeLarge(span, size);
+}
+
+bool ThreadCache::ResizeLarge(Span* span, std::size_t size) {
+  if (!heap_->ResizeLarge(span, size)) return false;
+  // To the profile, one object less and another one more.
+  if (AllocationSite* site = std::exchange(span->site, nullptr)) HeapProfile::NoteFree(site);
+  if (ABSL_PREDICT_FALSE(sampler_ != nullptr)) CountLarge(span);
+  return true;
+}
+
+// ---- samples ----
+
+void* ThreadCache::AllocateCounted(ClassRequest& request) {
+  const SizeClass size_class = request.size_class;
+  const Bin& bin = bins_[size_class];
+  if (sampler_->Count(size_class) && sampler_->Enter()) {
+    void* sample = heap_->profile_->Allocate(size_class);
+    sampler_->Leave();
+    if (sample != nullptr) return sample;
+  }
+  void* object = PopAny(bin.current, bin.current);
+  if (object == nullptr) object = AllocateFromSpans(request);
+  if (object == nullptr) return nullptr;
+  bin.current->credits.Add(1);
+  FillFront(size_class);
+  return object;
+}
+
+// REQUIRES: the front is empty.
+void ThreadCache::FillFront(SizeClass size_class) {
+  Span* span = bins_[size_class].current;
+  Span& front = sampler_->front(size_class);
+  const std::uint32_t free = span->carved - (span->credits.Get() - kNoEvent);
+  const std::uint32_t count = sampler_->CountUpTo(size_class, free);
+  if (count == 0) return;
+  front.free = span->free;
+  span->credits.Add(count);
+  if (count == free) {
+    span->free = code_.end();
+    return;
+  }
+  FreeObject* last = front.free;
+  for (std::uint32_t i = 1; i < count; ++i) last = NextIn(span, last);
+  span->free = NextIn(span, last);
+  code_.Link(last, code_.end());
+}
+
+void ThreadCache::EmptyFrontLocked(SizeClass size_class) {
+  Span* span = bins_[size_class].current;
+  if (span == &none_) return;
+  FreeObject*& front = sampler_->front(size_class).free;
+  std::uint32_t count = 0;
+  FreeObject* last = nullptr;
+  for (FreeObject* object = front; object != code_.end(); object = NextIn(span, object)) {
+    last = object;
+    ++count;
+  }
+  if (count == 0) return;
+  code_.Link(last, span->free);
+  span->free = std::exchange(front, code_.end());
+  span->credits.Subtract(count);
+  sampler_->Uncount(size_class, count);
+}
+
+void ThreadCache::CountLarge(Span* span) {
+  const vm::Bytes bytes{LargeObjects::UsableSize(span)};
+  if (!sampler_->CountLarge(bytes) || !sampler_->Enter()) return;
+  span->site = heap_->profile_->NoteLarge(bytes);
+  sampler_->Leave();
 }
 
 // ---- spans ----
@@ -265,16 +345,22 @@ void ThreadCache::PlaceLocked(Span* span, std::uint32_t used) {
 void ThreadCache::SetCurrentLocked(SizeClass size_class, Span* span) {
   Bin& bin = bins_[size_class];
   bin.current = span;
+  bin.source = span;
   bin.credits_seen = 0;
   if (span != &none_) {
     span->state = SpanState::kCurrent;
     span->credits.Set(kNoEvent);
     bin.held.Add(span->carved);
+    if (ABSL_PREDICT_FALSE(sampler_ != nullptr)) {
+      span->credits.Add(span->carved - CountFree(span));
+      bin.source = &sampler_->front(size_class);
+      bin.source->free = code_.end();
+    }
   }
   const std::size_t size = kSizeClasses[size_class].size;
   if (size > kMaxDirectSize) return;
   const std::size_t below = size_class == 0 ? 0 : kSizeClasses[size_class - 1].size + kMinAlignment;
-  for (std::size_t i = below / kMinAlignment; i <= size / kMinAlignment; ++i) direct_[i] = span;
+  for (std::size_t i = below / kMinAlignment; i <= size / kMinAlignment; ++i) direct_[i] = bin.source;
 }
 
 void ThreadCache::RetireCurrentLocked(SizeClass size_class, std::uint32_t used) {
@@ -369,7 +455,8 @@ void ThreadCache::FreeSlow(void* p) {
   const ThreadCache* owner = span->owner.load(std::memory_order_relaxed);
   if (ABSL_PREDICT_TRUE(owner != nullptr && owner != this && heap_->IsObject(span, p) &&
                         !heap_->HasSuspects())) {
-    return remote_frees_.Add(span, static_cast<FreeObject*>(p));
+    return ABSL_PREDICT_TRUE(owner != heap_->samples_) ? remote_frees_.Add(span, static_cast<FreeObject*>(p))
+                                                       : heap_->profile_->Free(span, p);
   }
   FreeChecked(p);
 }
@@ -379,9 +466,11 @@ void ThreadCache::FreeChecked(void* p) {
   Span* span = heap_->CheckedSpan("free", p);
   auto* object = static_cast<FreeObject*>(p);
   if (IsLarge(span)) {
-    if (!heap_->large_.Free(span)) heap_->StopOnWrongPointer("free", p, span);
+    heap_->FreeLarge(span, p);
   } else if (span->owner.load(std::memory_order_relaxed) == this) {
     if (Push(span, object)) HandleEvent(span);
+  } else if (heap_->IsSample(span)) {
+    heap_->profile_->Free(span, p);
   } else if (!heap_->HasSuspects() || !heap_->FreeSuspect(span, object)) {
     remote_frees_.Add(span, object);
   }
@@ -490,11 +579,14 @@ void ThreadCache::Maintain() {
 void ThreadCache::ReleaseIdleLocked() {
   for (unsigned size_class = 0; size_class < kSizeClassCount; ++size_class) {
     Bin& bin = bins_[size_class];
+    if (bin.current == &none_) continue;
+    if (sampler_ != nullptr) EmptyFrontLocked(static_cast<SizeClass>(size_class));
     const std::uint32_t credits = bin.current->credits.Get();
-    if (credits == kNoEvent || std::exchange(bin.credits_seen, credits) != credits) continue;
+    const bool nothing_came_free = sampler_ == nullptr && credits == kNoEvent;
+    if (nothing_came_free || std::exchange(bin.credits_seen, credits) != credits) continue;
     if (CountFree(bin.current) == bin.current->carved) {
       RetireCurrentLocked(static_cast<SizeClass>(size_class), 0);
-    } else {
+    } else if (sampler_ == nullptr) {
       bin.current->credits.Set(kNoEvent);
     }
   }
@@ -559,6 +651,7 @@ void ThreadCache::BecomeOrphan() {
     for (unsigned size_class = 0; size_class < kSizeClassCount; ++size_class) {
       const Span* span = bins_[size_class].current;
       if (span == &none_) continue;
+      if (sampler_ != nullptr) EmptyFrontLocked(static_cast<SizeClass>(size_class));
       RetireCurrentLocked(static_cast<SizeClass>(size_class), span->carved - CountFree(span));
     }
     EmptyStashLocked();
@@ -581,6 +674,7 @@ void ThreadCache::BecomeAttached() {
 // copied the thread's pages one after the other while it ran. What the tags say is true, see README.md.
 void ThreadCache::ThawLocked() {
   remote_frees_.Forget();
+  if (sampler_ != nullptr) sampler_->Leave();
   strays_ = code_.end();
   inbox_.store(code_.end(), std::memory_order_relaxed);
   for (unsigned size_class = 0; size_class < kSizeClassCount; ++size_class) {
@@ -691,7 +785,8 @@ void ThreadCache::CheckInvariants() {
     if (bin.current != &none_) {
       FREEHOLD_CHECK(bin.current->owner.load(std::memory_order_relaxed) == this);
       FREEHOLD_CHECK(bin.current->state == SpanState::kCurrent && bin.current->size_class == i);
-      CountFree(bin.current);
+      const std::uint32_t free = CountFree(bin.current);
+      FREEHOLD_CHECK(sampler_ == nullptr || bin.current->credits.Get() == kNoEvent + bin.current->carved - free);
     }
     std::uint32_t previous = 0;
     for (std::uint32_t name = bin.available.first; name != 0; name = spans_.Named(name)->next) {

@@ -23,7 +23,9 @@
 #include "absl/base/thread_annotations.h"
 #include "allocator/heap_metadata.h"
 #include "allocator/heap_stats.h"
+#include "allocator/large_object.h"
 #include "allocator/remote_frees.h"
+#include "allocator/sampler.h"
 #include "allocator/size_class.h"
 #include "allocator/span.h"
 #include "vm/sync/spin_lock.h"
@@ -83,6 +85,7 @@ class alignas(vm::kCacheLineSize) ThreadCache {
 
   struct Bin {
     Span* current = nullptr;  // `none_` when there is none
+    Span* source = nullptr;   // whose free list objects are taken from: `current`, or the sampler's front of the class
     SpanList available;
     std::uint32_t spans = 0;  // that belong to the cache
     OwnerCounter held;        // objects made in its current and full spans
@@ -110,7 +113,8 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   static constexpr std::uint64_t kUnitReach = kUnitSize;
   static constexpr std::uint64_t kChunkReach = kChunkSize;
 
-  ThreadCache(ObjectHeap& heap, std::uint32_t id);
+  // `sampler`: null if no object is to be a sample of a heap profile.
+  ThreadCache(ObjectHeap& heap, std::uint32_t id, Sampler* sampler);
 
   // Runs `work` under lock_ while nobody forks.
   template <typename Work>
@@ -123,7 +127,11 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   // Takes the first object of the free list. Null when there is none or it is the last one, and when the link
   // leads out of the span: PopAny knows.
   void* Pop(Span* span, std::uint64_t reach) const;
-  void* PopAny(Span* span) const;
+  // From the free list of `source`, whose objects are `span`'s.
+  void* PopAny(Span* source, const Span* span) const;
+  // The object that follows `object` in a free list of `span`; null at its end. Stops the program if either was written
+  // to.
+  FreeObject* NextIn(const Span* span, const FreeObject* object) const;
   // Puts `object` in the free list. True: that was the span's last credit.
   bool Push(Span* span, FreeObject* object) const;
 
@@ -132,12 +140,22 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   ABSL_ATTRIBUTE_NOINLINE void* AllocateAboveDirect(std::size_t size);
   ABSL_ATTRIBUTE_NOINLINE void* AllocateSlow(std::size_t size);
   void* AllocateClassSlow(ClassRequest& request);
-  void* AllocateLarge(std::size_t alignment, std::size_t size, bool zeroed);
+  // REQUIRES: the class's current span has no free object.
+  void* AllocateFromSpans(ClassRequest& request);
+  void* AllocateLarge(const LargeObjects::Request& request);
+  bool ResizeLarge(Span* span, std::size_t size);
   void* RefillLocked(ClassRequest& request) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
   bool FindSpanLocked(SizeClass size_class) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
   Span* TakeAvailableLocked(SizeClass size_class) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
   Span* NewSpanLocked(SizeClass size_class) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
   void* PopCarved(Span* span, ClassRequest& request);
+
+  // ---- samples: with a sampler only ----
+  // REQUIRES: the class's front is empty.
+  ABSL_ATTRIBUTE_NOINLINE void* AllocateCounted(ClassRequest& request);
+  void FillFront(SizeClass size_class);
+  void EmptyFrontLocked(SizeClass size_class) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
+  void CountLarge(Span* span);
 
   // Which part of the page heap to use: what threads that never run at the same time free and allocate lies in
   // one core's cache.
@@ -206,6 +224,7 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   const LinkCode code_;
   ObjectHeap* const heap_;
   const std::uint32_t id_;
+  Sampler* const sampler_;  // the thread's; null if there is no heap profile
   // By size: (size + 15) / 16. Written in slow paths.
   std::array<Span*, kDirectCount> direct_;
 

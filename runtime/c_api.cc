@@ -20,8 +20,10 @@
 #include "allocator/memory_limit.h"
 #include "runtime/c_api_internal.h"
 #include "runtime/freehold.h"
+#include "runtime/heap_profile_file.h"
 #include "runtime/runtime.h"
 #include "runtime/stack_pool.h"
+#include "runtime/statistics.h"
 #include "runtime/version.h"
 #include "vm/address_space.h"
 #include "vm/metric.h"
@@ -655,6 +657,12 @@ int freehold_get_heap_statistics(freehold_heap_statistics* result) {
   return Write(freehold::runtime::c_api::Describe(process_runtime.heap().Stats()), result);
 }
 
+int freehold_heap_profile_write(int descriptor) { return freehold::runtime::WriteHeapProfile(descriptor); }
+
+int freehold_heap_profile_save(const char* path) {
+  return path == nullptr ? EINVAL : freehold::runtime::SaveHeapProfile(path);
+}
+
 int freehold_print(freehold_space* handle, void (*write)(void* context, const char* line, size_t length),
                    void* context) {
   vm::AddressSpace* space = nullptr;
@@ -671,6 +679,20 @@ int freehold_print(freehold_space* handle, void (*write)(void* context, const ch
         report.write(report.context, line.data(), line.size());
       },
       &report);
+  return 0;
+}
+
+int freehold_print_statistics(const freehold_statistics_options* given,
+                              void (*write)(void* context, const char* text, size_t length), void* context) {
+  using freehold::runtime::StatisticsFormat;
+  freehold_statistics_options options;
+  if (const int error = Read(given, options); error != 0) return error;
+  if (write == nullptr || options.format < FREEHOLD_TEXT || options.format > FREEHOLD_PROMETHEUS) return EINVAL;
+  (void)process_runtime.EnsureStarted();
+  if (!process_runtime.has_space()) return EOPNOTSUPP;
+  freehold::runtime::WriteStatistics(
+      {.format = static_cast<StatisticsFormat>(options.format), .huge_pages = options.huge_pages != 0},
+      [&](std::string_view text) { write(context, text.data(), text.size()); });
   return 0;
 }
 

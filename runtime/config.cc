@@ -172,6 +172,29 @@ constexpr Option kOptions[] = {
      .help = "time every wait for and hold of a range lock, for `freehold stat` and report; slows them",
      .store = Store<&Config::record_range_locks>,
      .load = Load<&Config::record_range_locks>},
+    {.name = "heap-profile",
+     .type = OptionType::kPath,
+     .help = "sample allocations, and write the heap profile to PATH.<process>.<number>.heap when the process exits",
+     .path = &Config::heap_profile},
+    {.name = "heap-profile-interval",
+     .type = OptionType::kBytes,
+     .help = "a sample every so many bytes on average; 1: every object; 0: 512K, if another option asks for samples",
+     .least = 0,
+     .most = vm::TiB(1).value,
+     .store = Store<&Config::heap_profile_interval>,
+     .load = Load<&Config::heap_profile_interval>},
+    {.name = "heap-profile-signal",
+     .type = OptionType::kNumber,
+     .help = "sample allocations, and write the heap profile whenever this signal comes; 0: none",
+     .least = 0,
+     .most = 64,
+     .store = Store<&Config::heap_profile_signal>,
+     .load = Load<&Config::heap_profile_signal>},
+    {.name = "leak-report",
+     .type = OptionType::kSwitch,
+     .help = "sample allocations, and print what is still allocated, and by whom, when the process exits",
+     .store = Store<&Config::leak_report>,
+     .load = Load<&Config::leak_report>},
     {.name = "stats-at-exit",
      .type = OptionType::kSwitch,
      .help = "print malloc_stats() when the process exits",
@@ -304,8 +327,10 @@ bool ParseValue(const Option& option, std::string_view text, std::uint64_t& valu
       return ParseSwitch(text, value);
     case OptionType::kChoice:
       return ParseChoice(option, text, value);
+    case OptionType::kNumber:
+      return ConsumeNumber(text, value) && text.empty() && InRange(option, value);
     case OptionType::kPath:
-      return !text.empty();
+      return !text.empty() && (option.path == nullptr || text.size() <= PathText::kMaxLength);
   }
   return false;
 }
@@ -381,6 +406,7 @@ void AppendValue(const Option& option, const Config& config, Message& message) {
       }
       return;
     case OptionType::kMilliseconds:
+    case OptionType::kNumber:
       message.AppendNumber(value);
       return;
     case OptionType::kSwitch:
@@ -413,8 +439,12 @@ void AppendAcceptedForm(const Option& option, Message& message) {
         message.Append(i == 0 ? "" : " or ").Append(option.choices[i]);
       }
       return;
+    case OptionType::kNumber:
+      message.Append("a number from ").AppendNumber(option.least).Append(" to ").AppendNumber(option.most);
+      return;
     case OptionType::kPath:
       message.Append("a path");
+      if (option.path != nullptr) message.Append(" of at most ").AppendNumber(PathText::kMaxLength).Append(" letters");
       return;
   }
 }
@@ -429,6 +459,8 @@ std::string_view ValueName(const Option& option) {
       return "on|off";
     case OptionType::kChoice:
       return "NAME";
+    case OptionType::kNumber:
+      return "NUMBER";
     case OptionType::kPath:
       return "PATH";
   }
@@ -462,6 +494,7 @@ bool SetOption(std::string_view name, std::string_view value, Config& config, Pr
     return false;
   }
   if (option->store != nullptr) option->store(config, number);
+  if (option->path != nullptr) config.*option->path = PathText(value);
   return true;
 }
 

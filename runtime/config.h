@@ -10,6 +10,7 @@
 #ifndef FREEHOLD_RUNTIME_CONFIG_H_
 #define FREEHOLD_RUNTIME_CONFIG_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <string_view>
 
@@ -25,6 +26,24 @@ namespace freehold::runtime {
 inline constexpr vm::Bytes kCgroupLimit = {SIZE_MAX};
 
 enum class MallocChoice : std::uint8_t { kFreehold, kLibc, kMimalloc };
+// A path, or the beginning of one, as it was written.
+class PathText {
+ public:
+  static constexpr std::size_t kMaxLength = 255;
+
+  constexpr PathText() = default;
+  // REQUIRES: at most kMaxLength letters.
+  constexpr PathText(std::string_view text) {  // NOLINT: a path is text
+    for (std::size_t i = 0; i < text.size(); ++i) text_[i] = text[i];
+  }
+  constexpr std::string_view text() const { return text_; }
+  constexpr bool empty() const { return text_[0] == '\0'; }
+  friend bool operator==(const PathText&, const PathText&) = default;
+
+ private:
+  char text_[kMaxLength + 1] = {};
+};
+
 enum class StacksChoice : std::uint8_t { kFreehold, kLibc };
 
 struct Config {
@@ -59,6 +78,13 @@ struct Config {
   bool telemetry = true;
   // See vm::AddressSpaceOptions: how long range locks are waited for and held, for those.
   bool record_range_locks = false;
+  // The heap profile (heap_profile_file.h): PREFIX.<process>.<number>.heap; empty: none is written at the end. A sample
+  // every so many bytes; 0: as one of the others asks for a profile. The signal that asks for one; 0: none. Whether what
+  // is allocated is reported when the process exits.
+  PathText heap_profile;
+  vm::Bytes heap_profile_interval = {0};
+  std::uint8_t heap_profile_signal = 0;
+  bool leak_report = false;
   // Print malloc_stats() to standard error when the process exits.
   bool stats_at_exit = false;
   // Print what the runtime decided at its start.
@@ -79,7 +105,8 @@ enum class OptionType : std::uint8_t {
   kSwitch,        // 1/0, on/off, true/false, yes/no
   kMilliseconds,  // 250, 250ms, 3s
   kChoice,        // one of `choices`
-  kPath,          // any text but the empty one; not part of Config
+  kNumber,
+  kPath,          // any text but the empty one
 };
 
 // One row of the table.
@@ -87,7 +114,7 @@ struct Option {
   std::string_view name;  // "decay-ms": the flag --decay-ms and the variable FREEHOLD_DECAY_MS
   OptionType type;
   std::string_view help;
-  // The accepted values of kBytes (in bytes) and kMilliseconds, inclusive.
+  // The accepted values of kBytes (in bytes), kMilliseconds and kNumber, inclusive.
   std::uint64_t least = 0;
   std::uint64_t most = 0;
   // kChoice: the names of the enumeration's values 0, 1, ...
@@ -99,6 +126,8 @@ struct Option {
   // nothing.
   void (*store)(Config& config, std::uint64_t value) = nullptr;
   std::uint64_t (*load)(const Config& config) = nullptr;
+  // kPath, with PathText::kMaxLength letters at most: access to the field.
+  PathText Config::*path = nullptr;
 };
 
 absl::Span<const Option> Options();

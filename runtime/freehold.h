@@ -390,10 +390,35 @@ int freehold_get_heap_statistics(freehold_heap_statistics* statistics);
 /* Of a heap of one's own. */
 int freehold_heap_get_statistics(freehold_heap* heap, freehold_heap_statistics* statistics);
 
+/* The heap profile of malloc: samples of what the program holds and of what it ever allocated, in the text format that
+ * pprof reads. It is there if a setting asks for it (FREEHOLD_HEAP_PROFILE, FREEHOLD_HEAP_PROFILE_INTERVAL, ...); else
+ * EOPNOTSUPP. Both are async-signal-safe. */
+int freehold_heap_profile_write(int descriptor);
+
+/* To a file that is created or overwritten. */
+int freehold_heap_profile_save(const char* path);
+
 /* Writes a report for humans, line by line, each with its newline and not terminated by a null character: every counter
  * as "NAME VALUE", malloc's too if the space is the process's, an empty line, and the mappings as /proc/PID/maps has
  * them. */
 int freehold_print(freehold_space* space, void (*write)(void* context, const char* line, size_t length), void* context);
+
+enum freehold_format {
+  FREEHOLD_TEXT = 0, /* "NAME VALUE", "NAME[LABEL NUMBER] VALUE" */
+  FREEHOLD_JSON = 1, /* one object */
+  FREEHOLD_PROMETHEUS = 2
+};
+
+typedef struct freehold_statistics_options {
+  size_t size;
+  int format;
+  int huge_pages; /* not 0: how much is in huge pages, too. The kernel keeps all mappings from changing meanwhile */
+} freehold_statistics_options;
+
+/* Writes all numbers that the process's space and malloc have, part by part, as freehold_print does: counters, and what
+ * is counted for it, per size class and per thread cache. EOPNOTSUPP: Freehold serves neither. */
+int freehold_print_statistics(const freehold_statistics_options* options,
+                              void (*write)(void* context, const char* text, size_t length), void* context);
 
 #ifdef __cplusplus
 }

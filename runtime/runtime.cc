@@ -10,7 +10,9 @@
 
 #include "runtime/cgroup.h"
 #include "runtime/hardening.h"
+#include "runtime/heap_profile_file.h"
 #include "runtime/message.h"
+#include "runtime/stack_trace.h"
 #include "runtime/thread.h"
 #include "vm/os/futex.h"
 #include "vm/os/raw_syscall.h"
@@ -80,6 +82,7 @@ allocator::ObjectHeapOptions HeapOptions(const Config& config, const vm::Address
   // The heap gives back after one to two times its decay.
   options.decay = {config.decay.value / 2};
   const std::size_t share = space.reservation().bytes().value / kSpacePerThread.value;
+  options.profile = {.interval = ProfileInterval(config), .capture = CaptureStack};
   options.max_threads = static_cast<std::uint32_t>(
       std::clamp<std::size_t>(share, kMinThreads, allocator::ObjectHeapOptions{}.max_threads));
   return options;

@@ -24,9 +24,6 @@ _Unwind_Reason_Code __gxx_personality_v0(int, _Unwind_Action, _Unwind_Exception_
   return _URC_CONTINUE_UNWIND;
 }
 
-// Ends a clean-up, and none is ever begun.
-void _Unwind_Resume(_Unwind_Exception*) { StopOnException(); }
-
 // Where a function that is noexcept, as clang compiles it, would stop an exception.
 void* __cxa_begin_catch(void*) noexcept { StopOnException(); }
 

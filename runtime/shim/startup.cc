@@ -1,6 +1,7 @@
 #include "runtime/shim/startup.h"
 
 #include "runtime/fork.h"
+#include "runtime/heap_profile_file.h"
 #include "runtime/keeper.h"
 #include "runtime/message.h"
 #include "runtime/runtime.h"
@@ -14,7 +15,10 @@ namespace {
 
 // After the program's atexit handlers and destructors: libc runs those of a library it loaded early
 // late.
-__attribute__((destructor)) void OnProcessExit() { ReportAtExit(); }
+__attribute__((destructor)) void OnProcessExit() {
+  ReportAtExit();
+  FinishHeapProfile();
+}
 
 }  // namespace
 
@@ -23,6 +27,7 @@ void OnProcessStart(const char* const* environment) {
   if (process_runtime.config().malloc == MallocChoice::kMimalloc && &mi_version == nullptr) {
     Message().Append("libmimalloc.so is not preloaded; libc serves malloc instead").Report();
   }
+  StartHeapProfile();
   if (!process_runtime.has_space()) return;
   process_keeper.PrepareToStart();
   RegisterForkHandlers();

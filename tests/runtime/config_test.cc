@@ -134,6 +134,24 @@ TEST(ConfigTest, Switches) {
   ExpectBad("FREEHOLD_KEEPER=offf");
 }
 
+TEST(ConfigTest, Numbers) {
+  EXPECT_EQ(Good("FREEHOLD_HEAP_PROFILE_SIGNAL=0").heap_profile_signal, 0);
+  EXPECT_EQ(Good("FREEHOLD_HEAP_PROFILE_SIGNAL=64").heap_profile_signal, 64);
+  for (const char* bad : {"FREEHOLD_HEAP_PROFILE_SIGNAL=", "FREEHOLD_HEAP_PROFILE_SIGNAL=65",
+                          "FREEHOLD_HEAP_PROFILE_SIGNAL=12x", "FREEHOLD_HEAP_PROFILE_SIGNAL=USR2"}) {
+    ExpectBad(bad);
+  }
+}
+
+TEST(ConfigTest, Paths) {
+  EXPECT_TRUE(Config().heap_profile.empty());
+  EXPECT_EQ(Good("FREEHOLD_HEAP_PROFILE=/tmp/a b").heap_profile.text(), "/tmp/a b");
+  const std::string longest(PathText::kMaxLength, 'x');
+  EXPECT_EQ(Good(("FREEHOLD_HEAP_PROFILE=" + longest).c_str()).heap_profile.text(), longest);
+  ExpectBad(("FREEHOLD_HEAP_PROFILE=" + longest + "x").c_str());
+  ExpectBad("FREEHOLD_HEAP_PROFILE=");
+}
+
 TEST(ConfigTest, Times) {
   EXPECT_EQ(Good("FREEHOLD_DECAY_MS=0").decay, vm::Nanoseconds{0});
   EXPECT_EQ(Good("FREEHOLD_DECAY_MS=250").decay, vm::Milliseconds(250));
@@ -229,6 +247,7 @@ TEST(ConfigTest, TheTableIsConsistent) {
     AppendAcceptedForm(option, form);
     EXPECT_FALSE(form.text().empty());
     EXPECT_EQ(option.store == nullptr, option.load == nullptr);
+    EXPECT_TRUE(option.path == nullptr || option.store == nullptr);
     if (option.store == nullptr) continue;
     Message value;
     AppendValue(option, Config{}, value);
@@ -249,6 +268,10 @@ TEST(ConfigTest, EveryOptionReachesItsField) {
   expected.keeper = false;
   expected.lock_policy = vm::sync::LockPolicy::kCoarse;
   expected.strict_unmap = true;
+  expected.heap_profile = PathText("/x/profile");
+  expected.heap_profile_interval = vm::KiB(64);
+  expected.heap_profile_signal = 12;
+  expected.leak_report = true;
   expected.stats_at_exit = true;
   expected.verbose = true;
   Problems problems;
@@ -256,6 +279,8 @@ TEST(ConfigTest, EveryOptionReachesItsField) {
       Apply({"FREEHOLD_MALLOC=libc", "FREEHOLD_RESERVE=1G", "FREEHOLD_DECAY_MS=7",
              "FREEHOLD_FREE_RESIDENT_LIMIT=5M", "FREEHOLD_KEEPER=off",
              "FREEHOLD_LOCK_POLICY=coarse", "FREEHOLD_STRICT_UNMAP=on", "FREEHOLD_STATS_AT_EXIT=on",
+             "FREEHOLD_HEAP_PROFILE=/x/profile", "FREEHOLD_HEAP_PROFILE_INTERVAL=64K",
+             "FREEHOLD_HEAP_PROFILE_SIGNAL=12", "FREEHOLD_LEAK_REPORT=on",
              "FREEHOLD_VERBOSE=on", "FREEHOLD_LIBRARY=/x/libfreehold.so"},
             problems),
       expected);

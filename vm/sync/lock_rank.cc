@@ -11,6 +11,7 @@ const char* ToString(LockRank rank) {
   switch (rank) {
     case LockRank::kPager: return "kPager";
     case LockRank::kRuntime: return "kRuntime";
+    case LockRank::kHeapProfile: return "kHeapProfile";
     case LockRank::kHeap: return "kHeap";
     case LockRank::kHeapShard: return "kHeapShard";
     case LockRank::kFork: return "kFork";

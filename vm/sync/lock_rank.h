@@ -22,6 +22,7 @@ namespace freehold::vm::sync {
 enum class LockRank : std::uint8_t {
   kPager,
   kRuntime,
+  kHeapProfile,
   kHeap,
   kHeapShard,
   kFork,

@@ -386,13 +386,17 @@ struct text {
   size_t size;
 };
 
-static void append(void* context, const char* line, size_t length) {
+static void append_part(void* context, const char* part, size_t length) {
   struct text* text = context;
-  REQUIRE(length > 0 && line[length - 1] == '\n' && memchr(line, '\n', length) == line + length - 1);
   text->bytes = realloc(text->bytes, text->size + length + 1);
-  memcpy(text->bytes + text->size, line, length);
+  memcpy(text->bytes + text->size, part, length);
   text->size += length;
   text->bytes[text->size] = '\0';
+}
+
+static void append(void* context, const char* line, size_t length) {
+  REQUIRE(length > 0 && line[length - 1] == '\n' && memchr(line, '\n', length) == line + length - 1);
+  append_part(context, line, length);
 }
 
 static void looking(void) {
@@ -619,6 +623,16 @@ static void of_the_process(void) {
   REQUIRE(freehold_get_heap_statistics(NULL) == EINVAL);
   REQUIRE(freehold_print(process, append, &text) == 0 && strstr(text.bytes, "\nheap_large_bytes ") != NULL);
   free(text.bytes);
+  for (int format = FREEHOLD_TEXT; format <= FREEHOLD_PROMETHEUS; ++format) {
+    freehold_statistics_options options = {.size = sizeof(options), .format = format, .huge_pages = 1};
+    struct text all = {NULL, 0};
+    REQUIRE(freehold_print_statistics(&options, append_part, &all) == 0);
+    REQUIRE(strstr(all.bytes, "heap_class_objects") != NULL && strstr(all.bytes, "vm_huge_page_bytes") != NULL);
+    free(all.bytes);
+    options.format = FREEHOLD_PROMETHEUS + 1;
+    REQUIRE(freehold_print_statistics(&options, append_part, &all) == EINVAL);
+  }
+  REQUIRE(freehold_print_statistics(NULL, NULL, NULL) == EINVAL);
   free(object);
   REQUIRE(freehold_space_destroy(process) == EINVAL);
 }
@@ -704,7 +718,10 @@ static void without_process_space(void) {
   REQUIRE(freehold_get_memory_usage(&usage) == EOPNOTSUPP);
   freehold_heap* own = NULL;
   char* object = malloc(100);
+  struct text text = {NULL, 0};
   REQUIRE(freehold_process_space() == NULL);
+  REQUIRE(freehold_print_statistics(NULL, append_part, &text) == EOPNOTSUPP);
+  REQUIRE(freehold_heap_profile_write(1) == EOPNOTSUPP && freehold_heap_profile_save("/dev/null") == EOPNOTSUPP);
   REQUIRE(freehold_get_heap_statistics(&heap) == EOPNOTSUPP);
   REQUIRE(freehold_heap_create(NULL, &own) == EOPNOTSUPP && own == NULL);
   REQUIRE(freehold_try_expand(object, 100) == 0);
