@@ -247,10 +247,10 @@ class BenchmarksSmokeTest(unittest.TestCase):
 
     def test_cases_in_processes_of_their_own(self):
         result = self.isolated("--repetitions=2", os.path.join(BENCH, "malloc_benchmark"), *QUICK,
-                               "--benchmark_filter=^burst/.*/lifo/|^small_fifo/freehold/")
+                               "--benchmark_filter=^large_buffers/.*:1|^small_fifo/freehold/")
         self.assertEqual(result.returncode, 0, result.stderr)
         document = json.loads(result.stdout)
-        expected = names("burst/{}/lifo", ALLOCATORS) | names("small_fifo/{}", ("freehold",))
+        expected = names("large_buffers/{}/5-25MiB", ALLOCATORS, (1,)) | names("small_fifo/{}", ("freehold",))
         runs = [(run["name"], run["repetition_index"]) for run in document["benchmarks"]]
         self.assertEqual(sorted(runs), sorted((name, index) for name in expected for index in (0, 1)))
         self.assertEqual(document["context"]["isolated"], "true")
