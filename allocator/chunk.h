@@ -55,15 +55,11 @@ class UnitSet {
   }
   // The lowest unit where a run of at least `length` starts, or kChunkUnits. REQUIRES: 1 <= length <= 64.
   constexpr unsigned FindRun(unsigned length) const {
-    const Doublings starts = MakeDoublings();
-    std::uint64_t found = ~std::uint64_t{0};
-    unsigned done = 0;
-    for (int log2 = 6; log2 >= 0; --log2) {
-      if ((length & (1u << log2)) == 0) continue;
-      found &= starts[log2] >> done;
-      done += 1u << log2;
-    }
-    return static_cast<unsigned>(std::countr_zero(found));
+    return static_cast<unsigned>(std::countr_zero(StartsOfRuns(length)));
+  }
+  // The highest one. REQUIRES: there is one.
+  constexpr unsigned FindLastRun(unsigned length) const {
+    return kChunkUnits - 1 - static_cast<unsigned>(std::countl_zero(StartsOfRuns(length)));
   }
 
   friend constexpr UnitSet operator|(UnitSet a, UnitSet b) { return UnitSet(a.bits_ | b.bits_); }
@@ -83,6 +79,18 @@ class UnitSet {
       starts[log2] = starts[log2 - 1] & (starts[log2 - 1] >> (1u << (log2 - 1)));
     }
     return starts;
+  }
+  // A bit for each unit where a run of at least `length` starts.
+  constexpr std::uint64_t StartsOfRuns(unsigned length) const {
+    const Doublings starts = MakeDoublings();
+    std::uint64_t found = ~std::uint64_t{0};
+    unsigned done = 0;
+    for (int log2 = 6; log2 >= 0; --log2) {
+      if ((length & (1u << log2)) == 0) continue;
+      found &= starts[log2] >> done;
+      done += 1u << log2;
+    }
+    return found;
   }
 
   std::uint64_t bits_ = 0;

@@ -23,9 +23,9 @@ vm::PageRange RangeOf(const Span* span, std::uint32_t first_page, std::uint32_t 
 
 void LargeObjects::ForEachMetric(vm::MetricVisitor visit, void* context) const {
   using Kind = vm::Metric::Kind;
-  visit(context, {.name = "heap_large_objects", .help = "Objects above 128 KiB.", .kind = Kind::kGauge, .first = &count_});
+  visit(context, {.name = "heap_large_objects", .help = "Objects that are ranges of pages: all above 128 KiB.", .kind = Kind::kGauge, .first = &count_});
   visit(context, {.name = "heap_large_bytes",
-                  .help = "In objects above 128 KiB.",
+                  .help = "In such objects.",
                   .kind = Kind::kGauge,
                   .first = &pages_,
                   .scale = vm::kPageSize});
@@ -57,7 +57,9 @@ void* LargeObjects::Allocate(unsigned home, const Request& request) {
 void* LargeObjects::AllocateRun(unsigned home, const Request& request) {
   const std::uint32_t pages = std::max<std::uint32_t>(PagesOf(request.size), 1);
   const std::uint32_t units = UnitsOf(pages);
-  const PageHeap::Run run = page_heap_.Allocate(home, units);
+  const PageHeap::Run run = request.will_grow
+                                ? page_heap_.AllocateWithRoom(home, units, UnitsOf(PagesOf(kMaxRunSize)))
+                                : page_heap_.Allocate(home, units);
   if (run.start == 0) return nullptr;
   Span* span = metadata_.spans().At(run.start);
   span->start = run.start;

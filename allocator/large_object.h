@@ -1,4 +1,5 @@
-// Large objects: those above kMaxClassSize, or aligned to more than a unit. They are ranges of pages: up to
+// Large objects: those above kMaxClassSize, those that grew above kMinRunSize, and those aligned to more than a unit.
+// They are ranges of pages: up to
 // kMaxRunSize runs of units from the page heap, above that mappings of their own. They belong to no thread.
 //
 // Thread safety: thread-safe; calls for one object are the program's to order.
@@ -24,6 +25,8 @@ namespace freehold::allocator {
 
 class LargeObjects {
  public:
+  // An object that grows beyond this becomes a run, with room to grow further; from there on growth seldom copies.
+  static constexpr std::size_t kMinRunSize = std::size_t{16} << 10;
   // From here on an object's memory is unmapped when it is freed; the address space keeps it for a while.
   static constexpr std::size_t kMaxRunSize = std::size_t{1} << 20;
 
@@ -38,7 +41,7 @@ class LargeObjects {
     std::size_t size;
     std::size_t alignment = kMinAlignment;  // a power of two
     bool zeroed = false;
-    bool will_grow = false;  // keep address space for that, if there is plenty
+    bool will_grow = false;  // place it where there is room for that, if there is plenty
   };
   // `home`: as for PageHeap::Allocate.
   void* Allocate(unsigned home, const Request& request);

@@ -147,12 +147,6 @@ Span* ObjectHeap::InheritSpan(SizeClass size_class, ThreadCache* heir) {
 
 // ---- pointers ----
 
-Span* ObjectHeap::SpanOf(const void* p) const {
-  Span* span = metadata_.spans().At(AddressOf(p));
-  if (span->kind.load(std::memory_order_relaxed) != SpanKind::kInterior) return span;
-  return metadata_.spans().At(AddressOf(p) - std::size_t{span->units} * kUnitSize);
-}
-
 Span* ObjectHeap::CheckedSpan(const char* call, const void* p) const {
   if (ABSL_PREDICT_FALSE(!Owns(p))) {
     StopProgram({.what = Misuse::kForeign, .call = call, .address = p});

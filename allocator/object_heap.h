@@ -149,8 +149,12 @@ class ObjectHeap {
   // An available span of an orphan, which then belongs to `heir`; or null.
   Span* InheritSpan(SizeClass size_class, ThreadCache* heir);
 
-  // The record of the span that `p` lies in, or of a unit without one. REQUIRES: Owns(p).
-  Span* SpanOf(const void* p) const;
+  // The record of the span that `p` lies in, or of a unit without one; for what the heap does not own, some record.
+  Span* SpanOf(const void* p) const {
+    Span* span = metadata_.spans().At(AddressOf(p));
+    if (span->kind.load(std::memory_order_relaxed) != SpanKind::kInterior) return span;
+    return metadata_.spans().At(AddressOf(p) - std::size_t{span->units} * kUnitSize);
+  }
   // Whether `p` is the start of an object of `span`, a span of objects, that was made.
   static bool IsObject(Span* span, const void* p) {
     return (AddressOf(p) - span->start) * span->reciprocal < span->ReadLimit();

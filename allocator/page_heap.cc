@@ -63,35 +63,46 @@ PageHeap::PageHeap(vm::AddressSpace& space, const HeapMetadata& metadata, unsign
 
 PageHeap::Run PageHeap::Allocate(unsigned home, unsigned units) {
   Shard& shard = HomeShard(home);
-  Run run = AllocateFrom(shard, units, Memory::kDirty);
+  Run run = AllocateFrom(shard, units, Memory::kDirty, units);
   // What other threads freed lately is in their caches, and they will soon want it again.
   if (run.start == 0) run = AllocateElsewhere(shard, units, Memory::kDirty, kKeptDirtyUnits);
   if (run.start != 0) return run;
   const Admission admission(limit_, {units * kUnitSize});
   if (!admission.granted()) return AllocateElsewhere(shard, units, Memory::kDirty, 0);
-  run = AllocateFrom(shard, units, Memory::kAny);
+  run = AllocateFrom(shard, units, Memory::kAny, units);
   if (run.start == 0) run = AllocateNewChunk(shard, units);
   if (run.start == 0) run = AllocateElsewhere(shard, units, Memory::kAny, 0);
   return run;
 }
 
-PageHeap::Run PageHeap::AllocateFrom(Shard& shard, unsigned units, Memory memory) {
+PageHeap::Run PageHeap::AllocateWithRoom(unsigned home, unsigned units, unsigned room) {
+  Shard& shard = HomeShard(home);
+  Run run = AllocateFrom(shard, units, Memory::kDirty, room);
+  if (run.start == 0) {
+    const Admission admission(limit_, {units * kUnitSize});
+    if (admission.granted()) run = AllocateFrom(shard, units, Memory::kAny, room);
+  }
+  return run.start != 0 ? run : Allocate(home, units);
+}
+
+PageHeap::Run PageHeap::AllocateFrom(Shard& shard, unsigned units, Memory memory, unsigned room) {
   const auto& hint = memory == Memory::kDirty ? shard.dirty_units : shard.free_units;
-  if (hint.load(std::memory_order_relaxed) < units) return {};
+  if (hint.load(std::memory_order_relaxed) < room) return {};
   vm::sync::SpinLockHolder holder(shard.lock);
   const RunIndex& index = memory == Memory::kDirty ? shard.by_dirty : shard.by_free;
   // The shortest run that fits: long ones stay whole, and full chunks fill up while others come empty.
-  const std::uint64_t fitting = index.occupied >> (units - 1) << (units - 1);
+  const std::uint64_t fitting = index.occupied >> (room - 1) << (room - 1);
   if (fitting == 0) return {};
   ChunkRecord* chunk = metadata_.chunks().Named(index.lists[std::countr_zero(fitting)]);
   const UnitSet choice = memory == Memory::kDirty ? chunk->dirty : chunk->free;
-  return TakeLocked(shard, chunk, choice.FindRun(units), units);
+  // Who needs room goes to the end, far from those that come without.
+  return TakeLocked(shard, chunk, room == units ? choice.FindRun(room) : choice.FindLastRun(room), units);
 }
 
 PageHeap::Run PageHeap::AllocateElsewhere(const Shard& home, unsigned units, Memory memory, std::uint64_t kept) {
   for (unsigned i = 0; i < shard_count_; ++i) {
     if (&shards_[i] == &home || shards_[i].dirty_units.load(std::memory_order_relaxed) < kept) continue;
-    const Run run = AllocateFrom(shards_[i], units, memory);
+    const Run run = AllocateFrom(shards_[i], units, memory, units);
     if (run.start != 0) return run;
   }
   return {};

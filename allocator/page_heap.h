@@ -49,6 +49,9 @@ class PageHeap {
   };
   // REQUIRES: 1 <= units <= kChunkUnits. `home` is any number; equal numbers share a shard.
   Run Allocate(unsigned home, unsigned units);
+  // The same, where `room` units from the start of the run on are free, if there is such a place: for Extend.
+  // REQUIRES: units <= room <= kChunkUnits.
+  Run AllocateWithRoom(unsigned home, unsigned units, unsigned room);
   // Takes the `more` units behind the run [start, start + units), if they are free.
   bool Extend(std::uintptr_t start, unsigned units, unsigned more);
   // Takes back units that were allocated together or not, within one chunk; their content does not matter.
@@ -114,8 +117,8 @@ class PageHeap {
 
   Shard& HomeShard(unsigned home) { return shards_[home % shard_count_]; }
 
-  // A null run: nothing fits, or for AllocateNewChunk, no memory.
-  Run AllocateFrom(Shard& shard, unsigned units, Memory memory);
+  // A null run: nothing fits, or for AllocateNewChunk, no memory. `room`: units that must be free there.
+  Run AllocateFrom(Shard& shard, unsigned units, Memory memory, unsigned room);
   // `kept`: from shards with at least that many dirty units.
   Run AllocateElsewhere(const Shard& home, unsigned units, Memory memory, std::uint64_t kept);
   Run AllocateNewChunk(Shard& shard, unsigned units);

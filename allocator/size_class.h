@@ -76,7 +76,7 @@ constexpr std::uint32_t SizeOfClass(unsigned size_class) {
 // Large enough that a span's bookkeeping is shared by several objects, small enough that classes which are
 // seldom used cost little address space.
 constexpr std::uint32_t UnitsOfSpan(std::uint32_t object_size) {
-  if (object_size <= kUnitSize / 8) return 1;
+  if (object_size <= kUnitSize / 4) return 1;
   return object_size <= kUnitSize / 2 ? 4 : 8;
 }
 

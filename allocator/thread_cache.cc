@@ -14,6 +14,12 @@ namespace {
 
 const SizeClassInfo& InfoOf(const Span* span) { return kSizeClasses[span->size_class]; }
 
+// What a large object stays one for when it is resized.
+std::size_t LeastSizeOf(const Span* span) {
+  const bool is_run = span->kind.load(std::memory_order_relaxed) == SpanKind::kRun;
+  return is_run ? LargeObjects::kMinRunSize : kMaxClassSize;
+}
+
 FreeObject* ObjectAt(const Span* span, std::uint32_t index) {
   return reinterpret_cast<FreeObject*>(span->start + std::size_t{index} * InfoOf(span).size);
 }
@@ -67,12 +73,61 @@ FreeObject* ThreadCache::NextIn(const Span* span, const FreeObject* object) cons
   return next;
 }
 
+inline void* ThreadCache::PopHot(SizeClass size_class) {
+  HotObjects& hot = hot_[size_class - kFirstHotClass];
+  if (hot.count == 0) return nullptr;
+  FreeObject* object = hot.objects[--hot.count];
+  if (ABSL_PREDICT_FALSE(!code_.IsTagged(object))) heap_->StopOnCorruption(object);
+  object->tag = 0;
+  return object;
+}
+
+// REQUIRES: `object` is not tagged.
+void ThreadCache::PushHot(Span* span, FreeObject* object) {
+  // An object of a suspect span is free by its tag alone: RebuildLocked would hand it out a second time. Other caches'
+  // spans are not suspect here (FreeOther).
+  // A profile counts what comes from spans.
+  if (ABSL_PREDICT_FALSE(span->kind.load(std::memory_order_relaxed) != SpanKind::kObjects || sampler_ != nullptr)) {
+    if (Push(span, object)) HandleEvent(span);
+    return;
+  }
+  const unsigned hot_class = span->size_class - kFirstHotClass;
+  HotObjects& hot = hot_[hot_class];
+  const std::uint32_t capacity = kHotCapacity[hot_class];
+  if (ABSL_PREDICT_FALSE(hot.count == capacity)) CoolDown(hot, (capacity + 1) / 2);
+  object->tag = code_.Tag(object);
+  hot.objects[hot.count++] = object;
+}
+
+void ThreadCache::CoolDown(HotObjects& hot, std::uint32_t count) {
+  for (std::uint32_t i = 0; i < count; ++i) {
+    FreeObject* object = hot.objects[i];
+    if (ABSL_PREDICT_FALSE(!code_.IsTagged(object))) heap_->StopOnCorruption(object);
+    Span* span = heap_->SpanOf(object);
+    if (span->owner.load(std::memory_order_relaxed) == this) {
+      if (Push(span, object)) HandleEvent(span);
+    } else {
+      object->tag = 0;  // RemoteFrees sets it again
+      remote_frees_.Add(span, object);
+    }
+  }
+  std::copy(hot.objects.begin() + count, hot.objects.begin() + hot.count, hot.objects.begin());
+  hot.count -= count;
+}
+
+void ThreadCache::CoolDownAll() {
+  for (HotObjects& hot : hot_) CoolDown(hot, hot.count);
+}
+
 void* ThreadCache::AllocateAboveDirect(std::size_t size) {
   if (size > kMaxClassSize) return AllocateLarge({.size = size});
   return AllocateClass(ClassOf(size));
 }
 
 void* ThreadCache::AllocateClass(SizeClass size_class) {
+  if (size_class >= kFirstHotClass) {
+    if (void* object = PopHot(size_class)) return object;
+  }
   void* object = Pop(bins_[size_class].source, kChunkReach);
   if (ABSL_PREDICT_TRUE(object != nullptr)) return object;
   ClassRequest request{size_class};
@@ -211,7 +266,8 @@ void* ThreadCache::AllocateZeroed(std::size_t size) {
   }
   const SizeClass size_class = ClassOf(size);
   ClassRequest request{size_class};
-  void* object = Pop(bins_[size_class].source, kChunkReach);
+  void* object = PopHot(size_class);
+  if (object == nullptr) object = Pop(bins_[size_class].source, kChunkReach);
   if (object == nullptr) object = AllocateClassSlow(request);
   return object == nullptr ? nullptr : std::memset(object, 0, request.zero ? kMinAlignment : size);
 }
@@ -235,13 +291,14 @@ void* ThreadCache::Reallocate(void* p, std::size_t size) {
   Span* span = heap_->CheckedSpan("realloc", p);
   const bool is_large = IsLarge(span);
   const std::size_t usable = is_large ? LargeObjects::UsableSize(span) : InfoOf(span).size;
-  if (is_large && size > kMaxClassSize) {
+  if (is_large && size > LeastSizeOf(span)) {
     if (ResizeLarge(span, size)) return p;
   } else if (size <= usable && size > usable / 2) {
     return p;
   }
   const bool grows = size > usable;
-  void* to = is_large && grows ? AllocateLarge({.size = size, .will_grow = true}) : Allocate(size);
+  void* to = grows && size > LargeObjects::kMinRunSize ? AllocateLarge({.size = size, .will_grow = true})
+                                                       : Allocate(size);
   if (to == nullptr) return grows ? nullptr : p;
   std::memcpy(to, p, std::min(size, usable));
   Free(p);
@@ -451,12 +508,12 @@ void ThreadCache::HandleEventLocked(Span* span, std::uint32_t beyond) {
 
 // Whatever is not an own object that is found by its span's first unit.
 void ThreadCache::FreeSlow(void* p) {
-  Span* span = spans_.At(AddressOf(p));
+  Span* span = heap_->SpanOf(p);
   const ThreadCache* owner = span->owner.load(std::memory_order_relaxed);
-  if (ABSL_PREDICT_TRUE(owner != nullptr && owner != this && heap_->IsObject(span, p) &&
-                        !heap_->HasSuspects())) {
-    return ABSL_PREDICT_TRUE(owner != heap_->samples_) ? remote_frees_.Add(span, static_cast<FreeObject*>(p))
-                                                       : heap_->profile_->Free(span, p);
+  if (ABSL_PREDICT_TRUE(owner != nullptr && heap_->IsObject(span, p) && !heap_->HasSuspects())) {
+    if (ABSL_PREDICT_FALSE(owner == heap_->samples_)) return heap_->profile_->Free(span, p);
+    if (owner != this) return FreeOther(span, static_cast<FreeObject*>(p));
+    if (IsHot(span) && !code_.IsTagged(p)) return PushHot(span, static_cast<FreeObject*>(p));
   }
   FreeChecked(p);
 }
@@ -468,12 +525,19 @@ void ThreadCache::FreeChecked(void* p) {
   if (IsLarge(span)) {
     heap_->FreeLarge(span, p);
   } else if (span->owner.load(std::memory_order_relaxed) == this) {
+    if (IsHot(span)) return PushHot(span, object);
     if (Push(span, object)) HandleEvent(span);
   } else if (heap_->IsSample(span)) {
     heap_->profile_->Free(span, p);
   } else if (!heap_->HasSuspects() || !heap_->FreeSuspect(span, object)) {
-    remote_frees_.Add(span, object);
+    FreeOther(span, object);
   }
+}
+
+void ThreadCache::FreeOther(Span* span, FreeObject* object) {
+  if (!IsHot(span) || sampler_ != nullptr) return remote_frees_.Add(span, object);
+  if (ABSL_PREDICT_FALSE(code_.IsTagged(object))) heap_->StopOnDoubleFree("free", object, span);
+  PushHot(span, object);
 }
 
 void ThreadCache::FreeSizedSlow(void* p, std::size_t size) {
@@ -566,6 +630,7 @@ void ThreadCache::ForwardStrays() {
 
 void ThreadCache::Maintain() {
   heap_->Tick(heap_->space_.kernel().Now());
+  CoolDownAll();
   remote_frees_.HandOverAll();
   ForwardStrays();
   InSlowPath([&] {
@@ -615,6 +680,7 @@ void ThreadCache::RebuildAllLocked() {
 // ---- for ObjectHeap ----
 
 void ThreadCache::Trim() {
+  CoolDownAll();
   remote_frees_.HandOverAll();
   InSlowPath([&] {
     lock_.AssertHeld();
@@ -644,6 +710,7 @@ void ThreadCache::TrimOrphan() {
 }
 
 void ThreadCache::BecomeOrphan() {
+  CoolDownAll();
   remote_frees_.HandOverAll();
   InSlowPath([&] {
     lock_.AssertHeld();
@@ -675,6 +742,7 @@ void ThreadCache::BecomeAttached() {
 void ThreadCache::ThawLocked() {
   remote_frees_.Forget();
   if (sampler_ != nullptr) sampler_->Leave();
+  hot_.fill({});
   strays_ = code_.end();
   inbox_.store(code_.end(), std::memory_order_relaxed);
   for (unsigned size_class = 0; size_class < kSizeClassCount; ++size_class) {
@@ -724,6 +792,12 @@ void ThreadCache::ForgetOthers() {
   inbox_.store(code_.end(), std::memory_order_relaxed);
   strays_ = code_.end();
   remote_frees_.Forget();
+  for (HotObjects& hot : hot_) {
+    const auto end = std::remove_if(hot.objects.begin(), hot.objects.begin() + hot.count, [this](FreeObject* object) {
+      return heap_->SpanOf(object)->owner.load(std::memory_order_relaxed) != this;
+    });
+    hot.count = static_cast<std::uint32_t>(end - hot.objects.begin());
+  }
 }
 
 void ThreadCache::UpdateOrphanClassesLocked() {
@@ -800,6 +874,12 @@ void ThreadCache::CheckInvariants() {
       previous = name;
     }
     FREEHOLD_CHECK(bin.available.last == previous);
+  }
+  for (unsigned i = 0; i < kHotClasses; ++i) {
+    FREEHOLD_CHECK(hot_[i].count <= kHotCapacity[i]);
+    for (std::uint32_t object = 0; object < hot_[i].count; ++object) {
+      FREEHOLD_CHECK(code_.IsTagged(hot_[i].objects[object]));
+    }
   }
 }
 

@@ -9,7 +9,8 @@
 // Invariants:    C1. A span of objects that belongs to the cache is its class's current span, or in its class's
 //                    list (kAvailable), or full (kFull).
 //                C2. `credits` of an available span is the number of its objects that are not free; of a full
-//                    span, how many more must come free before it is available.
+//                    span, how many more must come free before it is available. Objects in `hot_` are not free.
+//                C3. What is in `hot_` are objects of kObjects spans, of this cache or of others, with their tags.
 #ifndef FREEHOLD_ALLOCATOR_THREAD_CACHE_H_
 #define FREEHOLD_ALLOCATOR_THREAD_CACHE_H_
 
@@ -97,6 +98,26 @@ class alignas(vm::kCacheLineSize) ThreadCache {
     bool zero = false;  // out: the object reads as zero, but for its first kMinAlignment bytes
   };
 
+  // Of classes that are not in `direct_`, whose objects fill cache lines and pages of their own, the thread keeps those
+  // that it freed last at hand, whosever spans they are of: what it allocates next is then in its core's cache, and
+  // shares no line with another thread's.
+  static constexpr unsigned kFirstHotClass = ClassOf(kMaxDirectSize) + 1;
+  static constexpr unsigned kHotClasses = kSizeClassCount - kFirstHotClass;
+  static constexpr std::uint32_t kMaxHot = 16;
+  static constexpr std::uint32_t kMaxHotBytes = 64 << 10;  // of a class, but one object in any case
+  struct HotObjects {
+    std::uint32_t count = 0;
+    std::array<FreeObject*, kMaxHot> objects;  // the one that was freed last at the end
+  };
+  static constexpr std::array<std::uint8_t, kHotClasses> kHotCapacity = [] {
+    std::array<std::uint8_t, kHotClasses> capacity = {};
+    for (unsigned i = 0; i < kHotClasses; ++i) {
+      const std::uint32_t fit = kMaxHotBytes / kSizeClasses[kFirstHotClass + i].size;
+      capacity[i] = static_cast<std::uint8_t>(fit == 0 ? 1 : fit < kMaxHot ? fit : kMaxHot);
+    }
+    return capacity;
+  }();
+
   static constexpr std::size_t kDirectCount = kMaxDirectSize / kMinAlignment + 1;
   static constexpr std::size_t kStash = 4;
   // Most objects that are made at a time, in SizeClassInfo::carve.
@@ -134,6 +155,14 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   FreeObject* NextIn(const Span* span, const FreeObject* object) const;
   // Puts `object` in the free list. True: that was the span's last credit.
   bool Push(Span* span, FreeObject* object) const;
+  static bool IsHot(const Span* span) { return span->size_class >= kFirstHotClass; }
+  // The same for a class that has hot objects. REQUIRES: at least kFirstHotClass.
+  void* PopHot(SizeClass size_class);
+  ABSL_ATTRIBUTE_NOINLINE void PushHot(Span* span, FreeObject* object);
+  void FreeOther(Span* span, FreeObject* object);
+  // Frees the `count` oldest to where they belong.
+  void CoolDown(HotObjects& hot, std::uint32_t count);
+  void CoolDownAll();
 
   // ---- allocation ----
   void* AllocateClass(SizeClass size_class);
@@ -230,8 +259,9 @@ class alignas(vm::kCacheLineSize) ThreadCache {
 
   // Changed under lock_, but for what is in the current span; the thread may read it without.
   std::array<Bin, kSizeClassCount> bins_;
-  std::uint32_t slow_paths_ = 0;  // the thread's
-  RemoteFrees remote_frees_;      // the thread's
+  std::array<HotObjects, kHotClasses> hot_;  // the thread's
+  std::uint32_t slow_paths_ = 0;             // the thread's
+  RemoteFrees remote_frees_;                 // the thread's
   // Stands in for a span where there is none: it never has a free object.
   Span none_;
 
@@ -256,6 +286,7 @@ inline void* ThreadCache::Pop(Span* span, std::uint64_t reach) const {
   if (ABSL_PREDICT_FALSE((AddressOf(next) ^ AddressOf(object)) >= reach)) return nullptr;
   span->free = next;
   object->tag = 0;
+  __builtin_prefetch(next);  // the next allocation of the class reads its link
   return object;
 }
 
@@ -277,6 +308,7 @@ inline void ThreadCache::Free(void* p) {
       ABSL_PREDICT_FALSE(!IsObject(span, p)) || ABSL_PREDICT_FALSE(code_.IsTagged(p))) {
     return FreeSlow(p);
   }
+  if (ABSL_PREDICT_FALSE(IsHot(span))) return PushHot(span, static_cast<FreeObject*>(p));
   if (ABSL_PREDICT_FALSE(Push(span, static_cast<FreeObject*>(p)))) HandleEvent(span);
 }
 

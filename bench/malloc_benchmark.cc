@@ -1,121 +1,86 @@
-// Allocating and freeing: Freehold's object heap against glibc and mimalloc, in one process, with
-// the same operations in the same order (support/allocators.h tells how they come to stand side by
-// side).
+// Allocating and freeing: Freehold's object heap against glibc, mimalloc, jemalloc and tcmalloc, with the same
+// operations in the same order (support/allocators.h tells how they come to stand side by side).
 //
 //   small_lifo/IMPL/64B     allocate 32 objects of 64 bytes, free them in reverse order
 //   small_lifo/IMPL/mixed   the same with 8 to 512 bytes
 //   small_fifo/IMPL         512 live objects of 8 to 512 bytes: free the oldest, allocate one
 //   mixed_random/IMPL       4096 live objects of 8 B to 16 KiB: free a random one, allocate one
-//   producer_consumer/IMPL  even threads allocate, odd threads free, in batches of 64 objects of
-//                           8 to 512 bytes
-//   exchange/IMPL           every thread allocates a batch of 64 objects of 8 B to 4 KiB for the
-//                           next thread, and frees the one that it got
+//   pareto_random/IMPL      the same, sizes from 16 B to 64 KiB with Pareto's distribution
+//   producer_consumer/IMPL  even threads allocate, odd threads free, in batches of 64 objects of 8 to 512 bytes
+//   asymmetric/IMPL         one thread allocates 64 objects of 16 B to 2 KiB for each of the others, which free them and
+//                           allocate and free as many of their own
+//   exchange/IMPL           every thread allocates a batch of 64 objects of 8 B to 4 KiB for the next thread, and frees
+//                           the one that it got
+//   random_elsewhere/IMPL   1024 live objects of 8 to 16 000 bytes for each thread: replace a random one; every fourth is
+//                           freed by the next thread
 //   burst/IMPL/{lifo,fifo,random}
 //                           allocate 100 000 objects of 16 B to 1 KiB, free all in that order
+//   generations/IMPL        a new thread allocates 20 000 objects of 16 B to 2 KiB, frees what its predecessor left, and
+//                           half of its own
+//   fragmentation/IMPL      32 MiB of live objects in sizes that shift every phase, from 16 bytes to 64 KiB; random ones
+//                           are freed for those that come
+//   vector_growth/IMPL      64 live std::vectors: replace the oldest by one of 4 to 16 384 elements, one after the other
+//   strings/IMPL            4096 live strings: replace a random one by one of 8 to 512 characters, appended in pieces
+//   hash_map/IMPL/{std_unordered,absl_flat,absl_node}
+//                           insert 4096 strings of 0 to 47 characters, find each, erase each
 //   large_buffers/IMPL/5-25MiB
 //                           4 live buffers: free the oldest, allocate one, write to all its pages
 //   realloc_growth/IMPL/{1MiB,1GiB}
 //                           grow one object from 4 KiB by an eighth at a time, write to new pages
 //   calloc/IMPL/{64B,4KiB,1MiB}
 //                           16 live objects: free the oldest, calloc one, write to all its pages
-//   thread_churn/IMPL       start a thread that allocates 32 objects and frees 24, join it, free
-//                           the others
-//   successor_threads/IMPL  1000 live objects of 8 B to 1 KiB, passed on to a new thread after
-//   every
-//                           5000 random replacements
-//   idle_rss/IMPL/1GiB      idle for 2 s, allocate 1 GiB in objects of 16 B to 4 KiB, free all,
-//   idle
-//                           for 2 s; the counter rss_percent is what then is still resident of the
-//                           burst
+//   thread_churn/IMPL       start a thread that allocates 32 objects and frees 24, join it, free the others
+//   successor_threads/IMPL  1000 live objects of 8 B to 1 KiB, passed on to a new thread after every 5000 random
+//                           replacements
+//   false_sharing/IMPL/{active,passive}
+//                           allocate 8 bytes, write to them 1000 times, free them; passive: after each thread freed one
+//                           of several neighbours
+//   idle_rss/IMPL/1GiB      idle for 2 s, allocate 1 GiB in objects of 16 B to 4 KiB, free all, idle for 2 s; the counter
+//                           rss_percent is what then is still resident of the burst
 //
-// What is measured. Wall-clock time of all threads together, for an item: an object allocated and
-// freed, a buffer, a whole growth, a thread. Every thread is pinned to a processor. Sizes are
-// spread evenly over their logarithm. Every object is written to. Sequences of sizes and slots are
-// written before the clock runs, from seeds that depend on the thread only: every implementation
-// gets the same.
+// What is measured. Wall-clock time of all threads together, for an item: an object allocated and freed, a buffer, a
+// vector, a whole growth, a thread. Every thread is pinned to a processor. Sizes are spread evenly over their logarithm
+// unless the case says otherwise. Every object is written to. Sequences of sizes and slots are written before the clock
+// runs, from seeds that depend on the thread only: every implementation gets the same.
 //
-// An allocator serves all its cases in the same process, one after the other, so later cases find
-// what earlier ones left behind. That is how programs live, and
-// --benchmark_enable_random_interleaving shuffles it.
+// Counters. peak_rss_mib: the largest resident set of the process up to the end of the case; of the case itself in a
+// process that runs nothing else (`bench/isolated`). page_faults: of the process, for an iteration. rss_growth_kib, for
+// cases with a thread an iteration: what the resident set grew by from the first of them to the last; what threads leave
+// behind. idle_rss_mib, with --idle_seconds: the resident set after the case is over and that time has passed.
+//
+// An allocator serves all its cases in the same process, one after the other, so later cases find what earlier ones left
+// behind; `bench/isolated` gives every case a process of its own.
 #include <benchmark/benchmark.h>
-#include <pthread.h>
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "absl/strings/str_cat.h"
-#include "bench/support/allocators.h"
-#include "bench/support/cpu.h"
-#include "bench/support/kernel_memory.h"
-#include "bench/support/random.h"
-#include "bench/support/runner.h"
+#include "absl/flags/flag.h"
+#include "bench/malloc/cases.h"
 #include "bench/support/tick_clock.h"
 
+ABSL_FLAG(double, idle_seconds, 0, "after each case, idle that long and report idle_rss_mib");
+
 namespace freehold::bench {
+
+void RunMeasured(benchmark::State& state, const Allocator& allocator, const Case& run) {
+  if (state.thread_index() != 0) return run(state);
+  const std::uint64_t faults_before = MinorFaults();
+  run(state);
+  const auto faults = static_cast<double>(MinorFaults() - faults_before);
+  state.counters["page_faults"] = faults / static_cast<double>(state.iterations());
+  state.counters["peak_rss_mib"] = static_cast<double>(PeakResidentMemory()) / kMiB;
+  const double idle_seconds = absl::GetFlag(FLAGS_idle_seconds);
+  if (idle_seconds <= 0) return;
+  allocator.idle(idle_seconds);
+  state.counters["idle_rss_mib"] = static_cast<double>(ResidentMemory()) / kMiB;
+}
+
 namespace {
-
-constexpr std::size_t kKiB = 1024;
-constexpr std::size_t kMiB = 1024 * kKiB;
-constexpr std::size_t kGiB = 1024 * kMiB;
-
-// ---- Operations and objects. --------------------------------------------------------------------
-
-// The length of most sequences, after which they start again: a power of two, so that where one is
-// costs an `and`.
-constexpr std::size_t kOperations = 8192;
-
-using Sizes = std::vector<std::uint32_t>;
-using Objects = std::vector<void*>;
-
-// `count` sizes from `low` to `high`, the same for every implementation.
-Sizes RandomSizes(int thread, std::size_t count, std::size_t low, std::size_t high) {
-  Random random(static_cast<std::uint64_t>(thread) * 1000 + low + high);
-  Sizes sizes(count);
-  for (std::uint32_t& size : sizes) size = static_cast<std::uint32_t>(random.LogUniform(low, high));
-  return sizes;
-}
-
-void RequireMemory(void* object) {
-  if (object != nullptr) [[likely]]
-    return;
-  std::fputs("malloc_benchmark: out of memory\n", stderr);
-  std::exit(1);
-}
-
-// The first thing that programs do with an object.
-void* Written(void* object) {
-  RequireMemory(object);
-  *static_cast<volatile char*>(object) = 1;
-  return object;
-}
-
-void WritePages(void* object, std::size_t from, std::size_t to) {
-  RequireMemory(object);
-  auto* bytes = static_cast<volatile char*>(object);
-  for (std::size_t at = from; at < to; at += kBytesPerPage) bytes[at] = 1;
-}
-
-template <const Allocator& allocator>
-void* New(std::size_t size) {
-  return Written(allocator.malloc(size));
-}
-
-template <const Allocator& allocator>
-void FreeAll(const Objects& objects) {
-  for (void* object : objects) allocator.free(object);
-}
-
-void CountItems(benchmark::State& state, std::size_t items_per_iteration) {
-  state.SetItemsProcessed(static_cast<std::int64_t>(state.iterations() * items_per_iteration));
-}
 
 // ---- Small objects. -----------------------------------------------------------------------------
 
@@ -151,38 +116,18 @@ void SmallFifo(benchmark::State& state) {
   CountItems(state, 1);
 }
 
-// ---- Random replacement in a live set. ----------------------------------------------------------
-
-struct Replacement {
-  std::uint32_t slot;
-  std::uint32_t size;
-};
-
-std::vector<Replacement> RandomReplacements(int thread, std::size_t count, std::size_t slots,
-                                            std::size_t low, std::size_t high) {
-  const Sizes sizes = RandomSizes(thread, count, low, high);
-  Random random(static_cast<std::uint64_t>(thread) + 1);
-  std::vector<Replacement> replacements(count);
-  for (std::size_t i = 0; i < count; ++i) {
-    replacements[i] = {.slot = static_cast<std::uint32_t>(random.Below(slots)), .size = sizes[i]};
-  }
-  return replacements;
-}
+// ---- Random replacement in a live set. ----
 
 template <const Allocator& allocator>
-void Replace(Objects& objects, Replacement replacement) {
-  void*& object = objects[replacement.slot];
-  allocator.free(object);
-  object = New<allocator>(replacement.size);
-}
-
-template <const Allocator& allocator>
-void MixedRandom(benchmark::State& state) {
+void ReplaceRandom(benchmark::State& state, std::size_t (Random::*draw)(std::size_t low, std::size_t high),
+                   std::size_t low, std::size_t high) {
   constexpr std::size_t kLive = 4096;
   constexpr std::size_t kReplacements = 16 * kLive;  // a power of two as well
   const ScopedPin pin(state.thread_index());
-  const auto replacements =
-      RandomReplacements(state.thread_index(), kReplacements, kLive, 8, 16 * kKiB);
+  Random random(static_cast<std::uint64_t>(state.thread_index()) * 1000 + low + high);
+  Sizes sizes(kReplacements);
+  for (std::uint32_t& size : sizes) size = static_cast<std::uint32_t>((random.*draw)(low, high));
+  const auto replacements = RandomReplacements(state.thread_index(), kLive, sizes);
   Objects live(kLive, nullptr);
   std::size_t next = 0;
   for (auto _ : state) Replace<allocator>(live, replacements[next++ % kReplacements]);
@@ -191,65 +136,6 @@ void MixedRandom(benchmark::State& state) {
 }
 
 // ---- Objects that cross threads. ----------------------------------------------------------------
-
-// Batches of objects on their way from one thread to another: one pushes, one pops.
-class BatchRing {
- public:
-  static constexpr std::size_t kBatchObjects = 64;
-  using Batch = std::array<void*, kBatchObjects>;
-
-  // The pushing thread: waits for room, fills the batch, publishes it.
-  Batch& AwaitRoom() {
-    const std::uint64_t pushed = pushed_.load(std::memory_order_relaxed);
-    SpinUntil([&] { return pushed - popped_.load(std::memory_order_acquire) < kBatches; });
-    return batches_[pushed % kBatches];
-  }
-  void Push() {
-    pushed_.store(pushed_.load(std::memory_order_relaxed) + 1, std::memory_order_release);
-  }
-
-  // The popping thread: waits for a batch, empties it, gives the room back.
-  Batch& AwaitBatch() {
-    const std::uint64_t popped = popped_.load(std::memory_order_relaxed);
-    SpinUntil([&] { return pushed_.load(std::memory_order_acquire) != popped; });
-    return batches_[popped % kBatches];
-  }
-  void Pop() {
-    popped_.store(popped_.load(std::memory_order_relaxed) + 1, std::memory_order_release);
-  }
-
- private:
-  static constexpr std::size_t kBatches = 16;
-
-  std::array<Batch, kBatches> batches_;
-  alignas(64) std::atomic<std::uint64_t> pushed_{0};  // written by the pushing thread
-  alignas(64) std::atomic<std::uint64_t> popped_{0};  // written by the popping thread
-};
-
-// One ring per thread for the run at hand.
-class Rings {
- public:
-  static void SetUp(const benchmark::State& state) {
-    rings_ = std::make_unique<BatchRing[]>(static_cast<std::size_t>(state.threads()));
-  }
-  static void TearDown(const benchmark::State&) { rings_.reset(); }
-  static BatchRing& Of(int thread) { return rings_[static_cast<std::size_t>(thread)]; }
-
- private:
-  static inline std::unique_ptr<BatchRing[]> rings_;
-};
-
-template <const Allocator& allocator>
-void PushBatch(BatchRing& ring, const Sizes& sizes, std::size_t& next) {
-  for (void*& object : ring.AwaitRoom()) object = New<allocator>(sizes[next++ % kOperations]);
-  ring.Push();
-}
-
-template <const Allocator& allocator>
-void PopBatch(BatchRing& ring) {
-  for (void* object : ring.AwaitBatch()) allocator.free(object);
-  ring.Pop();
-}
 
 // Threads 2k and 2k + 1 are a pair. Both go round equally often, so every batch is freed.
 template <const Allocator& allocator>
@@ -424,14 +310,6 @@ void Calloc(benchmark::State& state, std::size_t size) {
 
 // ---- Threads that come and go. ------------------------------------------------------------------
 
-// Runs `work(argument)` on a new thread until it ends; pthread_create itself uses the process's
-// malloc.
-void RunOnNewThread(void* (*work)(void*), void* argument) {
-  pthread_t thread;
-  if (pthread_create(&thread, nullptr, work, argument) != 0) DieOfErrno("pthread_create");
-  pthread_join(thread, nullptr);
-}
-
 template <const Allocator& allocator>
 void ThreadChurn(benchmark::State& state) {
   constexpr std::size_t kObjects = 32;
@@ -442,6 +320,7 @@ void ThreadChurn(benchmark::State& state) {
   };
   const ScopedPin pin(state.thread_index());
   Work work = {.sizes = RandomSizes(state.thread_index(), kObjects, 16, kKiB), .objects = {}};
+  ResidentGrowth growth;
   for (auto _ : state) {
     RunOnNewThread(
         [](void* argument) -> void* {
@@ -452,7 +331,9 @@ void ThreadChurn(benchmark::State& state) {
         },
         &work);
     for (std::size_t i = 0; i < kLeft; ++i) allocator.free(work.objects[i]);
+    growth.Sample();
   }
+  growth.Report(state);
   CountItems(state, 1);
 }
 
@@ -466,8 +347,10 @@ void SuccessorThreads(benchmark::State& state) {
   };
   const ScopedPin pin(state.thread_index());
   Work work = {.replacements =
-                   RandomReplacements(state.thread_index(), kReplacementsPerThread, kLive, 8, kKiB),
+                   RandomReplacements(state.thread_index(), kLive,
+                                      RandomSizes(state.thread_index(), kReplacementsPerThread, 8, kKiB)),
                .live = Objects(kLive, nullptr)};
+  ResidentGrowth growth;
   for (auto _ : state) {
     RunOnNewThread(
         [](void* argument) -> void* {
@@ -476,48 +359,43 @@ void SuccessorThreads(benchmark::State& state) {
           return nullptr;
         },
         &work);
+    growth.Sample();
   }
+  growth.Report(state);
   FreeAll<allocator>(work.live);
   CountItems(state, kReplacementsPerThread);
 }
 
 // ---- Registration. ------------------------------------------------------------------------------
 
-template <const Allocator& allocator>
-std::string Name(const char* operation, const std::string& argument = "") {
-  return absl::StrCat(operation, "/", allocator.name, argument.empty() ? "" : "/", argument);
-}
-
-// Registers a case for every allocator, next to each other: what disturbs the machine for a while
-// then disturbs all of them. `register_one` is called as register_one.operator()<allocator>().
-template <typename RegisterOne>
-void ForEachAllocator(RegisterOne register_one) {
-  register_one.template operator()<kFreehold>();
-  register_one.template operator()<kGlibc>();
-  if (mimalloc.name != nullptr) register_one.template operator()<mimalloc>();
-}
-
 void RegisterSmall() {
-  ForEachAllocator([]<const Allocator & allocator>() {
-    Register(Name<allocator>("small_lifo", "64B"),
+  ForEachAllocator([]<const Allocator& allocator>() {
+    RegisterCase<allocator>("small_lifo", "64B",
              [](benchmark::State& state) { SmallLifo<allocator>(state, 64, 64); });
   });
-  ForEachAllocator([]<const Allocator & allocator>() {
-    Register(Name<allocator>("small_lifo", "mixed"),
+  ForEachAllocator([]<const Allocator& allocator>() {
+    RegisterCase<allocator>("small_lifo", "mixed",
              [](benchmark::State& state) { SmallLifo<allocator>(state, 8, 512); });
   });
-  ForEachAllocator([]<const Allocator & allocator>() {
-    Register(Name<allocator>("small_fifo"), SmallFifo<allocator>);
+  ForEachAllocator([]<const Allocator& allocator>() {
+    RegisterCase<allocator>("small_fifo", "", SmallFifo<allocator>);
   });
-  ForEachAllocator([]<const Allocator & allocator>() {
-    Register(Name<allocator>("mixed_random"), MixedRandom<allocator>);
+  ForEachAllocator([]<const Allocator& allocator>() {
+    RegisterCase<allocator>("mixed_random", "", [](benchmark::State& state) {
+      ReplaceRandom<allocator>(state, &Random::LogUniform, 8, 16 * kKiB);
+    });
+  });
+  ForEachAllocator([]<const Allocator& allocator>() {
+    RegisterCase<allocator>("pareto_random", "", [](benchmark::State& state) {
+      ReplaceRandom<allocator>(state, &Random::Pareto, 16, 64 * kKiB);
+    });
   });
 }
 
 void RegisterBursts() {
   for (const Order order : {Order::kLifo, Order::kFifo, Order::kRandom}) {
-    ForEachAllocator([order]<const Allocator & allocator>() {
-      Register(Name<allocator>("burst", ToString(order)),
+    ForEachAllocator([order]<const Allocator& allocator>() {
+      RegisterCase<allocator>("burst", ToString(order),
                [order](benchmark::State& state) { Burst<allocator>(state, order); },
                {.unit = benchmark::kMicrosecond});
     });
@@ -525,23 +403,23 @@ void RegisterBursts() {
 }
 
 void RegisterThreads() {
-  ForEachAllocator([]<const Allocator & allocator>() {
-    Register(Name<allocator>("producer_consumer"), ProducerConsumer<allocator>,
+  ForEachAllocator([]<const Allocator& allocator>() {
+    RegisterCase<allocator>("producer_consumer", "", ProducerConsumer<allocator>,
              {.min_threads = 2,
               .thread_multiple = 2,
               .set_up = Rings::SetUp,
               .tear_down = Rings::TearDown});
   });
-  ForEachAllocator([]<const Allocator & allocator>() {
-    Register(Name<allocator>("exchange"), Exchange<allocator>,
+  ForEachAllocator([]<const Allocator& allocator>() {
+    RegisterCase<allocator>("exchange", "", Exchange<allocator>,
              {.min_threads = 2, .set_up = Rings::SetUp, .tear_down = Rings::TearDown});
   });
-  ForEachAllocator([]<const Allocator & allocator>() {
-    Register(Name<allocator>("thread_churn"), ThreadChurn<allocator>,
+  ForEachAllocator([]<const Allocator& allocator>() {
+    RegisterCase<allocator>("thread_churn", "", ThreadChurn<allocator>,
              {.unit = benchmark::kMicrosecond});
   });
-  ForEachAllocator([]<const Allocator & allocator>() {
-    Register(Name<allocator>("successor_threads"), SuccessorThreads<allocator>,
+  ForEachAllocator([]<const Allocator& allocator>() {
+    RegisterCase<allocator>("successor_threads", "", SuccessorThreads<allocator>,
              {.unit = benchmark::kMicrosecond});
   });
 }
@@ -550,41 +428,40 @@ void RegisterLarge() {
   const std::pair<const char*, std::size_t> calloc_sizes[] = {
       {"64B", 64}, {"4KiB", 4 * kKiB}, {"1MiB", kMiB}};
   for (const auto& [name, bytes] : calloc_sizes) {
-    ForEachAllocator([name = name, bytes = bytes]<const Allocator & allocator>() {
-      Register(Name<allocator>("calloc", name),
+    ForEachAllocator([name = name, bytes = bytes]<const Allocator& allocator>() {
+      RegisterCase<allocator>("calloc", name,
                [bytes](benchmark::State& state) { Calloc<allocator>(state, bytes); });
     });
   }
-  ForEachAllocator([]<const Allocator & allocator>() {
-    Register(Name<allocator>("large_buffers", "5-25MiB"), LargeBuffers<allocator>,
+  ForEachAllocator([]<const Allocator& allocator>() {
+    RegisterCase<allocator>("large_buffers", "5-25MiB", LargeBuffers<allocator>,
              {.unit = benchmark::kMicrosecond});
   });
-  ForEachAllocator([]<const Allocator & allocator>() {
-    Register(Name<allocator>("realloc_growth", "1MiB"),
+  ForEachAllocator([]<const Allocator& allocator>() {
+    RegisterCase<allocator>("realloc_growth", "1MiB",
              [](benchmark::State& state) { ReallocGrowth<allocator>(state, kMiB); },
              {.unit = benchmark::kMicrosecond});
   });
 }
 
 void RegisterGiB() {
-  ForEachAllocator([]<const Allocator & allocator>() {
-    Register(
-        Name<allocator>("realloc_growth", "1GiB"),
+  ForEachAllocator([]<const Allocator& allocator>() {
+    RegisterCase<allocator>("realloc_growth", "1GiB",
         [](benchmark::State& state) { ReallocGrowth<allocator>(state, Scaled(kGiB, 4 * kMiB)); },
         {.max_threads = 1, .unit = benchmark::kMillisecond});
   });
-  ForEachAllocator([]<const Allocator & allocator>() {
-    Register(
-        Name<allocator>("idle_rss", "1GiB"), IdleRss<allocator>,
+  ForEachAllocator([]<const Allocator& allocator>() {
+    RegisterCase<allocator>("idle_rss", "1GiB", IdleRss<allocator>,
         {.max_threads = 1, .manual_time = true, .iterations = 1, .unit = benchmark::kMillisecond});
   });
 }
 
 bool RegisterCases() {
-  if (const char* reason = LoadMimalloc()) NoteLeftOut("cases of mimalloc", reason);
   RegisterSmall();
   RegisterBursts();
   RegisterThreads();
+  RegisterPrograms();
+  RegisterContainers();
   RegisterLarge();
   // mimalloc holds the old and the new object while it copies.
   if (Smoke() || AvailableMemory() >= 7 * kGiB / 2) {
@@ -600,5 +477,6 @@ bool RegisterCases() {
 }  // namespace freehold::bench
 
 int main(int argc, char** argv) {
+  freehold::bench::MakeRoomForLibraries(argv);
   return freehold::bench::RunBenchmarks(argc, argv, freehold::bench::RegisterCases);
 }

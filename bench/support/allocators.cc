@@ -2,6 +2,10 @@
 
 #include <dlfcn.h>
 #include <time.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <string>
 
 // glibc's malloc by names that only glibc defines; its headers do not declare them.
 extern "C" {
@@ -23,15 +27,38 @@ void Sleep(double seconds) {
 }
 
 template <typename Function>
-bool Find(void* library, const char* name, Function*& function) {
-  function = reinterpret_cast<Function*>(dlsym(library, name));
+bool Find(void* library, const std::string& prefix, const char* name, Function*& function) {
+  function = reinterpret_cast<Function*>(dlsym(library, (prefix + name).c_str()));
   return function != nullptr;
+}
+
+// `prefix`: what the library puts before the names of its functions.
+const char* Load(Allocator& allocator, const char* path, const char* prefix) {
+  // RTLD_LOCAL: the library defines malloc too, and nobody else may be bound to that.
+  void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) return dlerror();
+  const bool complete = Find(library, prefix, "malloc", allocator.malloc) &&
+                        Find(library, prefix, "free", allocator.free) &&
+                        Find(library, prefix, "calloc", allocator.calloc) &&
+                        Find(library, prefix, "realloc", allocator.realloc);
+  return complete ? nullptr : dlerror();
+}
+
+constexpr Allocator ToBeLoaded(const char* name, const char* (*load)()) {
+  return {.name = name,
+          .load = load,
+          .malloc = nullptr,
+          .free = nullptr,
+          .calloc = nullptr,
+          .realloc = nullptr,
+          .idle = Sleep};
 }
 
 }  // namespace
 
-const Allocator kGlibc = {
+constinit Allocator glibc = {
     .name = "glibc",
+    .load = []() -> const char* { return nullptr; },
     .malloc = __libc_malloc,
     .free = __libc_free,
     .calloc = __libc_calloc,
@@ -39,24 +66,20 @@ const Allocator kGlibc = {
     .idle = Sleep,
 };
 
-constinit Allocator mimalloc = {};
+constinit Allocator mimalloc = ToBeLoaded("mimalloc", [] { return Load(mimalloc, MIMALLOC_LIBRARY, "mi_"); });
+constinit Allocator jemalloc = ToBeLoaded("jemalloc", [] { return Load(jemalloc, JEMALLOC_LIBRARY, ""); });
+constinit Allocator tcmalloc = ToBeLoaded("tcmalloc", [] { return Load(tcmalloc, TCMALLOC_LIBRARY, "tc_"); });
 
-const char* LoadMimalloc() {
-  // RTLD_LOCAL: the library defines malloc too, and nobody else may be bound to that.
-  void* library = dlopen(MIMALLOC_LIBRARY, RTLD_NOW | RTLD_LOCAL);
-  if (library == nullptr) return dlerror();
-  Allocator found = {.name = "mimalloc",
-                     .malloc = nullptr,
-                     .free = nullptr,
-                     .calloc = nullptr,
-                     .realloc = nullptr,
-                     .idle = Sleep};
-  const bool complete =
-      Find(library, "mi_malloc", found.malloc) && Find(library, "mi_free", found.free) &&
-      Find(library, "mi_calloc", found.calloc) && Find(library, "mi_realloc", found.realloc);
-  if (!complete) return dlerror();
-  mimalloc = found;
-  return nullptr;
+void MakeRoomForLibraries(char** argv) {
+  constexpr const char* kVariable = "GLIBC_TUNABLES";
+  constexpr const char* kTunable = "glibc.rtld.optional_static_tls";
+  const char* before = std::getenv(kVariable);
+  std::string tunables = before == nullptr ? "" : before;
+  if (tunables.find(kTunable) != std::string::npos) return;
+  if (!tunables.empty()) tunables += ":";
+  tunables += std::string(kTunable) + "=16384";
+  setenv(kVariable, tunables.c_str(), 1);
+  execv("/proc/self/exe", argv);
 }
 
 }  // namespace freehold::bench

@@ -12,6 +12,8 @@ namespace freehold::bench {
 
 struct Allocator {
   const char* name;
+  // Makes the functions below usable. Returns null, or why they are not. Called once, before anything else.
+  const char* (*load)();
   void* (*malloc)(std::size_t size);
   void (*free)(void* object);
   void* (*calloc)(std::size_t count, std::size_t size);
@@ -20,20 +22,24 @@ struct Allocator {
   void (*idle)(double seconds);
 };
 
-// glibc's malloc by its internal names, so that nothing that replaces malloc stands in for it.
-extern const Allocator kGlibc;
-
 // Freehold's object heap: one ObjectHeap on one AddressSpace, a ThreadCache for every thread that
 // allocates, found through a thread-local pointer and given back at thread exit; as the malloc shim
 // does. idle() ticks heap and space the while, as the runtime's keeper thread does.
-extern const Allocator kFreehold;
+extern Allocator freehold_heap;
 
-// mimalloc by its own names, loaded so that its malloc replaces nothing. Empty, its name null,
-// until LoadMimalloc() has succeeded.
+// glibc's malloc by its internal names, so that nothing that replaces malloc stands in for it.
+extern Allocator glibc;
+
+// Debian's libraries, loaded so that their malloc replaces nothing, each when it is first asked for: a
+// process that measures one does not carry the others. REQUIRES: MakeRoomForLibraries.
 extern Allocator mimalloc;
+extern Allocator jemalloc;
+extern Allocator tcmalloc;
 
-// Loads mimalloc. Returns null, or why it cannot be loaded. REQUIRES: no other thread runs yet.
-const char* LoadMimalloc();
+// Starts the program again unless its environment makes libc keep room for the thread-local variables of
+// libraries that are loaded later: of jemalloc's there are more than libc has room for by itself. To be
+// called first in main(). Returns if it is so, or cannot be.
+void MakeRoomForLibraries(char** argv);
 
 }  // namespace freehold::bench
 

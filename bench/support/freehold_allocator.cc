@@ -102,8 +102,9 @@ void Idle(double seconds) {
 
 }  // namespace
 
-const Allocator kFreehold = {
+constinit Allocator freehold_heap = {
     .name = "freehold",
+    .load = []() -> const char* { return nullptr; },
     .malloc = Malloc,
     .free = Free,
     .calloc = Calloc,

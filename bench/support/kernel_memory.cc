@@ -1,6 +1,7 @@
 #include "bench/support/kernel_memory.h"
 
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -24,15 +25,20 @@ std::size_t NumberIn(const char* path, std::size_t otherwise) {
   return (file >> number) ? number : otherwise;
 }
 
-std::size_t MachineAvailable() {
-  std::ifstream file("/proc/meminfo");
-  std::string name, unit;
-  std::size_t kibibytes = 0;
-  while (file >> name >> kibibytes) {
-    if (name == "MemAvailable:") return kibibytes << 10;
-    std::getline(file, unit);
+// What follows `name` at the start of a line, in KiB, as bytes; `otherwise` when there is no such line.
+std::size_t KibibytesIn(const char* path, const std::string& name, std::size_t otherwise) {
+  std::ifstream file(path);
+  std::string word;
+  while (file >> word) {
+    std::size_t kibibytes = 0;
+    if (word == name && file >> kibibytes) return kibibytes << 10;
+    std::getline(file, word);
   }
-  return std::numeric_limits<std::size_t>::max();
+  return otherwise;
+}
+
+std::size_t MachineAvailable() {
+  return KibibytesIn("/proc/meminfo", "MemAvailable:", std::numeric_limits<std::size_t>::max());
 }
 
 std::size_t ControlGroupAvailable() {
@@ -94,6 +100,15 @@ std::size_t ResidentMemory() {
   std::size_t total = 0, resident = 0;
   file >> total >> resident;
   return resident * static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+}
+
+// Not getrusage's, which remembers what ran in this process before.
+std::size_t PeakResidentMemory() { return KibibytesIn("/proc/self/status", "VmHWM:", 0); }
+
+std::uint64_t MinorFaults() {
+  rusage usage;
+  if (getrusage(RUSAGE_SELF, &usage) != 0) DieOfErrno("getrusage");
+  return static_cast<std::uint64_t>(usage.ru_minflt);
 }
 
 }  // namespace freehold::bench

@@ -78,8 +78,12 @@ std::size_t AvailableMemory();
 // How many pages of a page-aligned range are resident; 0 when part of it is not mapped.
 std::size_t ResidentPages(std::byte* memory, std::size_t bytes);
 
-// The resident set of this process.
+// The resident set of this process: now, and its largest so far.
 std::size_t ResidentMemory();
+std::size_t PeakResidentMemory();
+
+// Page faults of this process so far that needed no file to be read.
+std::uint64_t MinorFaults();
 
 }  // namespace freehold::bench
 

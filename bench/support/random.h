@@ -40,6 +40,14 @@ class Random {
     return value < low ? low : value > high ? high : value;
   }
 
+  // In [low, high], Pareto-distributed with exponent 1: twice as large is half as frequent, so that most values are
+  // small and most of the sum is in the few large ones. REQUIRES: 0 < low.
+  std::size_t Pareto(std::size_t low, std::size_t high) {
+    const double fraction = static_cast<double>(Next() >> 11) * 0x1p-53;
+    const auto value = static_cast<std::size_t>(static_cast<double>(low) / (1 - fraction));
+    return value > high ? high : value;
+  }
+
   // The numbers 0 to count - 1 in random order.
   std::vector<std::uint32_t> Permutation(std::size_t count) {
     std::vector<std::uint32_t> order(count);

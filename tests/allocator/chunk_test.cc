@@ -58,6 +58,10 @@ TEST(UnitSetTest, RunsAgreeWithLooking) {
       unsigned first = 0;
       while (first < kChunkUnits && RunAt(bits, first) < length) ++first;
       ASSERT_EQ(set.FindRun(length), first) << length;
+      if (first == kChunkUnits) continue;
+      unsigned last = kChunkUnits - 1;
+      while (RunAt(bits, last) < length) --last;
+      ASSERT_EQ(set.FindLastRun(length), last) << length;
     }
     if (!set.empty()) {
       ASSERT_EQ(set.RunAt(set.first()), RunAt(bits, set.first()));

@@ -179,6 +179,42 @@ TEST(HeapForkTest, CachesOfOtherThreadsAreAdopted) {
   heap->CheckInvariants();
 }
 
+// What the forking thread has at hand of another's spans is known in the child by its tags, once.
+TEST(HeapForkTest, ObjectsOfOthersAtHandAreHandedOutOnce) {
+  const OnOneCpu on_one_cpu;
+  TestHeap heap;
+  ThreadCache* other = heap->AttachThread();
+  AttachedThread cache(*heap);
+  std::vector<void*> held;
+  for (int i = 0; i < 60; ++i) {
+    held.push_back(other->Allocate(5000));
+    Fill(held.back(), 5000, i);
+  }
+  std::vector<void*> own;
+  for (int i = 0; i < 4; ++i) own.push_back(cache->Allocate(5000));
+  for (int i = 0; i < 10; ++i) cache->Free(held[i]);
+  for (void* p : own) cache->Free(p);
+  ForkAndRun(heap, cache.get(), [&]() -> std::string {
+    AttachedThread heir(*heap);
+    if (heir.get() != other) return "not adopted";
+    std::set<void*> all(held.begin() + 10, held.end());
+    for (int i = 0; i < 200; ++i) {
+      if (!all.insert(heir->Allocate(5000)).second) return "handed out twice";
+      if (!all.insert(cache->Allocate(5000)).second) return "handed out twice";
+    }
+    for (void* p : std::vector<void*>(held.begin(), held.begin() + 10)) {
+      if (all.count(p) == 0) return "a free object was not found";
+    }
+    for (int i = 10; i < 60; ++i) {
+      if (!HasContent(held[i], 5000, i)) return "a held object was given away";
+    }
+    heap->CheckInvariants();
+    return {};
+  });
+  heap->DetachThread(other);
+  heap->CheckInvariants();
+}
+
 // A page of objects may be copied later than the record that tells how many there are.
 TEST(HeapForkTest, WhatAnotherThreadCarvesMeanwhileIsNotZero) {
   constexpr std::size_t kSize = 4096;

@@ -46,6 +46,26 @@ TEST_F(MisuseDeathTest, DoubleFreeWithOthersInBetween) {
   EXPECT_DEATH(cache_->Free(p[50]), "double free of a 48-byte object");
 }
 
+TEST_F(MisuseDeathTest, DoubleFreeOfWhatIsAtHand) {
+  void* p[16];
+  for (void*& object : p) object = cache_->Allocate(5000);
+  for (void* object : p) cache_->Free(object);
+  for (const int i : {0, 5, 14, 15}) {  // in a span's list, and at hand
+    EXPECT_DEATH(cache_->Free(p[i]), "double free of a 5120-byte object");
+    EXPECT_DEATH(OnOtherThread([&](ThreadCache& other) { other.Free(p[i]); }), "double free of a 5120-byte object");
+  }
+}
+
+TEST_F(MisuseDeathTest, WriteToWhatIsAtHand) {
+  void* p = cache_->Allocate(5000);
+  const auto write_after_free = [&] {
+    cache_->Free(p);
+    static_cast<std::uint64_t*>(p)[1] = 0;
+    cache_->Allocate(5000);
+  };
+  EXPECT_DEATH(write_after_free(), "free object of 5120 bytes at 0x[0-9a-f]+ was written to after it was freed");
+}
+
 TEST_F(MisuseDeathTest, DoubleFreeOfLargeObjects) {
   for (const std::size_t size : kLargeSizes) {
     void* p = cache_->Allocate(size);

@@ -88,6 +88,22 @@ TEST_F(PageHeapTest, TightestRunIsTaken) {
   EXPECT_EQ(heap_->Allocate(0, 2).start, c);
 }
 
+TEST_F(PageHeapTest, RoomBehindARunIsFoundAndLeftFree) {
+  //   | a:4 | b:1 | c:2 | d:1 | rest
+  const std::uintptr_t a = heap_->Allocate(0, 4).start;
+  heap_->Allocate(0, 1);
+  const std::uintptr_t c = heap_->Allocate(0, 2).start;
+  heap_->Allocate(0, 1);
+  heap_->Free(a, 4);
+  heap_->Free(c, 2);
+  EXPECT_EQ(heap_->AllocateWithRoom(0, 1, 3).start, a + kUnitSize);  // dirty before clean
+  EXPECT_TRUE(heap_->Extend(a + kUnitSize, 1, 2));
+  const std::uintptr_t last = heap_->AllocateWithRoom(0, 1, 3).start;  // as far from others as can be
+  EXPECT_EQ(last, a + (kChunkUnits - 3) * kUnitSize);
+  EXPECT_TRUE(heap_->Extend(last, 1, 2));
+  EXPECT_EQ(heap_->AllocateWithRoom(0, 2, kChunkUnits).start, c);  // nowhere is so much: as Allocate
+}
+
 TEST_F(PageHeapTest, FullerChunksFillUpFirst) {
   const std::uintptr_t full = heap_->Allocate(0, kChunkUnits - 1).start;
   const std::uintptr_t other = heap_->Allocate(0, kChunkUnits).start;

@@ -72,6 +72,64 @@ TEST_F(ThreadCacheTest, FreedObjectIsTheNextOneAllocated) {
   EXPECT_EQ(cache_->Allocate(100), p);
 }
 
+TEST_F(ThreadCacheTest, ObjectsThatWereFreedLastAreAllocatedFirst) {
+  for (const std::size_t size : {1100, 5000, 16000, 100000}) {
+    void* first = cache_->Allocate(size);
+    void* second = cache_->Allocate(size);
+    cache_->Free(first);
+    cache_->Free(second);
+    EXPECT_EQ(cache_->Allocate(size), second);
+    EXPECT_EQ(cache_->Allocate(size), first);
+    cache_->Free(first);
+    cache_->Free(second);
+    heap_->CheckInvariants();
+  }
+}
+
+TEST_F(ThreadCacheTest, WhatIsKeptAtHandIsBounded) {
+  std::vector<void*> objects;
+  for (std::size_t size = 1100; size <= 131072; size += 1024) {
+    for (int i = 0; i < 30; ++i) objects.push_back(cache_->Allocate(size));
+  }
+  const std::size_t held = heap_->Stats().allocated.value;
+  for (void* p : objects) cache_->Free(p);
+  heap_->CheckInvariants();
+  // At hand, and counted as held: 4 MiB; current spans; an eighth of full ones.
+  EXPECT_LE(heap_->Stats().allocated.value, held / 8 + (16 << 20));
+  // Of one class alone, 16 objects and a span.
+  AttachedThread other(*heap_);
+  objects.clear();
+  const std::size_t before = heap_->Stats().allocated.value;
+  for (int i = 0; i < 1000; ++i) objects.push_back(other->Allocate(8192));
+  for (void* p : objects) other->Free(p);
+  EXPECT_LE(heap_->Stats().allocated.value, before + 8 * 8192 + kUnitSize);
+}
+
+TEST_F(ThreadCacheTest, ReallocationsThatGoOnSeldomMove) {
+  std::size_t size = 4096;
+  void* p = cache_->Allocate(size);
+  Fill(p, size, 5);
+  int moves = 0;
+  while (size < 900 << 10) {
+    const std::size_t grown = size + size / 8;
+    void* to = cache_->Reallocate(p, grown);
+    ASSERT_NE(to, nullptr);
+    ASSERT_TRUE(HasContent(to, 4096, 5));
+    if (size > 16384 && to != p) ++moves;
+    cache_->Allocate(3000);  // neighbours come meanwhile
+    p = to;
+    size = grown;
+  }
+  EXPECT_LE(moves, 1);
+  ASSERT_EQ(cache_->Reallocate(p, 20000), p);
+  EXPECT_GE(heap_->UsableSize(p), 20000u);
+  EXPECT_LT(heap_->UsableSize(p), 25000u);
+  EXPECT_TRUE(HasContent(p, 4096, 5));
+  void* small = cache_->Reallocate(p, 4096);
+  EXPECT_TRUE(HasContent(small, 4096, 5));
+  EXPECT_EQ(heap_->UsableSize(small), 4096u);
+}
+
 TEST_F(ThreadCacheTest, FreeOfNull) {
   cache_->Free(nullptr);
   cache_->FreeSized(nullptr, 100);
@@ -205,6 +263,25 @@ TEST_F(ThreadCacheTest, ObjectsFreedElsewhereComeBackToTheirThread) {
     objects.clear();
   }
   EXPECT_LE(Spans(128), 3 * 10000 * 128 / kUnitSize);
+}
+
+// Whoever frees an object of more than 1 KiB may have it again; when its thread ends, it goes home.
+TEST_F(ThreadCacheTest, ObjectsOfOthersAreKeptAtHandAndGoHome) {
+  std::set<void*> objects;
+  while (objects.size() < 100) objects.insert(cache_->Allocate(5000));
+  const std::uint64_t spans = Spans(5120);
+  std::thread([&] {
+    AttachedThread other(*heap_);
+    for (void* p : objects) other->Free(p);
+    void* again = other->Allocate(5000);
+    EXPECT_EQ(again, *objects.rbegin());
+    other->Free(again);
+  }).join();
+  heap_->CheckInvariants();
+  std::set<void*> all;
+  while (all.size() < 100) EXPECT_TRUE(all.insert(cache_->Allocate(5000)).second);
+  EXPECT_LE(Spans(5120), spans + 1);
+  for (void* p : all) cache_->Free(p);
 }
 
 TEST_F(ThreadCacheTest, BatchesOfOtherThreadsAreBounded) {

@@ -13,7 +13,7 @@ STALL = ("--ranges=2", "--range_mib=8", "--min_seconds=0")
 
 SPACES = ("freehold", "coarse", "tree", "kernel")
 RANGE_LOCKS = ("freehold", "tree", "coarse", "shared_mutex")
-ALLOCATORS = ("freehold", "glibc", "mimalloc")
+ALLOCATORS = ("freehold", "glibc", "mimalloc", "jemalloc", "tcmalloc")
 
 
 def names(template, implementations, threads=(1, 2)):
@@ -100,10 +100,13 @@ def steady_state_names():
 
 def malloc_names():
     any_threads = ["small_lifo/{}/64B", "small_lifo/{}/mixed", "small_fifo/{}", "mixed_random/{}",
-                   "burst/{}/lifo", "burst/{}/fifo", "burst/{}/random", "thread_churn/{}",
+                   "pareto_random/{}", "random_elsewhere/{}", "generations/{}", "fragmentation/{}",
+                   "vector_growth/{}", "strings/{}", "hash_map/{}/std_unordered", "hash_map/{}/absl_flat",
+                   "hash_map/{}/absl_node", "burst/{}/lifo", "burst/{}/fifo", "burst/{}/random", "thread_churn/{}",
                    "successor_threads/{}", "calloc/{}/64B", "calloc/{}/4KiB", "calloc/{}/1MiB",
                    "large_buffers/{}/5-25MiB", "realloc_growth/{}/1MiB"]
-    two_threads = ["producer_consumer/{}", "exchange/{}"]
+    two_threads = ["producer_consumer/{}", "asymmetric/{}", "exchange/{}", "false_sharing/{}/active",
+                   "false_sharing/{}/passive"]
     one_thread = ["realloc_growth/{}/1GiB", "idle_rss/{}/1GiB"]
     return set().union(*(names(template, ALLOCATORS) for template in any_threads),
                        *(names(template, ALLOCATORS, (2,)) for template in two_threads),
@@ -246,9 +249,41 @@ class BenchmarksSmokeTest(unittest.TestCase):
         self.assertEqual(self.measured_targets(document), ({"P7"}, {"P7"}))
 
     def test_malloc_benchmark(self):
-        document = self.run_benchmark("malloc_benchmark", malloc_names())
-        # P10 has peers that this benchmark does not measure.
+        document = self.run_benchmark("malloc_benchmark", malloc_names(), "--idle_seconds=0.001")
+        # P10 counts memory only where every case has a process of its own.
         self.assertEqual(self.measured_targets(document), ({"P10", "P11", "P12"}, {"P11", "P12"}))
+        for run in document["benchmarks"]:
+            self.assertLessEqual(run["idle_rss_mib"], run["peak_rss_mib"], run["name"])
+            self.assertGreaterEqual(run["page_faults"], 0, run["name"])
+            if run["name"].split("/")[0] in ("generations", "successor_threads", "thread_churn"):
+                self.assertGreaterEqual(run["rss_growth_kib"], 0, run["name"])
+
+    def isolated(self, *arguments):
+        return subprocess.run([os.path.join(BENCH, "isolated"), *arguments], capture_output=True, text=True, check=False)
+
+    def test_cases_in_processes_of_their_own(self):
+        result = self.isolated("--repetitions=2", os.path.join(BENCH, "malloc_benchmark"), *QUICK,
+                               "--benchmark_filter=^large_buffers/.*:1|^small_fifo/freehold/")
+        self.assertEqual(result.returncode, 0, result.stderr)
+        document = json.loads(result.stdout)
+        expected = names("large_buffers/{}/5-25MiB", ALLOCATORS, (1,)) | names("small_fifo/{}", ("freehold",))
+        runs = [(run["name"], run["repetition_index"]) for run in document["benchmarks"]]
+        self.assertEqual(sorted(runs), sorted((name, index) for name in expected for index in (0, 1)))
+        self.assertEqual(document["context"]["isolated"], "true")
+        self.assertIn("P10", self.measured_targets(document)[0])
+
+    def test_isolation_reports_what_fails(self):
+        unknown_flag = self.isolated(os.path.join(BENCH, "malloc_benchmark"), "--no_such_flag")
+        self.assertEqual((unknown_flag.returncode, unknown_flag.stdout), (1, ""))
+        self.assertIn("no_such_flag", unknown_flag.stderr)
+        absent = self.isolated(os.path.join(BENCH, "absent"))
+        self.assertEqual((absent.returncode, absent.stdout), (1, ""))
+        self.assertIn("absent: No such file", absent.stderr)
+        with tempfile.TemporaryDirectory() as folder:
+            unwritable = self.isolated(f"--out={folder}/no/file.json", os.path.join(BENCH, "malloc_benchmark"), *QUICK,
+                                       "--benchmark_filter=^small_fifo/glibc/")
+        self.assertEqual(unwritable.returncode, 1)
+        self.assertIn("no/file.json: No such file", unwritable.stderr)
 
     def test_filter_without_a_match_is_an_error(self):
         result = subprocess.run([os.path.join(BENCH, "map_benchmark"), "--benchmark_filter=absent"],

@@ -155,6 +155,25 @@ class CompareTest(unittest.TestCase):
         self.assertIs(values["all cases vs glibc"][1], True)
         self.assertNotIn("all cases vs jemalloc", values)
 
+    def peak_rows(self, peaks, context):
+        """P10's rows about memory, of one case that had these peaks."""
+        runs = [run_of(f"strings/{name}/threads:1", items_per_second=1.0, peak_rss_mib=peak)
+                for name, peak in peaks.items()]
+        result = self.compare(self.write(runs, context=context), "--json")
+        self.assertEqual(result.returncode, 0, result.stderr)
+        return [(row["value"], row["holds"]) for row in json.loads(result.stdout)
+                if row["case"] == "strings/freehold/threads:1: peak_rss_mib vs the median peer"]
+
+    def test_memory_is_compared_with_the_median_peer(self):
+        peers = {"mimalloc": 90.0, "glibc": 8.0, "jemalloc": 10.0, "tcmalloc": 12.0}  # the median: 11
+        isolated = {"isolated": "true"}
+        self.assertEqual(self.peak_rows({"freehold": 11.0, **peers}, isolated), [(1.0, True)])
+        self.assertEqual(self.peak_rows({"freehold": 22.0, **peers}, isolated), [(2.0, False)])
+        self.assertEqual(self.peak_rows({"freehold": 4.0, "glibc": 8.0}, isolated), [(0.5, True)])
+
+    def test_memory_of_a_process_with_other_cases_is_not_compared(self):
+        self.assertEqual(self.peak_rows({"freehold": 1.0, "glibc": 8.0}, {}), [])
+
     # ---- Samples. ----
 
     def test_median_of_repetitions_and_files(self):
