@@ -81,7 +81,7 @@ struct Config {
   // The heap profile (heap_profile_file.h): PREFIX.<process>.<number>.heap; empty: none is written at the end. A sample
   // every so many bytes; 0: as one of the others asks for a profile. The signal that asks for one; 0: none. Whether what
   // is allocated is reported when the process exits.
-  PathText heap_profile;
+  PathText heap_profile = {};
   vm::Bytes heap_profile_interval = {0};
   std::uint8_t heap_profile_signal = 0;
   bool leak_report = false;

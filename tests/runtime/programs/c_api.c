@@ -627,7 +627,7 @@ static void of_the_process(void) {
     freehold_statistics_options options = {.size = sizeof(options), .format = format, .huge_pages = 1};
     struct text all = {NULL, 0};
     REQUIRE(freehold_print_statistics(&options, append_part, &all) == 0);
-    REQUIRE(strstr(all.bytes, "heap_class_objects") != NULL && strstr(all.bytes, "vm_huge_page_bytes") != NULL);
+    REQUIRE(strstr(all.bytes, "heap_allocated_bytes") != NULL && strstr(all.bytes, "vm_huge_page_bytes") != NULL);
     free(all.bytes);
     options.format = FREEHOLD_PROMETHEUS + 1;
     REQUIRE(freehold_print_statistics(&options, append_part, &all) == EINVAL);
