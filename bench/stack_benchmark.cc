@@ -2,8 +2,8 @@
 // against libc's own stacks (`glibc`).
 //
 //   thread_create/IMPL/default      a thread that does nothing, with default attributes: created and joined
-//   thread_create/kernel/default    the floor: clone with libc's flags and a stack that is there, exit, and a wait for the
-//                                   thread's end. No thread could cost less
+//   thread_create/kernel/default    the floor: clone with libc's flags and a stack that is there, exit, and a wait for
+//                                   the end. No thread could cost less
 //   thread_create/IMPL/deep_1MiB    the same, a thread that goes 1 MiB deep: memory comes, and goes back
 //   thread_create/IMPL/16MiB        sixteen threads with stacks of 16 MiB: all are created, then all are joined, so
 //   thread_create/IMPL/64MiB        that sixteen stacks live at once, which is more than the 40 MiB that libc keeps

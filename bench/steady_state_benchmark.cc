@@ -36,8 +36,8 @@
 #include "bench/support/runner.h"
 
 ABSL_FLAG(double, seconds, 5, "how long the program is watched");
-ABSL_FLAG(double, quiet_seconds, 5, "the warm-up is over when so long no lock was taken for writing");
-ABSL_FLAG(double, warm_up_seconds, 40, "how long the warm-up takes at most");
+ABSL_FLAG(double, quiet_seconds, 15, "the warm-up is over when so long no lock was taken for writing");
+ABSL_FLAG(double, warm_up_seconds, 90, "how long the warm-up takes at most");
 
 namespace freehold::bench {
 namespace {

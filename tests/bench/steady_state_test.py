@@ -20,7 +20,7 @@ def run(*flags):
 
 class SteadyStateTest(unittest.TestCase):
     def watch(self):
-        result = run("--seconds=3", "--quiet_seconds=3", "--warm_up_seconds=20")
+        result = run("--seconds=3", "--quiet_seconds=10", "--warm_up_seconds=40")
         if "left out: steady_state:" in result.stderr:
             self.skipTest(result.stderr)
         self.assertEqual(result.returncode, 0, result.stdout[-2000:] + result.stderr)
