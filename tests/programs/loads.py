@@ -95,7 +95,8 @@ class MemcachedLoad(KeyValueLoad):
     PROTOCOL, CONNECTIONS = "memcached", 50
 
     def server(self, launcher, directory):
-        return MemcachedServer(launcher, directory, before=self.server_pin)
+        # One, as it has one CPU: the tail of several would be what the scheduler does with them.
+        return MemcachedServer(launcher, directory, threads=1, before=self.server_pin)
 
 
 class NginxLoad(Load):

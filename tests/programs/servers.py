@@ -191,10 +191,10 @@ def benchmark_rates(launcher, directory, server, *options, before=()):
 class MemcachedServer(Server):
     """memcached with room for everything the load stores."""
 
-    def __init__(self, launcher, directory, before=()):
+    def __init__(self, launcher, directory, threads=4, before=()):
         super().__init__(launcher, directory, lambda port: [
             "memcached", "-l", "127.0.0.1", "-p", str(port), "-U", "0", "-u", "root", "-m", "1024",
-            "-I", "4m", "-t", "4"], before)
+            "-I", "4m", "-t", str(threads)], before)
 
     def read_pid(self):
         return int(self.stats()["pid"])

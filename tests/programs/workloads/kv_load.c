@@ -17,7 +17,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { kKeys = 100000, kMaxValue = 2000, kBuffer = 8192, kMaxConnections = 1024, kBuckets = 64 * 16 };
+enum { kKeys = 100000, kMaxValue = 2000, kBuffer = 8192, kMaxConnections = 1024, kParts = 64, kBuckets = 64 * kParts };
 
 typedef struct {
   int socket;
@@ -50,17 +50,22 @@ static uint64_t NowNs(void) {
   return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
 }
 
-// A sixteenth of a power of two each.
+// A 64th of a power of two each; up to kParts, a nanosecond each.
 static size_t Bucket(uint64_t ns) {
-  if (ns < 16) return ns;
+  if (ns < kParts) return ns;
   const size_t power = 63 - (size_t)__builtin_clzll(ns);
-  return (power - 3) * 16 + ((ns >> (power - 4)) & 15);
+  return (power - 5) * kParts + ((ns >> (power - 6)) & (kParts - 1));
+}
+
+static uint64_t LastNs(size_t bucket) {
+  if (bucket < kParts) return bucket;
+  return ((uint64_t)(kParts + 1 + bucket % kParts) << (bucket / kParts - 1)) - 1;
 }
 
 static double QuantileUs(double share) {
   uint64_t left = (uint64_t)((double)total * (1 - share));
   for (size_t bucket = kBuckets; bucket-- > 0;) {
-    if (counts[bucket] > left) return (bucket < 16 ? bucket : (uint64_t)(17 + bucket % 16) << (bucket / 16 - 1)) / 1000.0;
+    if (counts[bucket] > left) return (double)LastNs(bucket) / 1000;
     left -= counts[bucket];
   }
   return 0;
