@@ -4,6 +4,7 @@ import pathlib
 import re
 import signal
 import subprocess
+import time
 
 from harness import check, compile_workload, end_session, require, require_same, tail
 
@@ -82,6 +83,7 @@ def core(trial):
         directory = trial.directory(launcher)
         # A limit, so that an image of the whole reservation fills no disk.
         with _Running(trial, launcher, program, before=["sh", "-c", 'ulimit -c 1000000; exec "$@"', "sh"]) as running:
+            time.sleep(0.5)  # For all threads to be at work.
             running.process.send_signal(signal.SIGABRT)
             require_same(f"{launcher.name}: status", -signal.SIGABRT, running.process.wait(60))
         file, = directory.glob("core*")
