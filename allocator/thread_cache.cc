@@ -511,7 +511,8 @@ void ThreadCache::FreeSlow(void* p) {
   Span* span = heap_->SpanOf(p);
   const ThreadCache* owner = span->owner.load(std::memory_order_relaxed);
   if (ABSL_PREDICT_TRUE(owner != nullptr && heap_->IsObject(span, p) && !heap_->HasSuspects())) {
-    if (ABSL_PREDICT_FALSE(owner == heap_->samples_)) return heap_->profile_->Free(span, p);
+    // The profile frees its samples through their cache.
+    if (owner != this && ABSL_PREDICT_FALSE(owner == heap_->samples_)) return heap_->profile_->Free(span, p);
     if (owner != this) return FreeOther(span, static_cast<FreeObject*>(p));
     if (IsHot(span) && !code_.IsTagged(p)) return PushHot(span, static_cast<FreeObject*>(p));
   }

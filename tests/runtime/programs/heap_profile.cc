@@ -92,9 +92,15 @@ int main(int count, char** arguments) {
   } else if (std::strcmp(what, "threads") == 0) {
     pthread_t threads[4];
     for (pthread_t& thread : threads) REQUIRE(pthread_create(&thread, nullptr, Churn, nullptr) == 0);
+    const std::string prefix = std::string(getenv("FREEHOLD_HEAP_PROFILE")) + "." + std::to_string(getpid()) + ".";
     for (int i = 0; i < 20; ++i) {
       REQUIRE(pthread_kill(threads[i % 4], SIGUSR2) == 0);
-      usleep(20'000);
+      // A signal that comes while the same one waits would be lost.
+      const std::string file = prefix + std::to_string(i + 1) + ".heap";
+      for (int wait = 0; access(file.c_str(), F_OK) != 0; ++wait) {
+        REQUIRE(wait < 10'000);
+        usleep(1000);
+      }
     }
     done = true;
     for (pthread_t thread : threads) REQUIRE(pthread_join(thread, nullptr) == 0);
