@@ -6,9 +6,12 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <cstring>
+#include <filesystem>
+#include <iterator>
 #include <thread>
 #include <vector>
 
@@ -71,6 +74,12 @@ using ThreadStacksTest = Fixture<vm::os::LinuxKernel>;
 using ThreadStacksFakeTest = Fixture<FakeKernel>;
 
 void* Return(void* value) { return value; }
+
+// Of this process, as the kernel counts.
+std::size_t Threads() {
+  const std::filesystem::directory_iterator tasks("/proc/self/task");
+  return static_cast<std::size_t>(std::distance(begin(tasks), end(tasks)));
+}
 
 struct Held {
   sem_t go;
@@ -318,6 +327,11 @@ TEST_F(ThreadStacksTest, Fork) {
   for (Held& one : held) threads.push_back(MustCreate(Held::Run, &one));
   const pthread_t gone = MustCreate(Return, nullptr);
   ASSERT_EQ(stacks_.Detach(gone), 0);
+  // AddressSanitizer's allocator, which starting and ending threads are in, is copied as they left it.
+  ASSERT_TRUE(Eventually([&] {
+    const auto waits = [](const Held& one) { return one.frame.load() != nullptr; };
+    return std::all_of(held.begin(), held.end(), waits) && Threads() == 1 + held.size();
+  }));
   const std::uint64_t slots = Slots();
   stacks_.PrepareFork();
   space_->PrepareFork();
