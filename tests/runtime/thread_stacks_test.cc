@@ -75,12 +75,6 @@ using ThreadStacksFakeTest = Fixture<FakeKernel>;
 
 void* Return(void* value) { return value; }
 
-// Of this process, as the kernel counts.
-std::size_t Threads() {
-  const std::filesystem::directory_iterator tasks("/proc/self/task");
-  return static_cast<std::size_t>(std::distance(begin(tasks), end(tasks)));
-}
-
 struct Held {
   sem_t go;
   std::atomic<void*> frame{nullptr};
@@ -320,6 +314,12 @@ TEST_F(ThreadStacksTest, Churn) {
 }
 
 #if !defined(FREEHOLD_TSAN)
+// Of this process, as the kernel counts.
+std::size_t Threads() {
+  const std::filesystem::directory_iterator tasks("/proc/self/task");
+  return static_cast<std::size_t>(std::distance(begin(tasks), end(tasks)));
+}
+
 // The child has one thread; the stacks of the others serve new ones.
 TEST_F(ThreadStacksTest, Fork) {
   std::vector<Held> held(10);
