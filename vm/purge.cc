@@ -7,6 +7,7 @@
 #include "vm/region.h"
 
 namespace freehold::vm {
+
 void Region::TrimFree() {
   const AddressSpaceOptions& options = *shared_.options;
   (void)PurgeFree(UINT32_MAX, {PagesFor(options.free_resident_limit).value / 2});

@@ -261,7 +261,8 @@ Error Region::UnmapIsolated(PageRange part, const Guard& guard) {
     unmaps_.Add(1);
     // Pinned since Isolate has looked.
     const bool pinned = IsPinnedLocked(part);
-    if (!pinned && !notified && RetireWholeLocked(ToRegion(part.first), static_cast<RegionPage>(part.count().value), kNoSample)) return Error::Ok();
+    const auto count = static_cast<RegionPage>(part.count().value);
+    if (!pinned && !notified && RetireWholeLocked(ToRegion(part.first), count, kNoSample)) return Error::Ok();
     // It is one extent, and so one hold; nothing is left to cut.
     detachment = StartDetachLocked(part, pinned, notified);
     FREEHOLD_CHECK(DetachLocked(detachment));
