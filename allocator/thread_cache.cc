@@ -75,7 +75,11 @@ FreeObject* ThreadCache::NextIn(const Span* span, const FreeObject* object) cons
 
 inline void* ThreadCache::PopHot(SizeClass size_class) {
   HotObjects& hot = hot_[size_class - kFirstHotClass];
-  if (hot.count == 0) return nullptr;
+  hot.asked = true;
+  if (hot.count == 0) {
+    hot.room = kHotCapacity[size_class - kFirstHotClass];
+    return nullptr;
+  }
   FreeObject* object = hot.objects[--hot.count];
   if (ABSL_PREDICT_FALSE(!code_.IsTagged(object))) heap_->StopOnCorruption(object);
   object->tag = 0;
@@ -91,25 +95,38 @@ void ThreadCache::PushHot(Span* span, FreeObject* object) {
     if (Push(span, object)) HandleEvent(span);
     return;
   }
-  const unsigned hot_class = span->size_class - kFirstHotClass;
-  HotObjects& hot = hot_[hot_class];
-  const std::uint32_t capacity = kHotCapacity[hot_class];
-  if (ABSL_PREDICT_FALSE(hot.count == capacity)) CoolDown(hot, (capacity + 1) / 2);
+  HotObjects& hot = hot_[span->size_class - kFirstHotClass];
+  if (ABSL_PREDICT_FALSE(hot.count == hot.room)) return PushHotFull(hot, span, object);
   object->tag = code_.Tag(object);
   hot.objects[hot.count++] = object;
+}
+
+void ThreadCache::PushHotFull(HotObjects& hot, Span* span, FreeObject* object) {
+  if (!std::exchange(hot.asked, false)) {
+    CoolDown(hot, hot.count);
+    hot.room = 0;
+    return FreeCold(span, object);
+  }
+  // It was asked for, so there is room for one at least.
+  CoolDown(hot, (hot.count + 1) / 2);
+  object->tag = code_.Tag(object);
+  hot.objects[hot.count++] = object;
+}
+
+void ThreadCache::FreeCold(Span* span, FreeObject* object) {
+  if (span->owner.load(std::memory_order_relaxed) == this) {
+    if (Push(span, object)) HandleEvent(span);
+  } else {
+    remote_frees_.Add(span, object);
+  }
 }
 
 void ThreadCache::CoolDown(HotObjects& hot, std::uint32_t count) {
   for (std::uint32_t i = 0; i < count; ++i) {
     FreeObject* object = hot.objects[i];
     if (ABSL_PREDICT_FALSE(!code_.IsTagged(object))) heap_->StopOnCorruption(object);
-    Span* span = heap_->SpanOf(object);
-    if (span->owner.load(std::memory_order_relaxed) == this) {
-      if (Push(span, object)) HandleEvent(span);
-    } else {
-      object->tag = 0;  // RemoteFrees sets it again
-      remote_frees_.Add(span, object);
-    }
+    object->tag = 0;  // Push and RemoteFrees set it again
+    FreeCold(heap_->SpanOf(object), object);
   }
   std::copy(hot.objects.begin() + count, hot.objects.begin() + hot.count, hot.objects.begin());
   hot.count -= count;
@@ -877,7 +894,7 @@ void ThreadCache::CheckInvariants() {
     FREEHOLD_CHECK(bin.available.last == previous);
   }
   for (unsigned i = 0; i < kHotClasses; ++i) {
-    FREEHOLD_CHECK(hot_[i].count <= kHotCapacity[i]);
+    FREEHOLD_CHECK(hot_[i].count <= hot_[i].room && hot_[i].room <= kHotCapacity[i]);
     for (std::uint32_t object = 0; object < hot_[i].count; ++object) {
       FREEHOLD_CHECK(code_.IsTagged(hot_[i].objects[object]));
     }

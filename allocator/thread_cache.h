@@ -105,8 +105,11 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   static constexpr unsigned kHotClasses = kSizeClassCount - kFirstHotClass;
   static constexpr std::uint32_t kMaxHot = 16;
   static constexpr std::uint32_t kMaxHotBytes = 64 << 10;  // of a class, but one object in any case
+  // None of a class that the thread only frees: they would keep their spans from going back, and are not asked for.
   struct HotObjects {
     std::uint32_t count = 0;
+    std::uint32_t room = 0;  // 0 until the class is allocated from, and again when it is only freed to
+    bool asked = false;      // allocated from since there was no room the last time
     std::array<FreeObject*, kMaxHot> objects;  // the one that was freed last at the end
   };
   static constexpr std::array<std::uint8_t, kHotClasses> kHotCapacity = [] {
@@ -159,8 +162,12 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   // The same for a class that has hot objects. REQUIRES: at least kFirstHotClass.
   void* PopHot(SizeClass size_class);
   ABSL_ATTRIBUTE_NOINLINE void PushHot(Span* span, FreeObject* object);
+  // There is no room for `object`: makes some, or frees it to where it belongs.
+  ABSL_ATTRIBUTE_NOINLINE void PushHotFull(HotObjects& hot, Span* span, FreeObject* object);
   void FreeOther(Span* span, FreeObject* object);
-  // Frees the `count` oldest to where they belong.
+  // Frees `object` to where it belongs. REQUIRES: it is not tagged.
+  void FreeCold(Span* span, FreeObject* object);
+  // The same for the `count` oldest.
   void CoolDown(HotObjects& hot, std::uint32_t count);
   void CoolDownAll();
 

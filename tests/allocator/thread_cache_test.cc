@@ -105,6 +105,47 @@ TEST_F(ThreadCacheTest, WhatIsKeptAtHandIsBounded) {
   EXPECT_LE(heap_->Stats().allocated.value, before + 8 * 8192 + kUnitSize);
 }
 
+// Sixteen objects at hand could each keep a span from going back.
+TEST_F(ThreadCacheTest, NothingIsKeptAtHandOfWhatIsOnlyFreed) {
+  for (const bool by_another : {false, true}) {
+    std::vector<void*> objects;
+    for (int i = 0; i < 1000; ++i) objects.push_back(cache_->Allocate(8192));
+    const std::uint64_t spans = Spans(8192);
+    // In an order in which the last objects are of as many spans.
+    const auto free_all = [&](ThreadCache& cache) {
+      for (std::size_t first = 0; first < 8; ++first) {
+        for (std::size_t i = first; i < objects.size(); i += 8) cache.Free(objects[i]);
+      }
+    };
+    if (by_another) {
+      std::thread([&] { free_all(*AttachedThread(*heap_).get()); }).join();
+      void* p = cache_->Allocate(9000);  // a slow path, which takes in what came back
+      cache_->Free(p);
+      heap_->Trim();
+    } else {
+      free_all(*cache_);
+    }
+    EXPECT_GE(spans, 120u);
+    EXPECT_LE(Spans(8192), 2u) << by_another;
+    heap_->CheckInvariants();
+  }
+}
+
+// A class that was only freed to is kept at hand again once it is allocated from.
+TEST_F(ThreadCacheTest, WhatIsAskedForIsKeptAtHandAgain) {
+  std::vector<void*> objects;
+  for (int i = 0; i < 100; ++i) objects.push_back(cache_->Allocate(8192));
+  for (void* p : objects) cache_->Free(p);
+  void* first = cache_->Allocate(8192);
+  void* second = cache_->Allocate(8192);
+  cache_->Free(second);
+  cache_->Free(first);
+  EXPECT_EQ(cache_->Allocate(8192), first);
+  EXPECT_EQ(cache_->Allocate(8192), second);
+  cache_->Free(first);
+  cache_->Free(second);
+}
+
 TEST_F(ThreadCacheTest, ReallocationsThatGoOnSeldomMove) {
   std::size_t size = 4096;
   void* p = cache_->Allocate(size);
@@ -272,10 +313,14 @@ TEST_F(ThreadCacheTest, ObjectsOfOthersAreKeptAtHandAndGoHome) {
   const std::uint64_t spans = Spans(5120);
   std::thread([&] {
     AttachedThread other(*heap_);
-    for (void* p : objects) other->Free(p);
+    void* own = other->Allocate(5000);  // what a thread never asks for it does not keep
+    const std::vector<void*> some(objects.begin(), std::next(objects.begin(), 10));
+    for (void* p : some) other->Free(p);
     void* again = other->Allocate(5000);
-    EXPECT_EQ(again, *objects.rbegin());
+    EXPECT_EQ(again, some.back());
     other->Free(again);
+    for (auto p = std::next(objects.begin(), 10); p != objects.end(); ++p) other->Free(*p);
+    other->Free(own);
   }).join();
   heap_->CheckInvariants();
   std::set<void*> all;
