@@ -25,6 +25,7 @@ Error Region::Protect(PageRange part, os::Protection protection) {
     EndBusy(first, end);
     return error;
   }
+  PrefetchHoldCode();
   for (RegionPage page = first; page < end;) {
     Warm(range_.first + Pages{page});
     sync::SpinLockHolder holder(tree_lock_);

@@ -113,6 +113,7 @@ Pages Region::FinishPurging(const PurgeList& list, bool discarded, bool keep) {
     const std::size_t begin = i;
     const std::size_t end = std::min(list.size, begin + kExtentsPerHold);
     // A bin's discard drops next to nothing, and is short.
+    if (!keep) PrefetchHoldCode();
     for (std::size_t next = begin; !keep && next < end; ++next) Warm(RangeOf(*list.vmas[next]).first);
     sync::SpinLockHolder holder(tree_lock_);
     for (; i < end; ++i) {

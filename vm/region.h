@@ -278,22 +278,22 @@ class alignas(kPageSize) Region {
   bool HasVmasLocked() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_) { return spare_vma_count_ >= 3; }
   // Gets metadata from the arena, outside the lock.
   Error Refill();
-  Vma* TakeVmaLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
-  void ReturnVmaLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  FREEHOLD_HOLD_CODE Vma* TakeVmaLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  FREEHOLD_HOLD_CODE void ReturnVmaLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
 
   // Cuts the extent at `page`; both parts keep its attributes. Returns the upper part. A cached extent stays
   // cached, in two bins.
-  Vma* SplitLocked(Vma* vma, RegionPage page) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  FREEHOLD_HOLD_CODE Vma* SplitLocked(Vma* vma, RegionPage page) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Makes `first` and `end` borders of extents.
-  void IsolateLocked(RegionPage first, RegionPage end) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  FREEHOLD_HOLD_CODE void IsolateLocked(RegionPage first, RegionPage end) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Lets `vma` swallow its right neighbour.
-  void AbsorbNextLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  FREEHOLD_HOLD_CODE void AbsorbNextLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Removes the right neighbour of `vma`, whose pages `vma` covers already.
-  void DropNextLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  FREEHOLD_HOLD_CODE void DropNextLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Keeps other verbs from merging the extents of [first, end) with theirs, between two critical sections of a
   // verb that holds exactly these pages and has made their borders borders of extents. The outermost two are
   // enough: nobody else merges mapped extents within the range.
-  void SetBusyLocked(RegionPage first, RegionPage end, bool busy) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  FREEHOLD_HOLD_CODE void SetBusyLocked(RegionPage first, RegionPage end, bool busy) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // The start of such a verb: makes the borders and sets busy. Error: kNoMetadata; then nothing has changed.
   Error MakeBusy(RegionPage first, RegionPage end);
   // Its end when it was refused.
@@ -312,8 +312,8 @@ class alignas(kPageSize) Region {
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Merges mapped neighbours of one mapping that have equal attributes, around and within [first, end), unless
   // they are busy.
-  void MergeMappedLocked(RegionPage first, RegionPage end) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
-  Vma* NextLocked(const Vma* vma) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  FREEHOLD_HOLD_CODE void MergeMappedLocked(RegionPage first, RegionPage end) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  FREEHOLD_HOLD_CODE Vma* NextLocked(const Vma* vma) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
 
   // Unique in the space: a moved mapping keeps its own.
   std::uint64_t NextGenerationLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_) {
@@ -328,9 +328,9 @@ class alignas(kPageSize) Region {
   // To kCached, in its bin. `vma` may become part of a neighbour.
   void CacheLocked(Vma* vma, Knowledge knowledge) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Merges a large extent, kCached but in no bin yet, with large cached neighbours; returns what it became.
-  Vma* MergeCachedLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  FREEHOLD_HOLD_CODE Vma* MergeCachedLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // To kFree and kClean, merged with free neighbours.
-  void FreeLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  FREEHOLD_HOLD_CODE void FreeLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Takes a kPending extent from its Map, or a kPurging one from its purge: free again, as it was.
   void GiveBackLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // To kMapped, `count` pages from its first on: visible to lookups, all at once. REQUIRES: not kFree; what else lies
@@ -420,7 +420,7 @@ class alignas(kPageSize) Region {
   bool NeedsZap(const Vma& vma) const;
   void NoteDetached(const Vma& vma, Detachment& detachment) const;
   void RetireLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
-  Error ZapDetached(PageRange part, const Detachment& detachment, const Guard& guard);
+  FREEHOLD_HOLD_CODE Error ZapDetached(PageRange part, const Detachment& detachment, const Guard& guard);
   bool Trap(PageRange range);
   Error Untrap(PageRange range);
   void RemapDetached(PageRange part);
@@ -453,7 +453,7 @@ class alignas(kPageSize) Region {
   // Whether something in [first, end) has another protection. Errors: kNotMapped, kDenied.
   Result<bool> ProtectionDiffers(RegionPage first, RegionPage end, os::Protection protection) const;
   // As ChangeBusyLocked.
-  void RecordProtectionLocked(RegionPage first, RegionPage end, os::Protection protection, RegionPage& page)
+  FREEHOLD_HOLD_CODE void RecordProtectionLocked(RegionPage first, RegionPage end, os::Protection protection, RegionPage& page)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
 
   // pin.cc
@@ -469,7 +469,7 @@ class alignas(kPageSize) Region {
   // Back to well below the limits.
   void TrimFree();
   // Visits up to kExtentsPerHold extents; false when there are no more.
-  bool CollectLocked(std::uint32_t until, std::size_t keep_pages, PurgeList& list)
+  FREEHOLD_HOLD_CODE bool CollectLocked(std::uint32_t until, std::size_t keep_pages, PurgeList& list)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   void StartPurgingLocked(Vma* vma, PurgeList& list) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // To kPurging. REQUIRES: `vma` is in no bin.
@@ -477,7 +477,7 @@ class alignas(kPageSize) Region {
   void RestoreProtections(PurgeList& list);
   static void SortRanges(PurgeList& list);
   // Ends kPurging; returns the pages that are clean now. `keep`: in their bin, for the next Map.
-  Pages FinishPurging(const PurgeList& list, bool discarded, bool keep);
+  FREEHOLD_HOLD_CODE Pages FinishPurging(const PurgeList& list, bool discarded, bool keep);
   // Whether the bin of `count` has gathered enough extents of unknown content for one cheap discard.
   bool WorthCleaningLocked(RegionPage count) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Discards what such a bin has gathered, and keeps the extents as clean.

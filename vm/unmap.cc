@@ -39,6 +39,11 @@ Error Region::Unmap(PageRange part, const VmaInfo* only) {
   const RegionPage first = ToRegion(part.first);
   const RegionPage count = ToRegion(part.end) - first;
   const bool sample = WantsSample(count);
+  // Of small ones, the caches have seen the map.
+  if (ABSL_PREDICT_FALSE(count >= kPagesPerHugePage)) {
+    PrefetchHoldCode();
+    Warm(part.first);
+  }
   if (ABSL_PREDICT_FALSE(sample || !shared_.notifiers->empty() || only != nullptr ||
                          !UnmapWhole(first, count, over_limit))) {
     if (const Error error = UnmapHeld(part, only, sample, over_limit); !error.ok()) return error;
@@ -228,6 +233,7 @@ Error Region::ZapDetached(PageRange part, const Detachment& detachment, const Gu
       if (shared_.options->strict_unmap) clean = Trap(extent) || clean;
     }
     DroppedPages<1> dropped;
+    PrefetchHoldCode();
     Warm(extent.first);
     sync::SpinLockHolder holder(tree_lock_);
     dropped.Add(detached.backing, vma->page_count());

@@ -22,6 +22,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "vm/hold_code.h"
 #include "vm/units.h"
 #include "vm/vma.h"
 
@@ -71,7 +72,7 @@ class VmaTree {
   // the caller then takes the tree lock. REQUIRES: the tree tiles the region and `page` lies in it.
   bool Lookup(RegionPage page, View& view) const;
 
-  Path Find(RegionPage page) const;
+  FREEHOLD_HOLD_CODE Path Find(RegionPage page) const;
   // Steps to the neighbour; false at the end.
   bool Next(Path& path) const { return Step(path, +1); }
   bool Previous(Path& path) const { return Step(path, -1); }
@@ -83,11 +84,11 @@ class VmaTree {
   RegionPage LargestGap() const;
 
   // Inserts `vma` right after the extent at `path`. REQUIRES: !NeedsNodes() at most two insertions ago.
-  void InsertAfter(const Path& path, Vma* vma);
+  FREEHOLD_HOLD_CODE void InsertAfter(const Path& path, Vma* vma);
   // Removes the extent at `path`, which is not the first of the region.
-  void Erase(const Path& path);
+  FREEHOLD_HOLD_CODE void Erase(const Path& path);
   // Brings the gap index up to date with the state and length of the extent at `path`.
-  void RefreshGap(const Path& path);
+  FREEHOLD_HOLD_CODE void RefreshGap(const Path& path);
 
   // Whether the pool may run out within three insertions, as many as one verb makes: each may take a node a
   // level and one for a new root.
@@ -124,19 +125,19 @@ class VmaTree {
     std::uint64_t origin;
   };
 
-  static int SlotOf(const Node& node, RegionPage page);
-  static RegionPage MaxGap(const Node& node);
-  static void InsertAt(Node& node, int slot, RegionPage key, void* entry, RegionPage gap);
-  static void EraseAt(Node& node, int slot);
+  FREEHOLD_HOLD_CODE static int SlotOf(const Node& node, RegionPage page);
+  FREEHOLD_HOLD_CODE static RegionPage MaxGap(const Node& node);
+  FREEHOLD_HOLD_CODE static void InsertAt(Node& node, int slot, RegionPage key, void* entry, RegionPage gap);
+  FREEHOLD_HOLD_CODE static void EraseAt(Node& node, int slot);
 
-  bool Step(Path& path, int direction) const;
+  FREEHOLD_HOLD_CODE bool Step(Path& path, int direction) const;
   static bool Fits(const Vma& vma, const GapRequest& request);
   bool FindGapBelow(int level, RegionPage at_least, const GapRequest& request, Path& path) const;
   Node* SplitInto(Node& left, int keep);
   void GrowRoot(Node* left, Node* right);
-  void PropagateGap(const Path& path, int level);
-  void PropagateKey(const Path& path, int level);
-  bool MergeWithNeighbour(const Path& path, int level);
+  FREEHOLD_HOLD_CODE void PropagateGap(const Path& path, int level);
+  FREEHOLD_HOLD_CODE void PropagateKey(const Path& path, int level);
+  FREEHOLD_HOLD_CODE bool MergeWithNeighbour(const Path& path, int level);
   Node* TakeNode();
   void SetRoot(Node* root) {
     root_ = root;
