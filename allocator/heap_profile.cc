@@ -143,7 +143,7 @@ void HeapProfile::Free(const Span* span, void* object) {
   objects_->Free(object);
 }
 
-AllocationSite* HeapProfile::NoteLarge(vm::Bytes bytes) {
+AllocationSite* HeapProfile::Note(vm::Bytes bytes) {
   const Stack stack = Capture();
   vm::sync::SpinLockHolder holder(lock_);
   AllocationSite* site = SiteOfLocked(stack, bytes.value);

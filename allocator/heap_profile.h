@@ -94,8 +94,8 @@ class HeapProfile {
   void* Allocate(SizeClass size_class);
   // Frees what Allocate returned. Stops the program if it is free already.
   void Free(const Span* span, void* object);
-  // Counts a large object as a sample. Null: no memory for that.
-  AllocationSite* NoteLarge(vm::Bytes bytes);
+  // Counts an object of `bytes` that comes from elsewhere as a sample: a large or a guarded one. Null: no memory for that.
+  AllocationSite* Note(vm::Bytes bytes);
   static void NoteFree(AllocationSite* site) {
     site->freed.fetch_add(1, std::memory_order_release);
   }

@@ -69,9 +69,18 @@ void StopProgram(const MisuseReport& report) {
     case Misuse::kSizeMismatch:
       line << "size " << report.size << " given for a " << report.object_size << "-byte object";
       break;
+    case Misuse::kStray:
+      if (report.written < report.object) {
+        line << Distance(report.written, report.object) << " bytes before";
+      } else {
+        line << Distance(report.object, report.written) - report.object_size << " bytes after";
+      }
+      line << " the " << report.object_size << "-byte object was written to";
+      break;
     case Misuse::kCorrupted: break;
   }
   line.Write();
+  if (report.explain != nullptr) report.explain(report.context);
   std::abort();
 }
 

@@ -16,6 +16,7 @@ enum class Misuse : std::uint8_t {
   kDoubleFree,
   kSizeMismatch,  // the object is smaller than the size that the program gave
   kCorrupted,     // a free object was written to
+  kStray,         // the memory around it was written to, while it was allocated
 };
 
 struct MisuseReport {
@@ -24,7 +25,11 @@ struct MisuseReport {
   const void* address;  // its argument
   const void* object = nullptr;
   std::size_t object_size = 0;
-  std::size_t size = 0;  // kSizeMismatch
+  std::size_t size = 0;           // kSizeMismatch
+  const void* written = nullptr;  // kStray: the byte
+  // Says more, after the line. May be null.
+  void (*explain)(const void* context) = nullptr;
+  const void* context = nullptr;
 };
 
 // "freehold: free(0x7f..): double free of a 48-byte object", and so on.

@@ -40,7 +40,8 @@ unsigned ShardsFor(const ObjectHeapOptions& options, vm::os::Kernel& kernel) {
 
 vm::Result<ObjectHeap*> ObjectHeap::Create(vm::AddressSpace& space, const ObjectHeapOptions& options) {
   const bool has_profile = options.profile.interval.value != 0;
-  const std::size_t bytes_per_thread = sizeof(ThreadCache) + (has_profile ? sizeof(Sampler) : 0);
+  const bool has_guards = options.guards.interval.value != 0;
+  const std::size_t bytes_per_thread = sizeof(ThreadCache) + (has_profile || has_guards ? sizeof(Sampler) : 0);
   const vm::Result<HeapMetadata> metadata = HeapMetadata::Create(
       space, {.header_bytes = sizeof(ObjectHeap), .cache_bytes = options.max_threads * bytes_per_thread});
   if (!metadata.ok()) return metadata.error();
@@ -49,10 +50,12 @@ vm::Result<ObjectHeap*> ObjectHeap::Create(vm::AddressSpace& space, const Object
     heap->profile_ = HeapProfile::Create(*heap, options.profile);
     heap->samples_ = heap->profile_ == nullptr ? nullptr : heap->profile_->objects();
   }
+  if (has_guards) heap->guards_ = GuardedObjects::Create(*heap, options.guards);
   return heap;
 }
 
 void ObjectHeap::Destroy(ObjectHeap* heap) {
+  if (heap->guards_ != nullptr) GuardedObjects::Destroy(heap->guards_);
   if (heap->profile_ != nullptr) HeapProfile::Destroy(heap->profile_);
   heap->metadata_.Release();
 }
@@ -120,10 +123,13 @@ ThreadCache* ObjectHeap::NewCache() {
     if (id == options_.max_threads) return nullptr;
     if (!metadata_.Commit(CacheOf(id), sizeof(ThreadCache)).ok()) return nullptr;
     // Without memory for that, the thread's objects are no samples.
-    const bool samples = profile_ != nullptr && metadata_.Commit(SamplerOf(id), sizeof(Sampler)).ok();
+    const bool wanted = profile_ != nullptr || guards_ != nullptr;
+    const bool samples = wanted && metadata_.Commit(SamplerOf(id), sizeof(Sampler)).ok();
     vm::sync::SpinLockHolder holder(registry_lock_);
     if (cache_count() != id) continue;
-    Sampler* sampler = samples ? new (SamplerOf(id)) Sampler(profile_->interval(), Mix(code_.Tag(CacheOf(id)))) : nullptr;
+    const Sampler::Intervals intervals = {.profile = profile_ != nullptr ? profile_->interval() : vm::Bytes{0},
+                                          .guard = guards_ != nullptr ? guards_->interval() : vm::Bytes{0}};
+    Sampler* sampler = samples ? new (SamplerOf(id)) Sampler(intervals, Mix(code_.Tag(CacheOf(id)))) : nullptr;
     ThreadCache* cache = new (CacheOf(id)) ThreadCache(*this, id, sampler);
     // Pairs with the acquire in cache_count().
     cache_count_.store(id + 1, std::memory_order_release);
@@ -158,7 +164,9 @@ Span* ObjectHeap::CheckedSpan(const char* call, const void* p) const {
     return span;
   }
   if (ABSL_PREDICT_FALSE(kind != SpanKind::kObjects && kind != SpanKind::kSuspect)) {
-    StopOnWrongPointer(call, p, span);
+    if (kind != SpanKind::kGuarded) StopOnWrongPointer(call, p, span);
+    guards_->SizeOf(call, p);
+    return span;
   }
   if (ABSL_PREDICT_FALSE(!IsObject(span, p))) StopOnWrongPointer(call, p, span);
   if (ABSL_PREDICT_FALSE(code_.IsTagged(p))) StopOnDoubleFree(call, p, span);
@@ -191,11 +199,11 @@ void ObjectHeap::StopOnWrongPointer(const char* call, const void* p, const Span*
 
 void ObjectHeap::StopOnDoubleFree(const char* call, const void* p, const Span* span) const {
   StopProgram(
-      {.what = Misuse::kDoubleFree, .call = call, .address = p, .object_size = UsableSizeOf(span)});
+      {.what = Misuse::kDoubleFree, .call = call, .address = p, .object_size = UsableSizeOf(span, p)});
 }
 
 void ObjectHeap::StopOnCorruption(const void* object) const {
-  const std::size_t size = Owns(object) ? UsableSizeOf(SpanOf(object)) : 0;
+  const std::size_t size = Owns(object) ? UsableSizeOf(SpanOf(object), object) : 0;
   StopProgram(
       {.what = Misuse::kCorrupted, .call = "malloc", .address = object, .object = object, .object_size = size});
 }
@@ -204,6 +212,7 @@ void ObjectHeap::Free(void* p) {
   if (p == nullptr) return;
   Span* span = CheckedSpan("free", p);
   if (IsLarge(span)) return FreeLarge(span, p);
+  if (IsGuardSlot(span)) return guards_->Free("free", p);
   if (IsSample(span)) return profile_->Free(span, p);
   auto* object = static_cast<FreeObject*>(p);
   if (HasSuspects() && FreeSuspect(span, object)) return;
@@ -238,7 +247,7 @@ void ObjectHeap::CheckFreeSized(const void* p, std::size_t size) const {
 // What is not suspect, and of no frozen cache, never becomes so.
 bool ObjectHeap::Hold(void* p) const {
   const Span* span = SpanOf(p);
-  if (IsLarge(span)) return false;
+  if (IsLarge(span) || IsGuardSlot(span)) return false;
   if (HasSuspects() && span->owner.load(std::memory_order_acquire)->NeedsLockToFree(span)) return false;
   code_.Link(static_cast<FreeObject*>(p), &end_);
   return true;
@@ -250,12 +259,27 @@ void ObjectHeap::Release(void* p, bool intact) const {
   object->tag = 0;
 }
 
-std::size_t ObjectHeap::UsableSizeOf(const Span* span) {
-  return IsLarge(span) ? LargeObjects::UsableSize(span) : kSizeClasses[span->size_class].size;
+std::size_t ObjectHeap::UsableSizeOf(const Span* span, const void* p) const {
+  if (IsLarge(span)) return LargeObjects::UsableSize(span);
+  return ABSL_PREDICT_FALSE(IsGuardSlot(span)) ? guards_->SizeOf("free", p) : kSizeClasses[span->size_class].size;
 }
 
 std::size_t ObjectHeap::UsableSize(const void* p) const {
-  return p == nullptr ? 0 : UsableSizeOf(CheckedSpan("malloc_usable_size", p));
+  return p == nullptr ? 0 : UsableSizeOf(CheckedSpan("malloc_usable_size", p), p);
+}
+
+// ---- samples ----
+
+void* ObjectHeap::AllocateSample(Sampler::Due due, SizeClass size_class, std::size_t size, std::size_t alignment,
+                                 bool& zero) {
+  if (due.guard && GuardedObjects::Fits(size, alignment)) {
+    if (void* object = guards_->Allocate(size, alignment)) {
+      if (due.profile) guards_->SetSite(object, profile_->Note({kSizeClasses[size_class].size}));
+      zero = true;
+      return object;
+    }
+  }
+  return due.profile ? profile_->Allocate(size_class) : nullptr;
 }
 
 // ---- large objects ----
@@ -345,6 +369,7 @@ void ObjectHeap::ForEachMetric(vm::MetricVisitor visit, void* context) const {
   caches("heap_threads", "Threads that have a cache.", attached_);
   caches("heap_orphans", "Caches of threads that are gone, kept for threads to come.", orphan_count_);
   if (profile_ != nullptr) profile_->ForEachMetric(visit, context);
+  if (guards_ != nullptr) guards_->ForEachMetric(visit, context);
 }
 
 void ObjectHeap::ForEachSizeClass(void (*visit)(void* context, const SizeClassStats& stats), void* context) {
@@ -375,6 +400,7 @@ void ObjectHeap::ForEachCache(void (*visit)(void* context, const CacheStats& sta
 void ObjectHeap::PrepareFork(ThreadCache* own) {
   if (own != nullptr) own->remote_frees_.LinkArrivals();  // may wait for a fork
   if (profile_ != nullptr) profile_->PrepareFork();
+  if (guards_ != nullptr) guards_->PrepareFork();
   std::uint32_t idle = 0;
   while (!forking_.compare_exchange_strong(idle, 1, std::memory_order_seq_cst)) {
     WaitForFork();
@@ -390,6 +416,7 @@ void ObjectHeap::ParentAfterFork(ThreadCache*) {
   registry_lock_.UnlockAfterFork();
   page_heap_.UnlockAfterFork();
   EndFork();
+  if (guards_ != nullptr) guards_->UnlockAfterFork();
   if (profile_ != nullptr) profile_->UnlockAfterFork();
 }
 
@@ -415,6 +442,7 @@ void ObjectHeap::ChildAfterFork(ThreadCache* own) {
   registry_lock_.UnlockAfterFork();
   page_heap_.UnlockAfterFork();
   EndFork();
+  if (guards_ != nullptr) guards_->UnlockAfterFork();
   if (profile_ != nullptr) profile_->UnlockAfterFork();
 }
 
@@ -429,6 +457,7 @@ void ObjectHeap::EndFork() {
 
 void ObjectHeap::CheckInvariants() {
   page_heap_.CheckInvariants();
+  if (guards_ != nullptr) guards_->CheckInvariants();
   for (std::uint32_t id = 0; id < cache_count(); ++id) CacheOf(id)->CheckInvariants();
 }
 

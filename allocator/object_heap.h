@@ -24,6 +24,7 @@
 #include <cstdint>
 
 #include "absl/base/thread_annotations.h"
+#include "allocator/guarded_objects.h"
 #include "allocator/heap_metadata.h"
 #include "allocator/heap_profile.h"
 #include "allocator/heap_stats.h"
@@ -53,6 +54,7 @@ struct ObjectHeapOptions {
   MemoryLimit* limit = nullptr;
   // Constant while the heap lives.
   HeapProfileOptions profile = {};
+  GuardOptions guards = {};
 };
 
 class ObjectHeap {
@@ -79,14 +81,14 @@ class ObjectHeap {
   bool Owns(const void* p) const { return AddressOf(p) - base_ < size_; }
   // Frees `p` from a thread that has no cache, being born or dying. Slower than ThreadCache::Free.
   void Free(void* p);
-  // How many bytes the program may use at `p`; 0 for null. REQUIRES: otherwise, `p` is an object of this heap.
+  // How many bytes the program may use at `p`; of a guarded object, as many as it asked for. 0 for null. REQUIRES: otherwise, `p` is an object of this heap.
   std::size_t UsableSize(const void* p) const;
 
   // For who keeps objects that the program freed from being used again. CheckFree: as the beginning of a free of `p`;
   // returns its usable size. Hold marks `p` so that it is known to be free, or returns false: a large object, or one that
   // came through a fork and would be free by the mark alone. Release takes the mark away, so that it may be freed, and
   // stops the program if it is damaged, or `intact` is false.
-  std::size_t CheckFree(const void* p) const { return UsableSizeOf(CheckedSpan("free", p)); }
+  std::size_t CheckFree(const void* p) const { return UsableSizeOf(CheckedSpan("free", p), p); }
   // The same for a free with a size: stops the program if there is no room for `size` bytes.
   void CheckFreeSized(const void* p, std::size_t size) const;
   bool Hold(void* p) const;
@@ -121,13 +123,17 @@ class ObjectHeap {
   void ChildAfterFork(ThreadCache* own) ABSL_NO_THREAD_SAFETY_ANALYSIS;
 
   vm::AddressSpace& space() const { return space_; }
-  // Null if there is none, by the options or for want of memory.
+  // Null, as the next one, if there is none, by the options or for want of memory.
   const HeapProfile* profile() const { return profile_; }
+  GuardedObjects* guards() const { return guards_; }
+  // Whether `p`, an object of the heap, lies between guard pages.
+  bool IsGuarded(const void* p) const { return guards_ != nullptr && guards_->Owns(p); }
 
   // CHECKs H1, H2 and the invariants of all parts. O(heap). REQUIRES: no call into the heap is running.
   void CheckInvariants();
 
  private:
+  friend class GuardedObjects;
   friend class HeapProfile;
   friend class RemoteFrees;
   friend class ThreadCache;
@@ -140,7 +146,7 @@ class ObjectHeap {
   ThreadCache* CacheOf(std::uint32_t id) const {
     return reinterpret_cast<ThreadCache*>(metadata_.caches()) + id;
   }
-  // There is room for them only with a profile.
+  // There is room for them only with a profile, or guarded objects.
   Sampler* SamplerOf(std::uint32_t id) const { return reinterpret_cast<Sampler*>(CacheOf(options_.max_threads)) + id; }
   std::uint32_t cache_count() const { return cache_count_.load(std::memory_order_acquire); }
   ThreadCache* TakeOrphan();
@@ -166,7 +172,11 @@ class ObjectHeap {
   [[noreturn]] void StopOnDoubleFree(const char* call, const void* p, const Span* span) const;
   // `object` is free, but its link or tag are not what they must be.
   [[noreturn]] void StopOnCorruption(const void* object) const;
-  static std::size_t UsableSizeOf(const Span* span);
+  // Of `p`, the object of `span`.
+  std::size_t UsableSizeOf(const Span* span, const void* p) const;
+  static bool IsGuardSlot(const Span* span) { return span->kind.load(std::memory_order_relaxed) == SpanKind::kGuarded; }
+  // An object that is a sample, for a thread in its slow path. Null: there is none to be had.
+  void* AllocateSample(Sampler::Due due, SizeClass size_class, std::size_t size, std::size_t alignment, bool& zero);
   bool IsSample(const Span* span) const {
     return samples_ != nullptr && span->owner.load(std::memory_order_relaxed) == samples_;
   }
@@ -213,6 +223,7 @@ class ObjectHeap {
   // Constant once threads use the heap.
   HeapProfile* profile_ = nullptr;
   const ThreadCache* samples_ = nullptr;  // owner of small samples
+  GuardedObjects* guards_ = nullptr;
 
   std::atomic<std::uint64_t> next_tick_{0};    // written by the thread that ticks
   std::atomic<bool> has_suspects_{false};      // set in the child of a fork

@@ -27,45 +27,64 @@ double MinusLog(std::uint64_t n) {
   return shift * kLn2 - 2 * z * sum;
 }
 
+// More bytes than anybody allocates.
+constexpr double kNever = 1e30;
+
 }  // namespace
 
-Sampler::Sampler(vm::Bytes interval, std::uint64_t seed)
-    : interval_(static_cast<double>(interval.value)), random_(seed), large_distance_(Distance()) {
-  for (unsigned i = 0; i < kSizeClassCount; ++i) until_[i] = ObjectsBeforeSample(static_cast<SizeClass>(i));
+Sampler::Sampler(const Intervals& intervals, std::uint64_t seed)
+    : random_(seed), large_distance_(Distance(static_cast<double>(intervals.profile.value))) {
+  profile_.interval = static_cast<double>(intervals.profile.value);
+  guard_.interval = static_cast<double>(intervals.guard.value);
+  for (Process* process : {&profile_, &guard_}) {
+    for (unsigned i = 0; i < kSizeClassCount; ++i) {
+      process->until[i] = ObjectsBeforeSample(*process, static_cast<SizeClass>(i));
+    }
+  }
 }
 
-double Sampler::Distance() {
+double Sampler::Distance(double interval) {
+  if (interval < 1) return kNever;
   // Every byte is a sample, without exception.
-  if (interval_ <= 1) return 0;
-  return MinusLog(Next(random_) | 1) * interval_;
+  if (interval <= 1) return 0;
+  return MinusLog(Next(random_) | 1) * interval;
 }
 
 // The sample is the object in which the distance ends; so the chance that the next object is one is
 // 1 - exp(-size / interval), which is what readers of profiles scale by.
-std::uint32_t Sampler::ObjectsBeforeSample(SizeClass size_class) {
-  return static_cast<std::uint32_t>(std::min(Distance() / kSizeClasses[size_class].size, kMaxObjects));
+std::uint32_t Sampler::ObjectsBeforeSample(const Process& process, SizeClass size_class) {
+  return static_cast<std::uint32_t>(std::min(Distance(process.interval) / kSizeClasses[size_class].size, kMaxObjects));
 }
 
-bool Sampler::Count(SizeClass size_class) {
-  if (until_[size_class] != 0) {
-    --until_[size_class];
+bool Sampler::Count(Process& process, SizeClass size_class) {
+  std::uint32_t& until = process.until[size_class];
+  if (until != 0) {
+    --until;
     return false;
   }
-  until_[size_class] = ObjectsBeforeSample(size_class);
-  return true;
+  until = ObjectsBeforeSample(process, size_class);
+  // Where there is none, the distance ends too, once in kMaxObjects.
+  return process.interval >= 1;
+}
+
+Sampler::Due Sampler::Count(SizeClass size_class) {
+  return {.profile = Count(profile_, size_class), .guard = Count(guard_, size_class)};
 }
 
 std::uint32_t Sampler::CountUpTo(SizeClass size_class, std::uint32_t most) {
-  const std::uint32_t count = std::min(most, until_[size_class]);
-  until_[size_class] -= count;
+  std::uint32_t& until_profile = profile_.until[size_class];
+  std::uint32_t& until_guard = guard_.until[size_class];
+  const std::uint32_t count = std::min({most, until_profile, until_guard});
+  until_profile -= count;
+  until_guard -= count;
   return count;
 }
 
 bool Sampler::CountLarge(vm::Bytes bytes) {
   large_distance_ -= static_cast<double>(bytes.value);
   if (large_distance_ >= 0) return false;
-  large_distance_ = Distance();
-  return true;
+  large_distance_ = Distance(profile_.interval);
+  return profile_.interval >= 1;
 }
 
 }  // namespace freehold::allocator

@@ -1,10 +1,11 @@
-// Which of a thread's allocations are samples of the heap profile: every byte that the thread allocates is one with
-// the same probability, independently (a Poisson process), and an object is a sample if one of its bytes is.
+// Which of a thread's allocations are samples of the heap profile, and which lie between guard pages: for each of the
+// two, every byte that the thread allocates is chosen with the same probability, independently (a Poisson process), and
+// an object is a sample if one of its bytes is.
 //
 // A size class is a process of its own: the objects until its next sample are geometrically distributed, whatever
 // other classes do. So nothing has to be counted while objects are allocated. A class's objects wait in a list of
 // their own, the *front*, from which allocations take them and which no free adds to; it never holds more than there
-// are until the next sample, so that the slow path comes when the sample is due:
+// are until the next sample of either kind, so that the slow path comes when the sample is due:
 //
 //     current span's free list: what came free, what was carved
 //         |  as many as are free, or until the next sample
@@ -29,21 +30,34 @@ namespace freehold::allocator {
 
 class Sampler {
  public:
-  // A sample every `interval` bytes on average; 1: every object is one. REQUIRES: at least 1.
-  Sampler(vm::Bytes interval, std::uint64_t seed);
+  // A sample every so many bytes on average; 0: none; 1: every object is one.
+  struct Intervals {
+    vm::Bytes profile = {0};
+    vm::Bytes guard = {0};
+  };
+  Sampler(const Intervals& intervals, std::uint64_t seed);
   Sampler(const Sampler&) = delete;
   Sampler& operator=(const Sampler&) = delete;
 
   // Stands in for a span in the fast path: only its free list means anything.
   Span& front(SizeClass size_class) { return fronts_[size_class]; }
 
-  // Counts one object of the class; whether it is a sample.
-  bool Count(SizeClass size_class);
+  // What an object is a sample for.
+  struct Due {
+    bool profile = false;
+    bool guard = false;
+    explicit operator bool() const { return profile || guard; }
+  };
+  // Counts one object of the class.
+  Due Count(SizeClass size_class);
   // Counts up to `most` objects, none of which is a sample. Returns how many.
   std::uint32_t CountUpTo(SizeClass size_class, std::uint32_t most);
   // Takes back the count of `objects`, which were not allocated.
-  void Uncount(SizeClass size_class, std::uint32_t objects) { until_[size_class] += objects; }
-  // Counts one large object.
+  void Uncount(SizeClass size_class, std::uint32_t objects) {
+    profile_.until[size_class] += objects;
+    guard_.until[size_class] += objects;
+  }
+  // Counts one large object; whether it is a sample of the profile.
   bool CountLarge(vm::Bytes bytes);
 
   // Where a sample is taken, its thread may allocate: then that is none. False: it is being taken already.
@@ -54,15 +68,22 @@ class Sampler {
   // More than anybody waits for, and few enough that sums fit.
   static constexpr double kMaxObjects = 1 << 30;
 
-  // Bytes until the next sample: exponentially distributed.
-  double Distance();
-  std::uint32_t ObjectsBeforeSample(SizeClass size_class);
+  struct Process {
+    double interval;
+    std::array<std::uint32_t, kSizeClassCount> until;  // objects before the next sample, without those of the front
+  };
 
-  const double interval_;
+  // Bytes until the next sample: exponentially distributed.
+  double Distance(double interval);
+  std::uint32_t ObjectsBeforeSample(const Process& process, SizeClass size_class);
+  // Counts one object; whether it is a sample.
+  bool Count(Process& process, SizeClass size_class);
+
   std::uint64_t random_;
-  double large_distance_;
+  double large_distance_;  // of the profile
   bool entered_ = false;
-  std::array<std::uint32_t, kSizeClassCount> until_;  // objects before the next sample, without those of the front
+  Process profile_;
+  Process guard_;
   std::array<Span, kSizeClassCount> fronts_;
 };
 

@@ -105,6 +105,7 @@ enum class SpanKind : std::uint8_t {
   kSuspect,   // the same, but it came through a fork: its free list must be rebuilt from tags before use
   kRun,       // one large object, in units of a chunk
   kMapped,    // one large object, with a mapping of its own
+  kGuarded,   // a slot of GuardedObjects, which knows what is there
 };
 
 // Where a span of objects is in its owner's lists.

@@ -138,21 +138,23 @@ void ThreadCache::CoolDownAll() {
 
 void* ThreadCache::AllocateAboveDirect(std::size_t size) {
   if (size > kMaxClassSize) return AllocateLarge({.size = size});
-  return AllocateClass(ClassOf(size));
+  return AllocateClass(ClassOf(size), size, kMinAlignment);
 }
 
-void* ThreadCache::AllocateClass(SizeClass size_class) {
+// Inlined, and the slow path's arguments in registers: what they are for costs the fast path nothing.
+ABSL_ATTRIBUTE_ALWAYS_INLINE inline void* ThreadCache::AllocateClass(SizeClass size_class, std::size_t size,
+                                                                     std::size_t alignment) {
   if (size_class >= kFirstHotClass) {
     if (void* object = PopHot(size_class)) return object;
   }
   void* object = Pop(bins_[size_class].source, kChunkReach);
-  if (ABSL_PREDICT_TRUE(object != nullptr)) return object;
-  ClassRequest request{size_class};
-  return AllocateClassSlow(request);
+  return ABSL_PREDICT_TRUE(object != nullptr) ? object : AllocateClassSlow(size_class, size, alignment);
 }
 
-void* ThreadCache::AllocateSlow(std::size_t size) {
-  ClassRequest request{ClassOf(size)};
+void* ThreadCache::AllocateSlow(std::size_t size) { return AllocateClassSlow(ClassOf(size), size, kMinAlignment); }
+
+void* ThreadCache::AllocateClassSlow(SizeClass size_class, std::size_t size, std::size_t alignment) {
+  ClassRequest request{.size_class = size_class, .size = size, .alignment = alignment};
   return AllocateClassSlow(request);
 }
 
@@ -282,7 +284,7 @@ void* ThreadCache::AllocateZeroed(std::size_t size) {
     return object == nullptr ? nullptr : std::memset(object, 0, size);
   }
   const SizeClass size_class = ClassOf(size);
-  ClassRequest request{size_class};
+  ClassRequest request{.size_class = size_class, .size = size};
   void* object = PopHot(size_class);
   if (object == nullptr) object = Pop(bins_[size_class].source, kChunkReach);
   if (object == nullptr) object = AllocateClassSlow(request);
@@ -293,7 +295,7 @@ void* ThreadCache::AllocateAligned(std::size_t alignment, std::size_t size) {
   if (alignment <= kMinAlignment) return Allocate(size);
   // The largest class is a multiple of every alignment up to a unit.
   if (size > kMaxClassSize || alignment > kUnitSize) return AllocateLarge({.size = size, .alignment = alignment});
-  return AllocateClass(AlignedClassOf(alignment, size));
+  return AllocateClass(AlignedClassOf(alignment, size), size, alignment);
 }
 
 void* ThreadCache::AllocateLarge(const LargeObjects::Request& request) {
@@ -307,7 +309,7 @@ void* ThreadCache::Reallocate(void* p, std::size_t size) {
   if (p == nullptr) return Allocate(size);
   Span* span = heap_->CheckedSpan("realloc", p);
   const bool is_large = IsLarge(span);
-  const std::size_t usable = is_large ? LargeObjects::UsableSize(span) : InfoOf(span).size;
+  const std::size_t usable = heap_->UsableSizeOf(span, p);
   if (is_large && size > LeastSizeOf(span)) {
     if (ResizeLarge(span, size)) return p;
   } else if (size <= usable && size > usable / 2) {
@@ -324,7 +326,7 @@ void* ThreadCache::Reallocate(void* p, std::size_t size) {
 
 bool ThreadCache::TryExpand(void* p, std::size_t size) {
   Span* span = heap_->CheckedSpan("try_expand", p);
-  if (size <= ObjectHeap::UsableSizeOf(span)) return true;
+  if (size <= heap_->UsableSizeOf(span, p)) return true;
   return IsLarge(span) && ResizeLarge(span, size);
 }
 
@@ -341,8 +343,9 @@ bool ThreadCache::ResizeLarge(Span* span, std::size_t size) {
 void* ThreadCache::AllocateCounted(ClassRequest& request) {
   const SizeClass size_class = request.size_class;
   const Bin& bin = bins_[size_class];
-  if (sampler_->Count(size_class) && sampler_->Enter()) {
-    void* sample = heap_->profile_->Allocate(size_class);
+  const Sampler::Due due = sampler_->Count(size_class);
+  if (due && sampler_->Enter()) {
+    void* sample = heap_->AllocateSample(due, size_class, request.size, request.alignment, request.zero);
     sampler_->Leave();
     if (sample != nullptr) return sample;
   }
@@ -393,7 +396,7 @@ void ThreadCache::EmptyFrontLocked(SizeClass size_class) {
 void ThreadCache::CountLarge(Span* span) {
   const vm::Bytes bytes{LargeObjects::UsableSize(span)};
   if (!sampler_->CountLarge(bytes) || !sampler_->Enter()) return;
-  span->site = heap_->profile_->NoteLarge(bytes);
+  span->site = heap_->profile_->Note(bytes);
   sampler_->Leave();
 }
 
@@ -542,6 +545,8 @@ void ThreadCache::FreeChecked(void* p) {
   auto* object = static_cast<FreeObject*>(p);
   if (IsLarge(span)) {
     heap_->FreeLarge(span, p);
+  } else if (ABSL_PREDICT_FALSE(ObjectHeap::IsGuardSlot(span))) {
+    heap_->guards_->Free("free", p);
   } else if (span->owner.load(std::memory_order_relaxed) == this) {
     if (IsHot(span)) return PushHot(span, object);
     if (Push(span, object)) HandleEvent(span);

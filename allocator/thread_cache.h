@@ -95,6 +95,8 @@ class alignas(vm::kCacheLineSize) ThreadCache {
 
   struct ClassRequest {
     SizeClass size_class;
+    std::size_t size;  // that the program asked for, as the alignment
+    std::size_t alignment = kMinAlignment;
     bool zero = false;  // out: the object reads as zero, but for its first kMinAlignment bytes
   };
 
@@ -172,10 +174,12 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   void CoolDownAll();
 
   // ---- allocation ----
-  void* AllocateClass(SizeClass size_class);
+  // `size`, `alignment`: what the program asked for.
+  void* AllocateClass(SizeClass size_class, std::size_t size, std::size_t alignment);
   ABSL_ATTRIBUTE_NOINLINE void* AllocateAboveDirect(std::size_t size);
   ABSL_ATTRIBUTE_NOINLINE void* AllocateSlow(std::size_t size);
   void* AllocateClassSlow(ClassRequest& request);
+  ABSL_ATTRIBUTE_NOINLINE void* AllocateClassSlow(SizeClass size_class, std::size_t size, std::size_t alignment);
   // REQUIRES: the class's current span has no free object.
   void* AllocateFromSpans(ClassRequest& request);
   void* AllocateLarge(const LargeObjects::Request& request);
