@@ -71,6 +71,9 @@ struct Config {
   bool zero_on_free = false;
   bool random_placement = false;
   vm::Bytes quarantine = {0};
+  // See allocator::GuardOptions for these two: the interval, and the slots.
+  vm::Bytes guard_pages = {0};
+  std::uint32_t guard_slots = 1024;
   // Whether a thread may be started that gives freed memory back while the program idles
   // (keeper.h).
   bool keeper = true;

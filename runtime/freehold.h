@@ -126,7 +126,8 @@ int freehold_heap_try_expand(freehold_heap* heap, void* object, size_t bytes);
 int freehold_heap_trim(freehold_heap* heap, size_t* bytes);
 
 /* How many bytes malloc and heaps give to who asks for `bytes`: what freehold_heap_usable_size then says, and all that
- * is there. 0: more than there can be. */
+ * is there; but for objects of malloc between guard pages (FREEHOLD_GUARD_PAGES), which have what was asked for. 0: more
+ * than there can be. */
 size_t freehold_good_size(size_t bytes);
 /* freehold_heap_try_expand for malloc's objects. Where Freehold does not serve malloc, 0. */
 int freehold_try_expand(void* object, size_t bytes);

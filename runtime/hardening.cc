@@ -110,20 +110,27 @@ bool Hold(ThreadCache& cache, ThreadState& state, void* p, std::size_t size) {
   return true;
 }
 
+// Null: none for now. A guarded object is not as aligned as others of its size.
+void* NewSpare(ThreadCache& cache, std::size_t size) {
+  void* p = cache.Allocate(size);
+  if (p == nullptr || !cache.heap().IsGuarded(p)) return p;
+  cache.Free(p);
+  return nullptr;
+}
+
 // `p`, or a spare of its class in exchange for it.
 void* Placed(ThreadCache& cache, bool attached, void* p) {
   if (!options.random_placement || p == nullptr) return p;
+  // It lies at random already, and has no more room than it was asked for.
+  if (cache.heap().IsGuarded(p)) return p;
   ThreadState* state = StateOf(cache, attached);
   if (state == nullptr) return p;
   const std::size_t size = cache.heap().UsableSize(p);
   if (size > kMaxClassSize) return p;
   auto& spares = state->spares[allocator::ClassOf(size)];
   // All of them at the first object of a class, so that the second may be any.
-  if (spares[0] == nullptr) {
-    for (void*& spare : spares) {
-      spare = cache.Allocate(size);
-      if (spare == nullptr) return p;
-    }
+  for (void*& spare : spares) {
+    if (spare == nullptr) spare = NewSpare(cache, size);
   }
   void*& chosen = spares[state->random.Below(kSpares)];
   return chosen != nullptr ? std::exchange(chosen, p) : p;

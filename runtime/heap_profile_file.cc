@@ -1,6 +1,5 @@
 #include "runtime/heap_profile_file.h"
 
-#include <dlfcn.h>
 #include <fcntl.h>
 #include <signal.h>
 #include <unistd.h>
@@ -131,30 +130,16 @@ struct Estimate {
   std::uint64_t bytes() const { return objects * site->object_size; }
 };
 
-void AppendFrame(Writer& writer, const void* address) {
-  // The call, not what comes after it.
-  const void* call = static_cast<const char*>(address) - 1;
-  Message line;
-  line.Append("    ").AppendHex(reinterpret_cast<std::uintptr_t>(address));
-  Dl_info info;
-  if (dladdr(call, &info) != 0 && info.dli_fname != nullptr) {
-    const auto offset_from = [&](const void* base) {
-      return static_cast<std::uint64_t>(static_cast<const char*>(address) - static_cast<const char*>(base));
-    };
-    if (info.dli_sname != nullptr) {
-      line.Append(' ').Append(info.dli_sname).Append('+').AppendHex(offset_from(info.dli_saddr));
-    }
-    line.Append(" (").Append(info.dli_fname).Append('+').AppendHex(offset_from(info.dli_fbase)).Append(')');
-  }
-  writer.Append(line.Append('\n').text());
-}
-
 void AppendSite(Writer& writer, const Estimate& estimate) {
   Message line;
   line.AppendNumber(estimate.bytes()).Append(" bytes in ").AppendNumber(estimate.objects);
   line.Append(estimate.objects == 1 ? " object of " : " objects of ").AppendNumber(estimate.site->object_size);
   writer.Append(line.Append(", allocated at\n").text());
-  for (unsigned i = FramesOfMalloc(); i < estimate.site->depth; ++i) AppendFrame(writer, estimate.site->frames[i]);
+  for (unsigned i = FramesOfMalloc(); i < estimate.site->depth; ++i) {
+    line.Clear();
+    AppendFrame(estimate.site->frames[i], line);
+    writer.Append(line.Append('\n').text());
+  }
 }
 
 void ReportLive(const HeapProfile& profile) {

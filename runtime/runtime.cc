@@ -9,6 +9,7 @@
 #include <cstddef>
 
 #include "runtime/cgroup.h"
+#include "runtime/guard_report.h"
 #include "runtime/hardening.h"
 #include "runtime/heap_profile_file.h"
 #include "runtime/message.h"
@@ -83,6 +84,10 @@ allocator::ObjectHeapOptions HeapOptions(const Config& config, const vm::Address
   options.decay = {config.decay.value / 2};
   const std::size_t share = space.reservation().bytes().value / kSpacePerThread.value;
   options.profile = {.interval = ProfileInterval(config), .capture = CaptureStack};
+  options.guards = {.interval = config.guard_pages,
+                    .slots = config.guard_slots,
+                    .capture = CaptureStack,
+                    .explain = ExplainGuardedObject};
   options.max_threads = static_cast<std::uint32_t>(
       std::clamp<std::size_t>(share, kMinThreads, allocator::ObjectHeapOptions{}.max_threads));
   return options;

@@ -4,8 +4,9 @@
 // The report is made by a signal handler on an alternate stack of the thread's own. It is there only where it takes
 // nothing from the program: a handler is installed if SIGSEGV still has its default action when the first thread is
 // created, and threads get an alternate stack as long as the handler is found in place, which every sixteenth looks
-// after. A program that installs a handler of its own, before or after, is left alone and gets no report. What it may notice: sigaction(2)
-// tells of a handler for SIGSEGV, sigaltstack(2) of a stack.
+// after. A program that installs a handler of its own, before or after, is left alone and gets no report, unless
+// fault_handler.h says otherwise. What it may notice: sigaction(2) tells of a handler for SIGSEGV, sigaltstack(2) of a
+// stack.
 //
 // Thread safety: thread-safe.
 // Allocation:    none.

@@ -1,5 +1,6 @@
 #include "runtime/stack_trace.h"
 
+#include <dlfcn.h>
 #include <unwind.h>
 
 #include <atomic>
@@ -71,6 +72,19 @@ unsigned CaptureStack(void** frames, unsigned most) {
   if (HasUnwindTables()) _Unwind_Backtrace(Visit, &walk);
   if (walk.count == 0) frames[walk.count++] = MallocFrame();
   return walk.count;
+}
+
+void AppendFrame(const void* address, Message& line) {
+  // The call, not what comes after it.
+  const void* call = static_cast<const char*>(address) - 1;
+  line.Append("    ").AppendHex(reinterpret_cast<std::uintptr_t>(address));
+  Dl_info info;
+  if (dladdr(call, &info) == 0 || info.dli_fname == nullptr) return;
+  const auto offset_from = [&](const void* base) {
+    return static_cast<std::uint64_t>(static_cast<const char*>(address) - static_cast<const char*>(base));
+  };
+  if (info.dli_sname != nullptr) line.Append(' ').Append(info.dli_sname).Append('+').AppendHex(offset_from(info.dli_saddr));
+  line.Append(" (").Append(info.dli_fname).Append('+').AppendHex(offset_from(info.dli_fbase)).Append(')');
 }
 
 }  // namespace freehold::runtime

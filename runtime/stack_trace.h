@@ -2,6 +2,8 @@
 #ifndef FREEHOLD_RUNTIME_STACK_TRACE_H_
 #define FREEHOLD_RUNTIME_STACK_TRACE_H_
 
+#include "runtime/message.h"
+
 namespace freehold::runtime {
 
 // Writes return addresses, innermost first, `most` of them at most, to `frames`; returns how many. By the unwind tables,
@@ -14,6 +16,10 @@ unsigned CaptureStack(void** frames, unsigned most);
 
 // How many that is: 1 in the preloaded library, else 0.
 unsigned FramesOfMalloc();
+
+// Appends to `line` what the dynamic linker knows of a return address: "    0x1234 main+0x12 (/bin/server+0x1234)". It takes
+// the linker's lock, and so waits while a library is loaded.
+void AppendFrame(const void* address, Message& line);
 
 }  // namespace freehold::runtime
 

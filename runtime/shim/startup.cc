@@ -1,6 +1,7 @@
 #include "runtime/shim/startup.h"
 
 #include "runtime/fork.h"
+#include "runtime/guard_report.h"
 #include "runtime/heap_profile_file.h"
 #include "runtime/keeper.h"
 #include "runtime/message.h"
@@ -28,6 +29,7 @@ void OnProcessStart(const char* const* environment) {
     Message().Append("libmimalloc.so is not preloaded; libc serves malloc instead").Report();
   }
   StartHeapProfile();
+  StartGuardReports();
   if (!process_runtime.has_space()) return;
   process_keeper.PrepareToStart();
   RegisterForkHandlers();

@@ -47,6 +47,7 @@ TEST(ShimLibraryTest, ShowsWhatItReplacesAndTheCApiOnly) {
       "__libc_memalign", "__libc_valloc", "__libc_pvalloc", "__posix_memalign",
       "pthread_create", "pthread_join", "pthread_tryjoin_np", "pthread_timedjoin_np",
       "pthread_clockjoin_np", "pthread_detach", "pthread_getattr_np",
+      "sigaction", "signal", "__sysv_signal",
       "mmap", "mmap64", "munmap", "mprotect", "pkey_mprotect", "mremap", "madvise", "posix_madvise", "mlock", "mlock2", "munlock",
       "mlockall", "munlockall", "msync", "mincore",
       // operator new and new[]: plain, nothrow, aligned, both
