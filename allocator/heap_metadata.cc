@@ -118,6 +118,14 @@ void HeapMetadata::ForEachWritableSpan(void (*visit)(void* context, Span* span),
   }
 }
 
+void HeapMetadata::Locate(HeapLocation& location) const {
+  location.records = AddressOf(reservation_.address());
+  location.step_bytes = kStep;
+  location.writable = AddressOf(commitments_->done);
+  location.first_step = static_cast<std::size_t>(span_section_ - reservation_.address()) / kStep;
+  location.end_step = step_count();
+}
+
 vm::Bytes HeapMetadata::committed() const {
   return {commitments_->steps.load(std::memory_order_relaxed) * kStep};
 }

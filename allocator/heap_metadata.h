@@ -16,6 +16,7 @@
 #include <cstdint>
 
 #include "allocator/chunk.h"
+#include "allocator/heap_stats.h"
 #include "allocator/size_class.h"
 #include "allocator/span.h"
 #include "vm/address_space.h"
@@ -75,14 +76,17 @@ class HeapMetadata {
   std::byte* caches() const { return caches_; }
   const SpanTable& spans() const { return spans_; }
   const ChunkTable& chunks() const { return chunks_; }
-  // What is writable.
+  // What is writable, and where its number of steps is kept, for a Metric.
   vm::Bytes committed() const;
+  const void* committed_location() const { return &commitments_->steps; }
+  // What becomes writable at a time.
+  static constexpr std::size_t kStep = std::size_t{64} << 10;
+  // Fills in what concerns the records of spans.
+  void Locate(HeapLocation& location) const;
   // Calls `visit` for every writable Span, used or not. REQUIRES: nobody commits.
   void ForEachWritableSpan(void (*visit)(void* context, Span* span), void* context) const;
 
  private:
-  // What becomes writable at a time.
-  static constexpr std::size_t kStep = std::size_t{64} << 10;
   // Steps ahead of need, so that a heap that goes on to new addresses takes mmap_lock for writing rarely: spans for as
   // many addresses as a region of the space makes writable ahead at most.
   static constexpr std::size_t kStepsAhead = 16;

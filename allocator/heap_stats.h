@@ -39,10 +39,35 @@ struct SizeClassStats {
 // Of one thread cache, or of the heap profile's.
 struct CacheStats {
   std::uint32_t id = 0;
-  bool attached = false;  // false: its thread is gone
+  bool attached = false;      // false: its thread is gone
+  std::uint32_t thread = 0;   // the kernel's number of the thread that it belongs, or belonged, to; 0: none
   std::uint64_t spans = 0;
   vm::Bytes capacity = {0};   // of the spans' objects
   vm::Bytes allocated = {0};  // see HeapStats::allocated
+  vm::Bytes at_hand = {0};    // in objects of any span that its thread freed and keeps; counted as held
+};
+
+// Where a reader outside the process finds what its heap counts by size and by thread. Addresses and sizes are the
+// process's; what is read is `Span`, and numbers.
+struct HeapLocation {
+  std::uint64_t caches = 0;       // the first; 0: there is no heap
+  std::uint64_t cache_bytes = 0;  // from one to the next
+  std::uint64_t cache_count = 0;  // address of a number of 32 bits
+  // From the start of a cache: a byte, 0 if it is attached; a number of 32 bits; counts of objects at hand, of 32 bits
+  // each, every `hot_bytes`, of `hot_classes` size classes from `first_hot_class` on.
+  std::uint64_t detached = 0;
+  std::uint64_t thread = 0;
+  std::uint64_t hot = 0;
+  std::uint64_t hot_bytes = 0;
+  std::uint64_t hot_classes = 0;
+  std::uint64_t first_hot_class = 0;
+  // The records of spans, in steps of `step_bytes` of which the bit in the words at `writable` says whether it may hold
+  // any: from first_step on, counted from `records`.
+  std::uint64_t records = 0;
+  std::uint64_t step_bytes = 0;
+  std::uint64_t writable = 0;
+  std::uint64_t first_step = 0;
+  std::uint64_t end_step = 0;
 };
 
 }  // namespace freehold::allocator

@@ -368,6 +368,11 @@ void ObjectHeap::ForEachMetric(vm::MetricVisitor visit, void* context) const {
   };
   caches("heap_threads", "Threads that have a cache.", attached_);
   caches("heap_orphans", "Caches of threads that are gone, kept for threads to come.", orphan_count_);
+  visit(context, {.name = "heap_records_bytes",
+                  .help = "Taken for the heap's own records.",
+                  .kind = vm::Metric::Kind::kGauge,
+                  .first = metadata_.committed_location(),
+                  .scale = HeapMetadata::kStep});
   if (profile_ != nullptr) profile_->ForEachMetric(visit, context);
   if (guards_ != nullptr) guards_->ForEachMetric(visit, context);
 }
@@ -385,7 +390,9 @@ void ObjectHeap::ForEachCache(void (*visit)(void* context, const CacheStats& sta
     std::array<SizeClassStats, kSizeClassCount> classes;
     cache->AddStats(classes);
     CacheStats stats{.id = id,
-                     .attached = cache->state_.load(std::memory_order_relaxed) == ThreadCache::State::kAttached};
+                     .attached = cache->state_.load(std::memory_order_relaxed) == ThreadCache::State::kAttached,
+                     .thread = cache->thread_.load(std::memory_order_relaxed),
+                     .at_hand = cache->at_hand()};
     for (unsigned i = 0; i < kSizeClassCount; ++i) {
       stats.spans += classes[i].spans;
       stats.capacity.value += classes[i].capacity * kSizeClasses[i].size;
@@ -393,6 +400,13 @@ void ObjectHeap::ForEachCache(void (*visit)(void* context, const CacheStats& sta
     }
     visit(context, stats);
   }
+}
+
+HeapLocation ObjectHeap::Locate() const {
+  HeapLocation location = ThreadCache::Locate(CacheOf(0));
+  location.cache_count = AddressOf(&cache_count_);
+  metadata_.Locate(location);
+  return location;
 }
 
 // ---- fork ----

@@ -114,6 +114,9 @@ class ObjectHeap {
   // The same for every thread cache there ever was, by id.
   void ForEachCache(void (*visit)(void* context, const CacheStats& stats), void* context);
 
+  // For readers outside the process, of the last two.
+  HeapLocation Locate() const;
+
   // fork(2): PrepareFork waits until no thread is in a slow path and keeps them out; exactly one of the other
   // two follows, in the parent and in the child, with the same argument. The heap comes before its address
   // space in PrepareFork and after it in the others. In the child, the caches of all other threads are orphans.

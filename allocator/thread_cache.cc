@@ -8,6 +8,7 @@
 #include "allocator/misuse.h"
 #include "allocator/object_heap.h"
 #include "vm/os/check.h"
+#include "vm/os/thread_id.h"
 
 namespace freehold::allocator {
 namespace {
@@ -76,11 +77,13 @@ FreeObject* ThreadCache::NextIn(const Span* span, const FreeObject* object) cons
 inline void* ThreadCache::PopHot(SizeClass size_class) {
   HotObjects& hot = hot_[size_class - kFirstHotClass];
   hot.asked = true;
-  if (hot.count == 0) {
+  const std::uint32_t count = hot.count.Get();
+  if (count == 0) {
     hot.room = kHotCapacity[size_class - kFirstHotClass];
     return nullptr;
   }
-  FreeObject* object = hot.objects[--hot.count];
+  hot.count.Set(count - 1);
+  FreeObject* object = hot.objects[count - 1];
   if (ABSL_PREDICT_FALSE(!code_.IsTagged(object))) heap_->StopOnCorruption(object);
   object->tag = 0;
   return object;
@@ -96,21 +99,24 @@ void ThreadCache::PushHot(Span* span, FreeObject* object) {
     return;
   }
   HotObjects& hot = hot_[span->size_class - kFirstHotClass];
-  if (ABSL_PREDICT_FALSE(hot.count == hot.room)) return PushHotFull(hot, span, object);
+  const std::uint32_t count = hot.count.Get();
+  if (ABSL_PREDICT_FALSE(count == hot.room)) return PushHotFull(hot, span, object);
   object->tag = code_.Tag(object);
-  hot.objects[hot.count++] = object;
+  hot.objects[count] = object;
+  hot.count.Set(count + 1);
 }
 
 void ThreadCache::PushHotFull(HotObjects& hot, Span* span, FreeObject* object) {
   if (!std::exchange(hot.asked, false)) {
-    CoolDown(hot, hot.count);
+    CoolDown(hot, hot.count.Get());
     hot.room = 0;
     return FreeCold(span, object);
   }
   // It was asked for, so there is room for one at least.
-  CoolDown(hot, (hot.count + 1) / 2);
+  CoolDown(hot, (hot.count.Get() + 1) / 2);
   object->tag = code_.Tag(object);
-  hot.objects[hot.count++] = object;
+  hot.objects[hot.count.Get()] = object;
+  hot.count.Add(1);
 }
 
 void ThreadCache::FreeCold(Span* span, FreeObject* object) {
@@ -128,12 +134,12 @@ void ThreadCache::CoolDown(HotObjects& hot, std::uint32_t count) {
     object->tag = 0;  // Push and RemoteFrees set it again
     FreeCold(heap_->SpanOf(object), object);
   }
-  std::copy(hot.objects.begin() + count, hot.objects.begin() + hot.count, hot.objects.begin());
-  hot.count -= count;
+  std::copy(hot.objects.begin() + count, hot.objects.begin() + hot.count.Get(), hot.objects.begin());
+  hot.count.Subtract(count);
 }
 
 void ThreadCache::CoolDownAll() {
-  for (HotObjects& hot : hot_) CoolDown(hot, hot.count);
+  for (HotObjects& hot : hot_) CoolDown(hot, hot.count.Get());
 }
 
 void* ThreadCache::AllocateAboveDirect(std::size_t size) {
@@ -753,6 +759,7 @@ void ThreadCache::BecomeOrphan() {
 }
 
 void ThreadCache::BecomeAttached() {
+  thread_.store(vm::os::CurrentThreadId(), std::memory_order_relaxed);
   InSlowPath([&] {
     lock_.AssertHeld();
     if (state_.load(std::memory_order_relaxed) == State::kFrozen) ThawLocked();
@@ -765,7 +772,11 @@ void ThreadCache::BecomeAttached() {
 void ThreadCache::ThawLocked() {
   remote_frees_.Forget();
   if (sampler_ != nullptr) sampler_->Leave();
-  hot_.fill({});
+  for (HotObjects& hot : hot_) {
+    hot.count.Set(0);
+    hot.room = 0;
+    hot.asked = false;
+  }
   strays_ = code_.end();
   inbox_.store(code_.end(), std::memory_order_relaxed);
   for (unsigned size_class = 0; size_class < kSizeClassCount; ++size_class) {
@@ -812,14 +823,18 @@ void ThreadCache::Freeze() {
 // sent since then may have come through half, and what is gathered for them they will know by its tags.
 void ThreadCache::ForgetOthers() {
   lock_.ReinitAfterFork();
+  if (thread_.load(std::memory_order_relaxed) != 0) {
+    thread_.store(vm::os::CurrentThreadId(), std::memory_order_relaxed);
+  }
   inbox_.store(code_.end(), std::memory_order_relaxed);
   strays_ = code_.end();
   remote_frees_.Forget();
   for (HotObjects& hot : hot_) {
-    const auto end = std::remove_if(hot.objects.begin(), hot.objects.begin() + hot.count, [this](FreeObject* object) {
+    const auto foreign = [this](FreeObject* object) {
       return heap_->SpanOf(object)->owner.load(std::memory_order_relaxed) != this;
-    });
-    hot.count = static_cast<std::uint32_t>(end - hot.objects.begin());
+    };
+    const auto end = std::remove_if(hot.objects.begin(), hot.objects.begin() + hot.count.Get(), foreign);
+    hot.count.Set(static_cast<std::uint32_t>(end - hot.objects.begin()));
   }
 }
 
@@ -864,6 +879,26 @@ void ThreadCache::AddStats(std::array<SizeClassStats, kSizeClassCount>& stats) {
   }
 }
 
+vm::Bytes ThreadCache::at_hand() const {
+  std::size_t bytes = 0;
+  for (unsigned i = 0; i < kHotClasses; ++i) bytes += hot_[i].count.Get() * kSizeClasses[kFirstHotClass + i].size;
+  return {bytes};
+}
+
+HeapLocation ThreadCache::Locate(const ThreadCache* first) {
+  const auto offset_of = [&](const void* member) { return AddressOf(member) - AddressOf(first); };
+  static_assert(static_cast<int>(State::kAttached) == 0 && sizeof(first->state_) == 1 &&
+                sizeof(HotObjects::count) == sizeof(std::uint32_t));
+  return {.caches = AddressOf(first),
+          .cache_bytes = sizeof(ThreadCache),
+          .detached = offset_of(&first->state_),
+          .thread = offset_of(&first->thread_),
+          .hot = offset_of(&first->hot_[0].count),
+          .hot_bytes = sizeof(HotObjects),
+          .hot_classes = kHotClasses,
+          .first_hot_class = kFirstHotClass};
+}
+
 std::uint32_t ThreadCache::CountFree(const Span* span) const {
   std::uint32_t count = 0;
   for (const FreeObject* object = span->free; object != code_.end(); object = code_.Next(object)) {
@@ -899,8 +934,8 @@ void ThreadCache::CheckInvariants() {
     FREEHOLD_CHECK(bin.available.last == previous);
   }
   for (unsigned i = 0; i < kHotClasses; ++i) {
-    FREEHOLD_CHECK(hot_[i].count <= hot_[i].room && hot_[i].room <= kHotCapacity[i]);
-    for (std::uint32_t object = 0; object < hot_[i].count; ++object) {
+    FREEHOLD_CHECK(hot_[i].count.Get() <= hot_[i].room && hot_[i].room <= kHotCapacity[i]);
+    for (std::uint32_t object = 0; object < hot_[i].count.Get(); ++object) {
       FREEHOLD_CHECK(code_.IsTagged(hot_[i].objects[object]));
     }
   }

@@ -109,7 +109,7 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   static constexpr std::uint32_t kMaxHotBytes = 64 << 10;  // of a class, but one object in any case
   // None of a class that the thread only frees: they would keep their spans from going back, and are not asked for.
   struct HotObjects {
-    std::uint32_t count = 0;
+    OwnerCounter count;
     std::uint32_t room = 0;  // 0 until the class is allocated from, and again when it is only freed to
     bool asked = false;      // allocated from since there was no room the last time
     std::array<FreeObject*, kMaxHot> objects;  // the one that was freed last at the end
@@ -256,6 +256,9 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   // Gives one of the class's available spans to `heir`, if this is an orphan that is not in use right now.
   Span* GiveAvailable(SizeClass size_class, ThreadCache* heir);
   void AddStats(std::array<SizeClassStats, kSizeClassCount>& stats);
+  vm::Bytes at_hand() const;
+  // Of HeapLocation what concerns caches, the first of which is at `first`, made or not yet.
+  static HeapLocation Locate(const ThreadCache* first);
   std::uint32_t CountFree(const Span* span) const;
   void CheckInvariants();
 
@@ -283,6 +286,7 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   // Messages that came through inbox_ after their span had gone to another cache.
   FreeObject* strays_ ABSL_GUARDED_BY(lock_);
   std::atomic<State> state_{State::kAttached};  // changed under lock_, and in the child of a fork
+  std::atomic<std::uint32_t> thread_{0};        // the kernel's number of the thread that attached last; written by it
   // Classes that an orphan has available spans of. Changed under lock_.
   std::array<std::atomic<std::uint64_t>, 2> orphan_classes_ = {};
   std::uint32_t next_orphan_ = 0;  // the registry's

@@ -9,6 +9,7 @@
 
 #include "allocator/heap_stats.h"
 #include "allocator/object_heap.h"
+#include "allocator/size_class.h"
 #include "runtime/runtime.h"
 #include "vm/address_space.h"
 #include "vm/os/raw_syscall.h"
@@ -38,46 +39,71 @@ void VisitMetric(void* visit, const vm::Metric& metric) {
       {.name = metric.name, .help = metric.help, .kind = metric.kind, .value = Load(metric)});
 }
 
-// What is said of each size class, and of each cache: a name, what it means, where it comes from.
-template <typename Stats>
-struct Column {
-  std::string_view name;
-  std::string_view help;
-  std::uint64_t (*value)(const Stats& stats);
+using allocator::HeapStats;
+
+constexpr StatisticRow<HeapStats> kHeapStatistics[] = {
+    {"heap_allocated_bytes", "In objects that the program holds.",
+     [](const HeapStats& stats) { return std::uint64_t{stats.allocated.value}; }},
+    {"heap_active_bytes", "In spans that hold an object, and in large objects.",
+     [](const HeapStats& stats) { return std::uint64_t{stats.active.value}; }},
+    // They were counted one after the other while threads went on.
+    {"heap_fragmented_bytes", "Of these, in no object.",
+     [](const HeapStats& stats) {
+       return std::uint64_t{stats.active.value - std::min(stats.active.value, stats.allocated.value)};
+     }},
+    {"heap_mapped_bytes", "Taken from the address space.",
+     [](const HeapStats& stats) { return std::uint64_t{stats.mapped.value}; }},
 };
 
-constexpr Column<SizeClassStats> kSizeClassColumns[] = {
+constexpr StatisticRow<Residence> kResidenceStatistics[] = {
+    {"vm_resident_bytes", "Resident, in pages of any size.",
+     [](const Residence& residence) { return residence.bytes; }},
+    {"vm_huge_page_bytes", "Resident in huge pages.", [](const Residence& residence) { return residence.huge_bytes; }},
+};
+
+std::uint64_t SpanBytesOf(const SizeClassStats& stats) {
+  return stats.spans * allocator::kSizeClasses[allocator::ClassOf(stats.object_size)].units * allocator::kUnitSize;
+}
+
+constexpr StatisticRow<SizeClassStats> kSizeClassStatistics[] = {
     {"heap_class_objects", "Objects that the program holds, by size.",
      [](const SizeClassStats& stats) { return stats.allocated; }},
     {"heap_class_free_objects", "Room for objects in their spans, by size.",
-     [](const SizeClassStats& stats) { return stats.capacity - stats.allocated; }},
+     [](const SizeClassStats& stats) { return stats.capacity - std::min(stats.capacity, stats.allocated); }},
     {"heap_class_spans", "Spans, by the size of their objects.",
      [](const SizeClassStats& stats) { return stats.spans; }},
+    {"heap_class_object_bytes", "In objects that the program holds, by size.",
+     [](const SizeClassStats& stats) { return stats.allocated * stats.object_size; }},
+    {"heap_class_span_bytes", "Memory of the spans, by the size of their objects.", SpanBytesOf},
 };
 
-constexpr Column<CacheStats> kCacheColumns[] = {
+constexpr StatisticRow<CacheStats> kCacheStatistics[] = {
+    {"heap_cache_thread", "The kernel's number of the thread of a cache, the last one's if it is gone; 0: none had it.",
+     [](const CacheStats& stats) { return std::uint64_t{stats.thread}; }},
     {"heap_cache_spans", "Spans of a thread's cache.", [](const CacheStats& stats) { return stats.spans; }},
     {"heap_cache_span_bytes", "Memory of these spans.",
-     [](const CacheStats& stats) { return static_cast<std::uint64_t>(stats.capacity.value); }},
+     [](const CacheStats& stats) { return std::uint64_t{stats.capacity.value}; }},
     {"heap_cache_object_bytes", "In objects of them that the program holds.",
-     [](const CacheStats& stats) { return static_cast<std::uint64_t>(stats.allocated.value); }},
+     [](const CacheStats& stats) { return std::uint64_t{stats.allocated.value}; }},
+    {"heap_cache_at_hand_bytes", "In objects that its thread freed and keeps at hand, counted as held.",
+     [](const CacheStats& stats) { return std::uint64_t{stats.at_hand.value}; }},
     {"heap_cache_attached", "1: of a thread that lives, or of the heap profile; 0: kept for a thread to come.",
      [](const CacheStats& stats) { return std::uint64_t{stats.attached}; }},
 };
 
 void VisitSizeClasses(allocator::ObjectHeap& heap, Visit visit) {
-  for (const auto& column : kSizeClassColumns) {
+  for (const auto& row : kSizeClassStatistics) {
     struct Context {
-      const Column<SizeClassStats>& column;
+      const StatisticRow<SizeClassStats>& row;
       Visit visit;
-    } context = {column, visit};
+    } context = {row, visit};
     heap.ForEachSizeClass(
         [](void* to, const SizeClassStats& stats) {
           const auto& context = *static_cast<const Context*>(to);
           if (stats.spans == 0) return;
-          context.visit({.name = context.column.name,
-                         .help = context.column.help,
-                         .value = context.column.value(stats),
+          context.visit({.name = context.row.name,
+                         .help = context.row.help,
+                         .value = context.row.value(stats),
                          .label = "size",
                          .label_value = stats.object_size});
         },
@@ -86,17 +112,17 @@ void VisitSizeClasses(allocator::ObjectHeap& heap, Visit visit) {
 }
 
 void VisitCaches(allocator::ObjectHeap& heap, Visit visit) {
-  for (const auto& column : kCacheColumns) {
+  for (const auto& row : kCacheStatistics) {
     struct Context {
-      const Column<CacheStats>& column;
+      const StatisticRow<CacheStats>& row;
       Visit visit;
-    } context = {column, visit};
+    } context = {row, visit};
     heap.ForEachCache(
         [](void* to, const CacheStats& stats) {
           const auto& context = *static_cast<const Context*>(to);
-          context.visit({.name = context.column.name,
-                         .help = context.column.help,
-                         .value = context.column.value(stats),
+          context.visit({.name = context.row.name,
+                         .help = context.row.help,
+                         .value = context.row.value(stats),
                          .label = "cache",
                          .label_value = stats.id});
         },
@@ -105,16 +131,8 @@ void VisitCaches(allocator::ObjectHeap& heap, Visit visit) {
 }
 
 void VisitHeap(allocator::ObjectHeap& heap, Visit visit) {
-  const allocator::HeapStats stats = heap.Stats();
-  // They were counted one after the other while threads went on.
-  const std::uint64_t unused = stats.active.value - std::min(stats.active.value, stats.allocated.value);
-  visit({.name = "heap_allocated_bytes", .help = "In objects that the program holds.", .value = stats.allocated.value});
-  visit({.name = "heap_active_bytes",
-         .help = "In spans that hold an object, and in large objects.",
-         .value = stats.active.value});
-  visit({.name = "heap_fragmented_bytes", .help = "Of these, in no object.", .value = unused});
-  visit({.name = "heap_mapped_bytes", .help = "Taken from the address space.", .value = stats.mapped.value});
-  visit({.name = "heap_records_bytes", .help = "Taken for the heap's own records.", .value = stats.metadata.value});
+  const HeapStats stats = heap.Stats();
+  for (const auto& row : kHeapStatistics) visit({.name = row.name, .help = row.help, .value = row.value(stats)});
 }
 
 // The lines of a file, without its newline; longer ones in parts.
@@ -179,7 +197,20 @@ bool TakeNumber(std::string_view& text, unsigned base, std::uint64_t& number) {
   return digits != 0;
 }
 
+// The number of "NAME     123 kB", if that is the line's name.
+bool TakeField(std::string_view line, std::string_view name, std::uint64_t& number) {
+  if (line.size() <= name.size() || std::memcmp(line.data(), name.data(), name.size()) != 0) return false;
+  line.remove_prefix(name.size());
+  while (!line.empty() && line[0] == ' ') line.remove_prefix(1);
+  return TakeNumber(line, 10, number);
+}
+
 }  // namespace
+
+absl::Span<const StatisticRow<Residence>> ResidenceStatistics() { return kResidenceStatistics; }
+absl::Span<const StatisticRow<HeapStats>> HeapStatistics() { return kHeapStatistics; }
+absl::Span<const StatisticRow<SizeClassStats>> SizeClassStatistics() { return kSizeClassStatistics; }
+absl::Span<const StatisticRow<CacheStats>> CacheStatistics() { return kCacheStatistics; }
 
 void StatisticsWriter::Emit(Message& line) {
   sink_(line.text());
@@ -239,25 +270,22 @@ void StatisticsWriter::Finish() {
   sink_(name_.empty() ? "{}\n" : labelled_ ? "\n  }\n}\n" : "\n}\n");
 }
 
-std::uint64_t HugePageBytes(const char* path, std::uintptr_t first, std::uintptr_t end) {
-  constexpr std::string_view kField = "AnonHugePages:";
+Residence ReadResidence(const char* path, std::uintptr_t first, std::uintptr_t end) {
   LineReader reader(path);
   bool inside = false;
-  std::uint64_t kilobytes = 0;
+  Residence kilobytes;
   for (std::string_view line; reader.Next(line);) {
     std::string_view rest = line;
     std::uint64_t number = 0;
     // A mapping begins with "7f0123456000-7f0123457000 ".
     if (TakeNumber(rest, 16, number) && !rest.empty() && rest[0] == '-') {
       inside = first <= number && number < end;
-    } else if (inside && line.size() > kField.size() && std::memcmp(line.data(), kField.data(), kField.size()) == 0) {
-      rest = line;
-      rest.remove_prefix(kField.size());
-      while (!rest.empty() && rest[0] == ' ') rest.remove_prefix(1);
-      if (TakeNumber(rest, 10, number)) kilobytes += number;
+    } else if (inside) {
+      if (TakeField(line, "Rss:", number)) kilobytes.bytes += number;
+      if (TakeField(line, "AnonHugePages:", number)) kilobytes.huge_bytes += number;
     }
   }
-  return kilobytes * 1024;
+  return {.bytes = kilobytes.bytes * 1024, .huge_bytes = kilobytes.huge_bytes * 1024};
 }
 
 void ForEachStatistic(const StatisticsOptions& options, Visit visit) {
@@ -265,9 +293,8 @@ void ForEachStatistic(const StatisticsOptions& options, Visit visit) {
   space.ForEachMetric(VisitMetric, &visit);
   if (options.huge_pages) {
     const auto first = reinterpret_cast<std::uintptr_t>(space.reservation().address());
-    visit({.name = "vm_huge_page_bytes",
-           .help = "Resident in huge pages.",
-           .value = HugePageBytes("/proc/self/smaps", first, first + space.reservation().bytes().value)});
+    const Residence residence = ReadResidence("/proc/self/smaps", first, first + space.reservation().bytes().value);
+    for (const auto& row : kResidenceStatistics) visit({.name = row.name, .help = row.help, .value = row.value(residence)});
   }
   if (process_runtime.server() != Server::kFreehold) return;
   allocator::ObjectHeap& heap = process_runtime.heap();

@@ -2,7 +2,7 @@
 // written as text, JSON or Prometheus's text format.
 //
 // The names are those of vm::Metric, which are all among them, and of numbers that have to be counted: per size class,
-// per thread cache. `freehold stat` reads the former from outside.
+// per thread cache. `freehold stat` reads both from outside.
 #ifndef FREEHOLD_RUNTIME_STATISTICS_H_
 #define FREEHOLD_RUNTIME_STATISTICS_H_
 
@@ -10,6 +10,8 @@
 #include <string_view>
 
 #include "absl/functional/function_ref.h"
+#include "absl/types/span.h"
+#include "allocator/heap_stats.h"
 #include "runtime/message.h"
 #include "vm/metric.h"
 
@@ -24,6 +26,25 @@ struct Statistic {
   std::string_view label = {};
   std::uint64_t label_value = 0;
 };
+
+// What is in memory of a part of the address space.
+struct Residence {
+  std::uint64_t bytes = 0;
+  std::uint64_t huge_bytes = 0;  // of that, in huge pages
+};
+
+// What is said of a heap, of each of its size classes, of each of its caches, and of a space's pages: a name, what it
+// means, where it comes from. For this process's own and, by `freehold stat`, for another's.
+template <typename Stats>
+struct StatisticRow {
+  std::string_view name;
+  std::string_view help;
+  std::uint64_t (*value)(const Stats& stats);
+};
+absl::Span<const StatisticRow<allocator::HeapStats>> HeapStatistics();
+absl::Span<const StatisticRow<allocator::SizeClassStats>> SizeClassStatistics();  // labelled "size"
+absl::Span<const StatisticRow<allocator::CacheStats>> CacheStatistics();          // labelled "cache"
+absl::Span<const StatisticRow<Residence>> ResidenceStatistics();
 
 enum class StatisticsFormat : std::uint8_t { kText, kJson, kPrometheus };
 
@@ -64,9 +85,8 @@ void ForEachStatistic(const StatisticsOptions& options, absl::FunctionRef<void(c
 // Both together.
 void WriteStatistics(const StatisticsOptions& options, LineSink sink);
 
-// The sum of "AnonHugePages" of the mappings in [first, end), in bytes, from a file in the format of /proc/PID/smaps. 0 if
-// it cannot be read.
-std::uint64_t HugePageBytes(const char* path, std::uintptr_t first, std::uintptr_t end);
+// Of the mappings in [first, end), from a file in the format of /proc/PID/smaps. Zeroes if it cannot be read.
+Residence ReadResidence(const char* path, std::uintptr_t first, std::uintptr_t end);
 
 }  // namespace freehold::runtime
 

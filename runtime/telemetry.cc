@@ -47,7 +47,7 @@ bool Telemetry::Publish(const vm::AddressSpace& space, const allocator::ObjectHe
   if (page_ == nullptr) return false;
   page_->version = TelemetryPage::kVersion;
   page_->bytes = sizeof(TelemetryPage);
-  page_->layout = LayoutOfVmas();
+  page_->layout = LayoutOfStructures();
   page_->started = space.kernel().Now().value;
   page_->lock_policy = static_cast<std::uint64_t>(space.lock_policy());
   page_->lock_times = AddressOf(space.lock_times());
@@ -59,6 +59,7 @@ bool Telemetry::Publish(const vm::AddressSpace& space, const allocator::ObjectHe
   space.ForEachRegion(add_region, this);
   space.ForEachMetric(add, this);
   if (heap != nullptr) heap->ForEachMetric(add, this);
+  if (heap != nullptr) page_->heap = heap->Locate();
   kernel.ForEachMetric(add, this);
   // After everything else, for readers of a process that has just started.
   page_->magic.store(TelemetryPage::kMagic, std::memory_order_release);

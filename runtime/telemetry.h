@@ -32,7 +32,7 @@ struct TelemetryPage {
   static constexpr char kName[] = "freehold-telemetry";
   static constexpr std::uint64_t kMagic = 0x444c'4f48'4545'5246;  // "FREEHOLD"
   // Changes when a field of this page does.
-  static constexpr std::uint32_t kVersion = 1;
+  static constexpr std::uint32_t kVersion = 2;
   static constexpr std::size_t kMaxMetrics = 64;
 
   struct Metric {
@@ -57,10 +57,11 @@ struct TelemetryPage {
   std::atomic<std::uint64_t> magic;  // written last
   std::uint32_t version;
   std::uint32_t bytes;         // of this struct
-  std::uint64_t layout;        // LayoutOfVmas(), for those who follow `tree` and `range_lock`
+  std::uint64_t layout;        // LayoutOfStructures(), for those who follow `tree`, `range_lock` and `heap`
   std::uint64_t started;       // CLOCK_MONOTONIC, in nanoseconds
   std::uint64_t lock_policy;   // vm::sync::LockPolicy
   std::uint64_t lock_times;    // address of a vm::sync::LockTimesRecorder; 0: not recorded
+  allocator::HeapLocation heap;  // for those who know `layout`; all zero if libc serves malloc
   std::uint64_t region_count;
   std::atomic<std::uint64_t> metric_count;  // grows; release after the metric was written
   char release[16];            // kVersion of version.h
@@ -68,14 +69,17 @@ struct TelemetryPage {
   Region regions[vm::kMaxRegions];
 };
 
-// A number that stands for the structures that a reader of VMAs, locks and histograms knows: two builds that agree in
-// it can read each other's.
-constexpr std::uint64_t LayoutOfVmas() {
+// A number that stands for the structures that a reader of VMAs, locks, histograms and spans knows: two builds that agree
+// in it can read each other's.
+constexpr std::uint64_t LayoutOfStructures() {
   std::uint64_t layout = TelemetryPage::kVersion;
   for (const std::size_t part :
        {sizeof(vm::VmaTree::Node), offsetof(vm::VmaTree::Node, entry), offsetof(vm::VmaTree::Node, gap), sizeof(vm::Vma),
         offsetof(vm::Vma, generation), offsetof(vm::Vma, knowledge), sizeof(vm::sync::RangeLock),
-        sizeof(vm::sync::RangeRequest), sizeof(vm::sync::LockTimesRecorder), vm::sync::kOperations}) {
+        sizeof(vm::sync::RangeRequest), sizeof(vm::sync::LockTimesRecorder), vm::sync::kOperations,
+        sizeof(allocator::Span), offsetof(allocator::Span, credits), offsetof(allocator::Span, carved),
+        offsetof(allocator::Span, size_class), offsetof(allocator::Span, state),
+        std::size_t{allocator::kSizeClassCount}, std::size_t{allocator::kMaxClassSize}}) {
     layout = layout * 1'000'003 + part;
   }
   return layout;

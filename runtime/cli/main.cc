@@ -18,7 +18,7 @@ constexpr char kHelp[] = R"(Usage: freehold COMMAND [ARGUMENTS]
 
 Commands:
   run [OPTIONS] [--] PROGRAM [ARGUMENTS]   run a program on Freehold's memory
-  stat PID [--json | --prometheus]         print the counters of a running process
+  stat PID [--heap] [--json|--prometheus]  print the counters of a running process
   maps PID [--kernel]                      print what it has mapped
   top PID [OPTIONS]                        watch what it does, and who waits for whom
   report PID -o FILE.html [--seconds=S]    watch it for a while, and write a page about it

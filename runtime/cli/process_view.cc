@@ -172,6 +172,7 @@ absl::Status ProcessView::ReadPage(std::uint64_t address) {
            .started = page->started,
            .lock_policy = page->lock_policy,
            .lock_times = page->lock_times,
+           .heap = page->heap,
            .release = std::string(page->release, strnlen(page->release, sizeof(page->release))),
            .metrics = {page->metrics, page->metrics + page->metric_count.load()},
            .regions = {page->regions, page->regions + page->region_count}};
@@ -204,6 +205,14 @@ absl::StatusOr<std::vector<ProcessView::Metric>> ProcessView::ReadMetrics() cons
   return metrics;
 }
 
+absl::StatusOr<allocator::HeapLocation> ProcessView::Heap() const {
+  if (const absl::Status status = CheckLayout(); !status.ok()) return status;
+  if (page_.heap.caches == 0) {
+    return absl::FailedPreconditionError(absl::StrCat("process ", pid_, " (", name_, ") has no heap of Freehold's"));
+  }
+  return page_.heap;
+}
+
 std::vector<ProcessView::Region> ProcessView::Regions() const {
   std::vector<Region> regions;
   for (const TelemetryPage::Region& region : page_.regions) {
@@ -214,7 +223,7 @@ std::vector<ProcessView::Region> ProcessView::Regions() const {
 }
 
 absl::Status ProcessView::CheckLayout() const {
-  if (page_.layout == runtime::LayoutOfVmas()) return absl::OkStatus();
+  if (page_.layout == runtime::LayoutOfStructures()) return absl::OkStatus();
   return absl::FailedPreconditionError(absl::StrCat("process ", pid_, " runs another build of Freehold (", page_.release,
                                                     "), whose structures are unknown here: use its `freehold`"));
 }

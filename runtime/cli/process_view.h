@@ -72,6 +72,9 @@ class ProcessView {
   // Addresses of the range locks, each once: for lock_view.h. Errors: it runs another build.
   absl::StatusOr<std::vector<std::uint64_t>> RangeLocks() const;
 
+  // Where its heap is: for heap_view.h. Errors: it has none; it runs another build.
+  absl::StatusOr<allocator::HeapLocation> Heap() const;
+
   pid_t pid() const { return pid_; }
   const std::string& name() const { return name_; }  // of its program, as ps(1) shows it
   absl::string_view release() const { return page_.release; }
@@ -96,6 +99,7 @@ class ProcessView {
     std::uint64_t started;
     std::uint64_t lock_policy;
     std::uint64_t lock_times;
+    allocator::HeapLocation heap;
     std::string release;
     std::vector<runtime::TelemetryPage::Metric> metrics;
     std::vector<runtime::TelemetryPage::Region> regions;

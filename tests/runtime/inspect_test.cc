@@ -3,6 +3,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <map>
 #include <nlohmann/json.hpp>
@@ -26,6 +27,7 @@ namespace {
 using ::testing::AnyOf;
 using ::testing::HasSubstr;
 using ::testing::MatchesRegex;
+using ::testing::Not;
 using ::testing::StartsWith;
 using nlohmann::json;
 
@@ -111,6 +113,82 @@ TEST_F(InspectTest, StatPrintsForPrometheus) {
   CheckPrometheus(OutputOf({"stat", "--prometheus", process_->pid()}), "inspected");
 }
 
+// ---- stat --heap ----
+
+TEST_F(InspectTest, StatPrintsTheHeapAsTables) {
+  const std::vector<std::string> lines = Lines(OutputOf({"stat", "--heap", process_->pid()}));
+  const auto has = [&](const std::string& pattern) {
+    const auto count = std::count_if(lines.begin(), lines.end(), [&](const std::string& line) {
+      return std::regex_match(line, std::regex(pattern));
+    });
+    EXPECT_EQ(count, 1) << pattern;
+  };
+  has("heap_allocated_bytes +[34]\\.[0-9] MiB   In objects that the program holds\\.");
+  has("heap_fragmented_bytes +.*");
+  has("[0-9.]+ % of the active memory is in no object");
+  has(" +size +objects +free_objects +spans +object_bytes +span_bytes");
+  has(" +cache +thread +spans +span_bytes +object_bytes +at_hand_bytes +attached");
+  // The main thread's.
+  has(" +0 +" + process_->pid() + " +[0-9]+ +[0-9.]+ [KM]iB +[0-9.]+ [KM]iB +[0-9.]+ [KM]?i?B +1");
+  EXPECT_THAT(OutputOf({"stat", process_->pid()}), Not(HasSubstr("span_bytes")));
+}
+
+TEST_F(InspectTest, StatPrintsTheHeapInEveryFormat) {
+  const json root = json::parse(OutputOf({"stat", process_->pid(), "--json", "--heap", "--huge-pages"}));
+  const json& statistics = root["statistics"];
+  EXPECT_EQ(statistics["heap_cache_thread"], (json{{"0", std::stoi(process_->pid())}}));
+  EXPECT_EQ(statistics["heap_cache_attached"], (json{{"0", 1}}));
+  EXPECT_GE(statistics["heap_allocated_bytes"].get<std::uint64_t>(), 3u << 20);
+  EXPECT_EQ(statistics["heap_active_bytes"].get<std::uint64_t>(),
+            statistics["heap_allocated_bytes"].get<std::uint64_t>() +
+                statistics["heap_fragmented_bytes"].get<std::uint64_t>());
+  EXPECT_GE(statistics["vm_resident_bytes"].get<std::uint64_t>(), 3u << 20);
+  EXPECT_LE(statistics["vm_huge_page_bytes"].get<std::uint64_t>(), statistics["vm_resident_bytes"].get<std::uint64_t>());
+  std::uint64_t spans = 0;
+  for (const auto& [size, count] : statistics["heap_class_spans"].items()) {
+    spans += count.get<std::uint64_t>();
+    EXPECT_GE(statistics["heap_class_span_bytes"][size].get<std::uint64_t>(),
+              statistics["heap_class_object_bytes"][size].get<std::uint64_t>())
+        << size;
+  }
+  EXPECT_GE(spans, 1u);
+  EXPECT_EQ(statistics["heap_cache_spans"]["0"].get<std::uint64_t>(), spans);
+  EXPECT_FALSE(json::parse(OutputOf({"stat", process_->pid(), "--json"})).contains("statistics"));
+
+  const std::string prometheus = OutputOf({"stat", "--prometheus", "--heap", "--huge-pages", process_->pid()});
+  CheckPrometheus(prometheus, "inspected");
+  EXPECT_THAT(prometheus, HasSubstr("freehold_heap_cache_thread{pid=\"" + process_->pid() +
+                                    "\",name=\"inspected\",cache=\"0\"} " + process_->pid() + "\n"));
+  EXPECT_THAT(prometheus, HasSubstr(",size=\""));
+  EXPECT_THAT(prometheus, HasSubstr("freehold_vm_huge_page_bytes{"));
+}
+
+TEST_F(InspectTest, StatOfTheHeapOfAChildAndOfNone) {
+  const Inspected parent("fork");
+  const json child = json::parse(OutputOf({"stat", "--json", "--heap", parent.line()}))["statistics"];
+  EXPECT_GE(child["heap_allocated_bytes"].get<std::uint64_t>(), 41u << 20);
+  EXPECT_EQ(child["heap_cache_thread"], (json{{"0", std::stoi(parent.line())}}));
+  const json own = json::parse(OutputOf({"stat", "--json", "--heap", parent.pid()}))["statistics"];
+  EXPECT_LT(own["heap_allocated_bytes"].get<std::uint64_t>(), 40u << 20);
+  EXPECT_EQ(own["heap_cache_thread"], (json{{"0", std::stoi(parent.pid())}}));
+
+  const Inspected without("hold", {{"LD_PRELOAD", ShimLibrary()}, {"FREEHOLD_MALLOC", "libc"}});
+  ExpectFailure({"stat", "--heap", without.pid()}, 1,
+                "process " + without.pid() + " (inspected) has no heap of Freehold's");
+  EXPECT_THAT(OutputOf({"stat", "--huge-pages", without.pid()}), HasSubstr("% of what is resident is in huge pages"));
+}
+
+TEST_F(InspectTest, TheHeapOfAProcessThatChangesIt) {
+  Inspected churning("churn-until-end");
+  for (int i = 0; i < 20; ++i) {
+    const json statistics =
+        json::parse(OutputOf({"stat", "--json", "--heap", churning.pid()}))["statistics"];
+    EXPECT_GE(statistics["heap_cache_thread"].size(), 2u);
+    EXPECT_GT(statistics["heap_active_bytes"].get<std::uint64_t>(), 0u);
+  }
+  churning.End();
+}
+
 TEST_F(InspectTest, TimesOfRangeLocks) {
   const Inspected recording("hold", {{"LD_PRELOAD", ShimLibrary()}, {"FREEHOLD_RECORD_RANGE_LOCKS", "1"}});
   const std::string text = OutputOf({"stat", recording.pid()});
@@ -191,7 +269,7 @@ TEST_F(InspectTest, ProcessesThatCannotBeLookedAt) {
     }
     ExpectFailure(Quick(command, foreign.pid()), 1,
                   "process " + foreign.pid() +
-                      " runs another release of Freehold (page version 99, here 1): use its `freehold`");
+                      " runs another release of Freehold (page version 99, here 2): use its `freehold`");
     ExpectFailure(Quick(command, ended_pid), 1, "process " + ended_pid + " has ended");
     ExpectFailure(Quick(command, "2147483647"), 1, "there is no process 2147483647");
   }

@@ -1,5 +1,7 @@
 #include "runtime/statistics.h"
 
+#include <unistd.h>
+
 #include <cstdio>
 #include <cstring>
 #include <fstream>
@@ -68,17 +70,24 @@ TEST(StatisticsWriterTest, Prometheus) {
             "freehold_last_bytes 18446744073709551615\n");
 }
 
-TEST(HugePageBytesTest, SumsMappingsInTheRange) {
+TEST(ResidenceTest, SumsMappingsInTheRange) {
   const std::string path = ::testing::TempDir() + "smaps";
   std::ofstream(path) << "00400000-00452000 r-xp 00000000 08:02 173521 /usr/bin/dbus\n"
-                      << "Size:                328 kB\nAnonHugePages:      2048 kB\nVmFlags: rd ex mr\n"
+                      << "Size:                328 kB\nRss:                 100 kB\n"
+                      << "AnonHugePages:      2048 kB\nVmFlags: rd ex mr\n"
                       << "10000000-10400000 rw-p 00000000 00:00 0 " << std::string(3000, 'x') << "\n"
-                      << "AnonHugePages:      4096 kB\n"
-                      << "1f000000-1f200000 rw-p 00000000 00:00 0\nAnonHugePages:      2048 kB\n"
-                      << "20000000-20200000 rw-p 00000000 00:00 0\nAnonHugePages:      2048 kB\n";
-  EXPECT_EQ(HugePageBytes(path.c_str(), 0x10000000, 0x20000000), 6144u << 10);
-  EXPECT_EQ(HugePageBytes(path.c_str(), 0, UINTPTR_MAX), 10240u << 10);
-  EXPECT_EQ(HugePageBytes("/nonexistent/smaps", 0, UINTPTR_MAX), 0u);
+                      << "Rss:                4100 kB\nAnonHugePages:      4096 kB\n"
+                      << "1f000000-1f200000 rw-p 00000000 00:00 0\nRss: 2048 kB\nAnonHugePages:      2048 kB\n"
+                      << "20000000-20200000 rw-p 00000000 00:00 0\nRss: 2060 kB\nAnonHugePages:      2048 kB\n";
+  const Residence some = ReadResidence(path.c_str(), 0x10000000, 0x20000000);
+  EXPECT_EQ(some.huge_bytes, 6144u << 10);
+  EXPECT_EQ(some.bytes, 6148u << 10);
+  const Residence all = ReadResidence(path.c_str(), 0, UINTPTR_MAX);
+  EXPECT_EQ(all.huge_bytes, 10240u << 10);
+  EXPECT_EQ(all.bytes, (100u + 4100 + 2048 + 2060) << 10);
+  const Residence none = ReadResidence("/nonexistent/smaps", 0, UINTPTR_MAX);
+  EXPECT_EQ(none.bytes, 0u);
+  EXPECT_EQ(none.huge_bytes, 0u);
   std::remove(path.c_str());
 }
 
@@ -123,6 +132,9 @@ TEST_F(ProcessStatisticsTest, CountObjectsBySizeAndByCache) {
   EXPECT_GE(at(after, "heap_cache_object_bytes", cache.id()),
             at(before, "heap_cache_object_bytes", cache.id()) + 20'000u * 3072);
   EXPECT_GE(at(after, "heap_cache_span_bytes", cache.id()), at(after, "heap_cache_object_bytes", cache.id()));
+  EXPECT_EQ(at(after, "heap_class_object_bytes", 3072), at(after, "heap_class_objects", 3072) * 3072);
+  EXPECT_EQ(at(after, "heap_class_span_bytes", 3072), at(after, "heap_class_spans", 3072) * allocator::kUnitSize);
+  EXPECT_EQ(at(after, "heap_cache_thread", cache.id()), static_cast<std::uint64_t>(gettid()));
   EXPECT_EQ(at(after, "heap_cache_attached", cache.id()), 1u);
   EXPECT_GE(at(after, "heap_allocated_bytes"), 20'000u * 3072);
   EXPECT_EQ(at(after, "heap_active_bytes"), at(after, "heap_allocated_bytes") + at(after, "heap_fragmented_bytes"));
@@ -132,6 +144,8 @@ TEST_F(ProcessStatisticsTest, CountObjectsBySizeAndByCache) {
   const Values sparse = Read();
   EXPECT_LT(at(sparse, "heap_class_objects", 3072), at(after, "heap_class_objects", 3072) - 9'000);
   EXPECT_GT(at(sparse, "heap_fragmented_bytes"), at(after, "heap_fragmented_bytes") + 9'000u * 3072);
+  cache.Free(cache.Allocate(3000));
+  EXPECT_GE(at(Read(), "heap_cache_at_hand_bytes", cache.id()), 3072u);
   for (std::size_t i = 1; i < objects.size(); i += 2) cache.Free(objects[i]);
 }
 

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <chrono>
 #include <cstring>
 #include <fstream>
@@ -18,13 +19,16 @@
 #include <stop_token>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "allocator/object_heap.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "runtime/cli/heap_view.h"
 #include "runtime/cli/lock_view.h"
 #include "runtime/cli/process_view.h"
+#include "runtime/statistics.h"
 #include "runtime/version.h"
 #include "tests/runtime/subprocess.h"
 #include "vm/address_space.h"
@@ -85,6 +89,19 @@ class TelemetryTest : public ::testing::TestWithParam<LockPolicy> {
     return *std::move(view);
   }
   static std::string OpenError() { return std::string(ProcessView::Open(getpid()).status().message()); }
+
+  static absl::StatusOr<cli::HeapView> TryReadHeap() {
+    const ProcessView view = Open();
+    const auto metrics = view.ReadMetrics();
+    EXPECT_TRUE(metrics.ok()) << metrics.status();
+    return cli::ReadHeap(view, *metrics);
+  }
+  static cli::HeapView ReadHeap() {
+    absl::StatusOr<cli::HeapView> heap = TryReadHeap();
+    EXPECT_TRUE(heap.ok()) << heap.status();
+    return *std::move(heap);
+  }
+  static std::string HeapError() { return std::string(TryReadHeap().status().message()); }
 
   PageRange Map(std::size_t pages, vm::MapOptions options = {}) {
     const auto range = space_->Map({pages}, options);
@@ -404,6 +421,141 @@ TEST_P(TelemetryTest, WaitsWhileLocksChangeHands) {
   EXPECT_GE(seen, 100u);
 }
 
+// ---- the heap ----
+
+// What the heap counts itself, as a view of it.
+cli::HeapView OwnView(allocator::ObjectHeap& heap) {
+  cli::HeapView view;
+  heap.ForEachSizeClass(
+      [](void* to, const allocator::SizeClassStats& stats) {
+        if (stats.spans != 0) static_cast<cli::HeapView*>(to)->classes.push_back(stats);
+      },
+      &view);
+  heap.ForEachCache(
+      [](void* to, const allocator::CacheStats& stats) { static_cast<cli::HeapView*>(to)->caches.push_back(stats); }, &view);
+  view.sums = heap.Stats();
+  return view;
+}
+
+using Named = std::map<std::pair<std::string, std::uint64_t>, std::uint64_t>;
+Named NamedOf(const cli::HeapView& view) {
+  Named named;
+  cli::ForEachHeapStatistic(view, [&](const Statistic& statistic) {
+    EXPECT_TRUE(named.emplace(std::pair(std::string(statistic.name), statistic.label_value), statistic.value).second);
+  });
+  return named;
+}
+
+TEST_P(TelemetryTest, TheHeapIsAsItCountsItself) {
+  EXPECT_TRUE(ReadHeap().classes.empty());
+  EXPECT_TRUE(ReadHeap().caches.empty());
+  allocator::ThreadCache* cache = heap_->AttachThread();
+  std::vector<void*> objects;
+  for (int i = 0; i < 20'000; ++i) objects.push_back(cache->Allocate(static_cast<std::size_t>(i) % 3000));
+  for (const std::size_t size : {5000, 60'000, 131'072, 200'000, 5 << 20}) objects.push_back(cache->Allocate(size));
+  // Full spans, available ones, empty ones; objects at hand; objects on their way to another thread.
+  for (std::size_t i = 0; i < 15'000; ++i) {
+    if (i % 7 != 0) cache->Free(std::exchange(objects[i], nullptr));
+  }
+  std::thread([&] {
+    allocator::ThreadCache* other = heap_->AttachThread();
+    for (int i = 0; i < 3000; ++i) objects.push_back(other->Allocate(2000));
+    for (int i = 0; i < 3000; i += 2) other->Free(std::exchange(objects[objects.size() - 1 - i], nullptr));
+    for (std::size_t i = 15'000; i < 15'100; ++i) other->Free(std::exchange(objects[i], nullptr));
+    other->Free(other->Allocate(2000));
+    const Named own = NamedOf(OwnView(*heap_));
+    EXPECT_EQ(NamedOf(ReadHeap()), own);
+    EXPECT_GT(own.at({"heap_cache_at_hand_bytes", other->id()}), 0u);
+    EXPECT_EQ(own.at({"heap_cache_thread", other->id()}), static_cast<std::uint64_t>(gettid()));
+    EXPECT_EQ(own.at({"heap_cache_thread", cache->id()}), static_cast<std::uint64_t>(getpid()));
+    EXPECT_GT(own.at({"heap_class_objects", 2048}), 1500u);
+    EXPECT_GT(own.at({"heap_fragmented_bytes", 0}), 0u);
+    heap_->DetachThread(other);
+  }).join();
+  const Named own = NamedOf(OwnView(*heap_));
+  EXPECT_EQ(NamedOf(ReadHeap()), own);
+  EXPECT_EQ(own.at({"heap_cache_attached", cache->id()}), 1u);
+  EXPECT_EQ(own.at({"heap_cache_attached", 1 - cache->id()}), 0u);
+  EXPECT_EQ(own.at({"heap_cache_at_hand_bytes", 1 - cache->id()}), 0u);
+  for (void* p : objects) cache->Free(p);
+  heap_->DetachThread(cache);
+  EXPECT_EQ(NamedOf(ReadHeap()), NamedOf(OwnView(*heap_)));
+}
+
+TEST_P(TelemetryTest, TheHeapWhileOthersUseIt) {
+  std::atomic<bool> stop{false};
+  std::vector<std::thread> threads;
+  for (unsigned t = 0; t < 3; ++t) {
+    threads.emplace_back([&, t] {
+      unsigned random = t + 1;
+      while (!stop.load(std::memory_order_relaxed)) {
+        allocator::ThreadCache* cache = heap_->AttachThread();
+        std::array<void*, 200> objects = {};
+        for (int i = 0; i < 5000; ++i) {
+          random = random * 1664525 + 1013904223;
+          void*& object = objects[random >> 8 & 127];
+          cache->Free(object);
+          object = cache->Allocate((random >> 12) % 10'000);
+        }
+        for (void* object : objects) cache->Free(object);
+        heap_->DetachThread(cache);
+      }
+    });
+  }
+  for (int round = 0; round < 200; ++round) {
+    const cli::HeapView view = ReadHeap();
+    for (const allocator::SizeClassStats& stats : view.classes) {
+      ASSERT_LE(stats.allocated, stats.capacity);
+      ASSERT_LE(stats.capacity * stats.object_size, std::size_t{2} << 30);
+    }
+    for (const allocator::CacheStats& stats : view.caches) {
+      ASSERT_LE(stats.allocated.value, stats.capacity.value);
+      ASSERT_LE(stats.at_hand.value, std::size_t{64} << 20);
+    }
+    ASSERT_LE(view.caches.size(), 4u);
+  }
+  stop = true;
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(NamedOf(ReadHeap()), NamedOf(OwnView(*heap_)));
+}
+
+TEST_P(TelemetryTest, HeapsThatCannotBeRead) {
+  allocator::ThreadCache* cache = heap_->AttachThread();
+  cache->Free(cache->Allocate(100));
+  TelemetryPage& page = *FindPage();
+  const allocator::HeapLocation original = page.heap;
+  const auto expect = [&](const char* what, const std::string& message, auto&& change) {
+    change(page.heap);
+    EXPECT_THAT(HeapError(), HasSubstr(message)) << what;
+    page.heap = original;
+  };
+  using Location = allocator::HeapLocation;
+  const std::string overwritten = "was overwritten";
+  expect("none", "has no heap of Freehold's", [](Location& heap) { heap = {}; });
+  expect("no bytes", overwritten, [](Location& heap) { heap.cache_bytes = 0; });
+  expect("many bytes", overwritten, [](Location& heap) { heap.cache_bytes = ~std::uint64_t{0}; });
+  expect("state", overwritten, [](Location& heap) { heap.detached = heap.cache_bytes; });
+  expect("thread", overwritten, [](Location& heap) { heap.thread = heap.cache_bytes - 3; });
+  expect("far", overwritten, [](Location& heap) { heap.hot = ~std::uint64_t{0} - 8; });
+  expect("classes", overwritten, [](Location& heap) { heap.hot_classes = 1'000'000; });
+  expect("first class", overwritten, [](Location& heap) { heap.first_hot_class = allocator::kSizeClassCount; });
+  expect("counts", overwritten, [](Location& heap) { heap.hot_bytes = 2; });
+  expect("steps", overwritten, [](Location& heap) { heap.end_step = std::uint64_t{1} << 40; });
+  expect("backwards", overwritten, [](Location& heap) { heap.first_step = heap.end_step + 1; });
+  expect("no step", overwritten, [](Location& heap) { heap.step_bytes = 0; });
+  expect("odd steps", overwritten, [](Location& heap) { heap.step_bytes = 100; });
+  const std::uint32_t many = ~std::uint32_t{0};
+  expect("many caches", "number of threads cannot be",
+         [&](Location& heap) { heap.cache_count = reinterpret_cast<std::uintptr_t>(&many); });
+  const auto unreadable = [](Location& heap) { heap.cache_count = 8; };
+  expect("nowhere", "is ending", unreadable);
+  expect("no caches there", "is ending", [](Location& heap) { heap.caches = 8; });
+  expect("no bits there", "is ending", [](Location& heap) { heap.writable = 8; });
+  expect("no records there", "is ending", [](Location& heap) { heap.records = 4096; });
+  EXPECT_FALSE(ReadHeap().classes.empty());
+  heap_->DetachThread(cache);
+}
+
 // ---- pages that are not as they should be ----
 
 TEST_P(TelemetryTest, PagesOfOtherReleasesAndBrokenOnes) {
@@ -417,7 +569,7 @@ TEST_P(TelemetryTest, PagesOfOtherReleasesAndBrokenOnes) {
   };
   const std::string overwritten = "was overwritten";
   expect("magic", "is only starting; try again", [&] { page.magic = 0; });
-  expect("version", "another release of Freehold (page version 9, here 1)", [&] { page.version = 9; });
+  expect("version", "another release of Freehold (page version 9, here 2)", [&] { page.version = 9; });
   expect("size", "another release", [&] { page.bytes = 1; });
   expect("too many metrics", overwritten, [&] { page.metric_count = TelemetryPage::kMaxMetrics + 1; });
   expect("no region", overwritten, [&] { page.region_count = 0; });
@@ -438,6 +590,7 @@ TEST_P(TelemetryTest, PagesOfOtherReleasesAndBrokenOnes) {
   EXPECT_THAT(std::string(view.ReadVmas().status().message()), HasSubstr("another build of Freehold"));
   EXPECT_THAT(std::string(cli::ReadLockWaits(view).status().message()), HasSubstr("another build of Freehold"));
   EXPECT_FALSE(view.ReadLargestGap().ok());
+  EXPECT_THAT(HeapError(), HasSubstr("another build of Freehold"));
   --page.layout;
   // Addresses of nothing.
   page.metrics[0].first = 8;
