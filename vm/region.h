@@ -407,7 +407,7 @@ class alignas(kPageSize) Region {
   // Heap zones: puts the zone's own kernel VMA in the place of another, without access.
   Error ReplaceForeign(PageRange range);
   // Unmap, whatever that takes.
-  Error UnmapHeld(PageRange part, const VmaInfo* only, bool sample, bool& over_limit);
+  FREEHOLD_HOLD_CODE Error UnmapHeld(PageRange part, const VmaInfo* only, bool sample, bool& over_limit);
   // The common case: these pages are exactly one mapped extent that needs no kernel work. False otherwise.
   bool RetireWholeLocked(RegionPage first, RegionPage count, std::size_t sampled) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Whether a border of `part` goes through a mapped extent.

@@ -39,13 +39,14 @@ Error Region::Unmap(PageRange part, const VmaInfo* only) {
   const RegionPage first = ToRegion(part.first);
   const RegionPage count = ToRegion(part.end) - first;
   const bool sample = WantsSample(count);
+  bool whole = !sample && shared_.notifiers->empty() && only == nullptr;
   // Of small ones, the caches have seen the map.
   if (ABSL_PREDICT_FALSE(count >= kPagesPerHugePage)) {
+    whole = whole && range_lock_.KnowsHolders(part);
     PrefetchHoldCode();
     Warm(part.first);
   }
-  if (ABSL_PREDICT_FALSE(sample || !shared_.notifiers->empty() || only != nullptr ||
-                         !UnmapWhole(first, count, over_limit))) {
+  if (ABSL_PREDICT_FALSE(!whole || !UnmapWhole(first, count, over_limit))) {
     if (const Error error = UnmapHeld(part, only, sample, over_limit); !error.ok()) return error;
   }
   if (ABSL_PREDICT_FALSE(over_limit)) TrimFree();

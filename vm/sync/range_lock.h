@@ -161,6 +161,10 @@ class RangeLock {
   // with this call, as those of holders that looked at what that lock guards once they held their
   // range; others may be missed. Always true under kCoarse, the model of a lock that everybody takes.
   bool MayBeHeld(PageRange range) const;
+  // Whether MayBeHeld ever says no of so long a range.
+  bool KnowsHolders(PageRange range) const {
+    return policy_ == LockPolicy::kTree || (policy_ == LockPolicy::kAdaptive && !AdaptiveRangeLock::IsLong(range));
+  }
 
   // Holders and waiters that overlap `range` (kCoarse: all of them). For diagnostics; a hint.
   HolderList Holders(PageRange range) const;
