@@ -352,8 +352,13 @@ class alignas(kPageSize) Region {
   }
 
   // map.cc
-  enum class Choice : std::uint8_t { kPublished, kPrepare, kCleanFirst, kNoMetadata, kNoRoom };
-  Choice ChooseLocked(RegionPage count, const MapOptions& options, bool may_clean, Preparation& out)
+  enum class Choice : std::uint8_t { kPublished, kPrepare, kCleanFirst, kPurgeFirst, kNoMetadata, kNoRoom };
+  // What a Map has not tried yet to find memory that was used before.
+  struct Remedies {
+    bool clean = true;
+    bool purge = true;
+  };
+  Choice ChooseLocked(RegionPage count, const MapOptions& options, const Remedies& left, Preparation& out)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   Vma* TakeCachedLocked(RegionPage count, const MapOptions& options)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
@@ -480,6 +485,8 @@ class alignas(kPageSize) Region {
   FREEHOLD_HOLD_CODE Pages FinishPurging(const PurgeList& list, bool discarded, bool keep);
   // Whether the bin of `count` has gathered enough extents of unknown content for one cheap discard.
   bool WorthCleaningLocked(RegionPage count) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // Whether so much is cached that the region had better give it back than grow for `carved`, which is free.
+  bool WorthPurgingLocked(const Vma& carved) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Discards what such a bin has gathered, and keeps the extents as clean.
   void CleanBin(RegionPage count);
   void WaitForPurges();
