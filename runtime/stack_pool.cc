@@ -261,7 +261,8 @@ Result<StackPool::Span*> StackPool::AddSpanOf(std::size_t size_class, std::size_
   if (record == nullptr) return ErrorCode::kNoMetadata;
   auto* slots = reinterpret_cast<StackSlot*>(static_cast<std::byte*>(record) + header);
   for (std::size_t i = 0; i < slot_count; ++i) new (slots + i) StackSlot;
-  auto* span = new (record) Span{.older = spans_, .range = range, .slot_pages = slot_pages, .slots = slots, .slot_count = slot_count};
+  auto* span = new (record)
+      Span{.older = spans_, .range = range, .slot_pages = slot_pages, .slots = slots, .slot_count = slot_count};
   spans_ = span;
   const std::size_t first = (range.first - arena->range.first).value / kUnitPages;
   for (std::size_t i = 0; i < pages.value / kUnitPages; ++i) {
@@ -277,7 +278,8 @@ Result<StackPool::Arena*> StackPool::ArenaFor(Pages pages) {
   const std::size_t share = RoundUp(space_.reservation().count().value / kArenaShare, kUnitPages);
   std::size_t size = std::clamp(share, vm::PagesFor(kMinArena).value, vm::PagesFor(kMaxArena).value);
   Result<PageRange> range = ErrorCode::kNoRoom;
-  for (size = std::max(size, pages.value); !range.ok(); size = std::max(size / 2 / kUnitPages * kUnitPages, pages.value)) {
+  for (size = std::max(size, pages.value); !range.ok();
+       size = std::max(size / 2 / kUnitPages * kUnitPages, pages.value)) {
     range = space_.Map({size}, {.protection = Protection::kNone});
     if (!range.ok() && (range.error().code != ErrorCode::kNoRoom || size == pages.value)) return range.error();
   }

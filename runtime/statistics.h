@@ -64,8 +64,8 @@ void ForEachStatistic(const StatisticsOptions& options, absl::FunctionRef<void(c
 // Both together.
 void WriteStatistics(const StatisticsOptions& options, LineSink sink);
 
-// The sum of "AnonHugePages" of the mappings in [first, end), in bytes, from a file in the format of /proc/PID/smaps. 0 if
-// it cannot be read.
+// The sum of "AnonHugePages" of the mappings in [first, end), in bytes, from a file in the format of /proc/PID/smaps. 0
+// if it cannot be read.
 std::uint64_t HugePageBytes(const char* path, std::uintptr_t first, std::uintptr_t end);
 
 }  // namespace freehold::runtime

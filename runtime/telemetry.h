@@ -73,8 +73,8 @@ struct TelemetryPage {
 constexpr std::uint64_t LayoutOfVmas() {
   std::uint64_t layout = TelemetryPage::kVersion;
   for (const std::size_t part :
-       {sizeof(vm::VmaTree::Node), offsetof(vm::VmaTree::Node, entry), offsetof(vm::VmaTree::Node, gap), sizeof(vm::Vma),
-        offsetof(vm::Vma, generation), offsetof(vm::Vma, knowledge), sizeof(vm::sync::RangeLock),
+       {sizeof(vm::VmaTree::Node), offsetof(vm::VmaTree::Node, entry), offsetof(vm::VmaTree::Node, gap),
+        sizeof(vm::Vma), offsetof(vm::Vma, generation), offsetof(vm::Vma, knowledge), sizeof(vm::sync::RangeLock),
         sizeof(vm::sync::RangeRequest), sizeof(vm::sync::LockTimesRecorder), vm::sync::kOperations}) {
     layout = layout * 1'000'003 + part;
   }

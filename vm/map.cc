@@ -545,8 +545,8 @@ Error Region::ReplaceInKernel(PageRange range, const MapOptions& options, Claim&
   return error.ok() && options.lock != os::MemoryLock::kNone ? LockInKernel(range, options.lock) : error;
 }
 
-// The way back from a replacement. Free pages must be clean again. `lost`: what was mapped there is gone from the kernel;
-// backings show theirs again, as far as they can, and anonymous memory has lost its content.
+// The way back from a replacement. Free pages must be clean again. `lost`: what was mapped there is gone from the
+// kernel; backings show theirs again, as far as they can, and anonymous memory has lost its content.
 void Region::RestoreContent(PageRange range, bool lost) {
   for (PageNumber page = range.first; page < range.end;) {
     VmaState state;

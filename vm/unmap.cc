@@ -200,8 +200,9 @@ void Region::NoteDetached(const Vma& vma, Detachment& detachment) const {
 
 Error Region::ZapDetached(PageRange part, const Detachment& detachment, const Guard& guard) {
   FREEHOLD_DCHECK(guard.Covers(part, Mode::kShared));
-  // In the mapping zone one call resets all of the part, or fails, and then nothing is lost. Nothing but this verb's own extents has pages or protections in the part: others map under the range. Without
-  // anything that was ever accessible there is no call.
+  // In the mapping zone one call resets all of the part, or fails, and then nothing is lost. Nothing but this verb's
+  // own extents has pages or protections in the part: others map under the range. Without anything that was ever
+  // accessible there is no call.
   if (detachment.backed) FlushBackings(part, guard);
   if (detachment.reset) {
     if (const Error error = shared_.kernel->Reset(part); !error.ok()) return error;
