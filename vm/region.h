@@ -293,7 +293,8 @@ class alignas(kPageSize) Region {
   // Keeps other verbs from merging the extents of [first, end) with theirs, between two critical sections of a
   // verb that holds exactly these pages and has made their borders borders of extents. The outermost two are
   // enough: nobody else merges mapped extents within the range.
-  FREEHOLD_HOLD_CODE void SetBusyLocked(RegionPage first, RegionPage end, bool busy) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  FREEHOLD_HOLD_CODE void SetBusyLocked(RegionPage first, RegionPage end, bool busy)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // The start of such a verb: makes the borders and sets busy. Error: kNoMetadata; then nothing has changed.
   Error MakeBusy(RegionPage first, RegionPage end);
   // Its end when it was refused.
@@ -335,7 +336,8 @@ class alignas(kPageSize) Region {
   void GiveBackLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // To kMapped, `count` pages from its first on: visible to lookups, all at once. REQUIRES: not kFree; what else lies
   // in those pages is dropped afterwards.
-  void PublishLocked(Vma* vma, RegionPage count, const VmaAttributes& attributes) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  void PublishLocked(Vma* vma, RegionPage count, const VmaAttributes& attributes)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // The extent that holds `page`; the quicker way to one that begins there and was published lately.
   Vma* FindLocked(RegionPage page) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
 
@@ -414,7 +416,8 @@ class alignas(kPageSize) Region {
   // Unmap, whatever that takes.
   FREEHOLD_HOLD_CODE Error UnmapHeld(PageRange part, const VmaInfo* only, bool sample, bool& over_limit);
   // The common case: these pages are exactly one mapped extent that needs no kernel work. False otherwise.
-  bool RetireWholeLocked(RegionPage first, RegionPage count, std::size_t sampled) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  bool RetireWholeLocked(RegionPage first, RegionPage count, std::size_t sampled)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Whether a border of `part` goes through a mapped extent.
   bool IsCutLocked(PageRange part) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Cuts mapped extents at the borders of `part`.
@@ -458,7 +461,8 @@ class alignas(kPageSize) Region {
   // Whether something in [first, end) has another protection. Errors: kNotMapped, kDenied.
   Result<bool> ProtectionDiffers(RegionPage first, RegionPage end, os::Protection protection) const;
   // As ChangeBusyLocked.
-  FREEHOLD_HOLD_CODE void RecordProtectionLocked(RegionPage first, RegionPage end, os::Protection protection, RegionPage& page)
+  FREEHOLD_HOLD_CODE void RecordProtectionLocked(RegionPage first, RegionPage end,
+                                                 os::Protection protection, RegionPage& page)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
 
   // pin.cc
@@ -537,7 +541,8 @@ class alignas(kPageSize) Region {
 
 // Inline: these are on the path of every map and unmap.
 
-ABSL_ATTRIBUTE_ALWAYS_INLINE inline void Region::PublishLocked(Vma* vma, RegionPage count, const VmaAttributes& attributes) {
+ABSL_ATTRIBUTE_ALWAYS_INLINE inline void Region::PublishLocked(Vma* vma, RegionPage count,
+                                                               const VmaAttributes& attributes) {
   FREEHOLD_DCHECK(!vma->Is(VmaState::kFree));
   const RegionPage first = vma->first_page();
   {
