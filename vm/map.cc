@@ -153,8 +153,8 @@ Region::Choice Region::ChooseLocked(RegionPage count, const MapOptions& options,
   out.zero = options.content == Content::kZeroed && vma->knowledge != Knowledge::kClean && !out.reset &&
              options.backing == nullptr;
   // Many chunks are looked at without the tree lock, in Commit.
-  out.commit = is_heap() && (vma->page_count() >> chunk_shift_ > kChunksPerHold ||
-                             !IsCommitted(vma->first_page(), vma->end_page()));
+  out.commit = (is_heap() && vma->page_count() >> chunk_shift_ > kChunksPerHold) ||
+               !IsCommitted(vma->first_page(), vma->end_page());
   const os::Protection now = is_heap() ? os::Protection::kReadWrite : os::Protection::kNone;
   out.protect = (vma->kernel_vma || out.reset || options.protection != now) && options.backing == nullptr;
   out.unguard = is_heap() && shared_.options->strict_unmap;

@@ -344,8 +344,10 @@ class alignas(kPageSize) Region {
   // lookup.cc
   VmaInfo InfoOf(PageRange range, const VmaAttributes& attributes) const;
 
-  // region.cc: what the kernel has made readable and writable. Heap zones grow by chunks.
+  // region.cc: what the kernel has made readable and writable. Heap zones grow by chunks. In the mapping zone, what core
+  // dumps include: everything up to the end of the highest range.
   Error Commit(PageRange range);
+  void IncludeInCoreDumps(RegionPage end) ABSL_EXCLUSIVE_LOCKS_REQUIRED(commit_lock_);
   Error CommitChunks(std::size_t first, std::size_t end) ABSL_EXCLUSIVE_LOCKS_REQUIRED(commit_lock_);
   bool IsCommitted(RegionPage first, RegionPage end) const;
   bool IsChunkCommitted(std::size_t chunk) const;
@@ -502,6 +504,8 @@ class alignas(kPageSize) Region {
   const bool maps_clean_;               // MapOrdinary may publish what a bin has clean
   std::uint64_t* committed_ = nullptr;  // a bit for each commit chunk; set, never cleared; see CommittedWord
   unsigned chunk_shift_ = 0;            // of a commit chunk's pages
+  // Of the mapping zone: core dumps omit what lies beyond. Written under commit_lock_.
+  std::atomic<RegionPage> dumped_end_{0};
 
   // Held over mprotect. Only under a range guard, so that fork finds it free.
   sync::SpinLock commit_lock_{sync::LockRank::kPurge};
@@ -607,7 +611,8 @@ inline bool Region::IsChunkCommitted(std::size_t chunk) const {
 }
 
 inline bool Region::IsCommitted(RegionPage first, RegionPage end) const {
-  if (!is_heap()) return true;
+  // Acquire pairs with the release in IncludeInCoreDumps.
+  if (!is_heap()) return end <= dumped_end_.load(std::memory_order_acquire);
   const std::size_t last = (end - 1) >> chunk_shift_;
   for (std::size_t chunk = first >> chunk_shift_; chunk <= last; ++chunk) {
     if (!IsChunkCommitted(chunk)) return false;

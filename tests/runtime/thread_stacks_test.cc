@@ -131,6 +131,7 @@ TEST_F(ThreadStacksTest, JoinsThreadsThatEndSoonerAndLater) {
   }
 }
 
+#if !defined(FREEHOLD_TSAN)  // whose pthread_join takes a cancelled thread for one that is still in there
 TEST_F(ThreadStacksTest, AJoinThatWaitsCanBeCancelled) {
   struct Join {
     ThreadStacks* stacks;
@@ -153,6 +154,7 @@ TEST_F(ThreadStacksTest, AJoinThatWaitsCanBeCancelled) {
   MustJoin(join.thread);
   EXPECT_EQ(InUse(), 0u);
 }
+#endif
 
 TEST_F(ThreadStacksTest, NoThreadJoinsItself) {
   struct Self {

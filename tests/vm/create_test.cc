@@ -138,6 +138,28 @@ TEST_P(CreateTest, CostsNoMemoryAndFewKernelVmas) {
   EXPECT_LE(kernel_.KernelVmaCount(), 6u);
 }
 
+TEST_P(CreateTest, CoreDumpsOmitWhatIsOnlyReserved) {
+  TestSpace space(kernel_, Sized(GiB(64)));
+  // The pages of reservation and metadata that they include.
+  const auto included = [&] {
+    return kernel_.ReservedPages() - kernel_.CountIf([](const os::PageState& page) { return page.undumped; });
+  };
+  EXPECT_LE(included().bytes(), MiB(2)) << "metadata";
+  MustMap(*space, 1);
+  EXPECT_LE(included().bytes(), MiB(2 + 68));
+  const PageRange mapped = MustMap(*space, 1, {.protection = os::Protection::kRead});
+  EXPECT_FALSE(kernel_.At(mapped.first).undumped);
+  EXPECT_LE(included().bytes(), MiB(2 + 68 + 64));
+  // Whatever is beyond what was included before.
+  const PageRange large = MustMap(*space, PagesFor(MiB(200)).value, {.protection = os::Protection::kNone});
+  EXPECT_FALSE(kernel_.At(large.end - Pages{1}).undumped);
+  EXPECT_LE(included().bytes(), MiB(2 + 68 + 64 + 256));
+  kernel_.ClearCalls();
+  ASSERT_TRUE(space->Unmap(large).ok());
+  MustMap(*space, large.count().value, {.protection = os::Protection::kNone});
+  EXPECT_EQ(kernel_.CallCount(), 0u) << "what was included stays so";
+}
+
 FREEHOLD_INSTANTIATE_POLICIES(CreateTest);
 
 // ---- Kernel VMAs, as the kernel counts them ----

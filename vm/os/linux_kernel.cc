@@ -509,6 +509,12 @@ Error LinuxKernel::AdviseHugePages(PageRange range, HugePages advice) {
   return ToError(Madvise(range, advice == HugePages::kPrefer ? MADV_HUGEPAGE : MADV_NOHUGEPAGE));
 }
 
+void LinuxKernel::AdviseCoreDumps(PageRange range, CoreDumps advice) {
+  CheckRange("os::AdviseCoreDumps", range);
+  Count(Call::kMadvise);
+  (void)Madvise(range, advice == CoreDumps::kOmit ? MADV_DONTDUMP : MADV_DODUMP);
+}
+
 Error LinuxKernel::AdviseReclaim(PageRange range, ReclaimHint hint) {
   CheckRange("os::AdviseReclaim", range);
   Count(Call::kMadvise);
