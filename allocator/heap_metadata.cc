@@ -54,11 +54,11 @@ vm::Result<HeapMetadata> HeapMetadata::Create(vm::AddressSpace& space, const Lay
   metadata.span_section_ = section;
 
   const std::size_t writable = prefix + RoundUp(layout.header_bytes, kStep);
+  const vm::PageRange first = vm::PageRange::FromBytes(reserved->address(), {writable});
+  kernel.AdviseCoreDumps(*reserved, vm::os::CoreDumps::kOmit);
+  kernel.AdviseCoreDumps(first, vm::os::CoreDumps::kInclude);
   vm::Error error = kernel.Protect(*reserved, vm::os::Protection::kRead);
-  if (error.ok()) {
-    error = kernel.Protect(vm::PageRange::FromBytes(reserved->address(), {writable}),
-                           vm::os::Protection::kReadWrite);
-  }
+  if (error.ok()) error = kernel.Protect(first, vm::os::Protection::kReadWrite);
   if (!error.ok()) {
     metadata.Release();
     return error;
@@ -91,6 +91,7 @@ vm::Error HeapMetadata::Commit(const void* first, std::size_t bytes) const {
 vm::Error HeapMetadata::CommitSteps(std::size_t first, std::size_t end) const {
   const vm::PageRange range =
       vm::PageRange::FromBytes(reservation_.address() + first * kStep, {(end - first) * kStep});
+  kernel_->AdviseCoreDumps(range, vm::os::CoreDumps::kInclude);
   if (const vm::Error error = kernel_->Protect(range, vm::os::Protection::kReadWrite); !error.ok()) {
     return error;
   }

@@ -37,8 +37,8 @@ class ObjectHeap;
 struct HeapProfileOptions {
   // A sample every so many bytes on average; 0: no profile; 1: every object is a sample.
   vm::Bytes interval;
-  // Writes the return addresses of the calling thread, innermost first, `most` of them at most, to `frames`. Returns how
-  // many. May allocate from the heap. REQUIRES, with a profile: not null.
+  // Writes the return addresses of the calling thread, innermost first, `most` of them at most, to `frames`. Returns
+  // how many. May allocate from the heap. REQUIRES, with a profile: not null.
   unsigned (*capture)(void** frames, unsigned most) = nullptr;
 };
 

@@ -19,7 +19,8 @@ class MemoryLimit {
  public:
   // Whether there is a limit. While there is none, nothing needs to be admitted.
   bool is_set() const { return is_set_.load(std::memory_order_relaxed); }
-  // Whether `bytes` more may be taken; Settle follows if so. May be called under a heap's cache lock: does not call back.
+  // Whether `bytes` more may be taken; Settle follows if so. May be called under a heap's cache lock:
+  // does not call back.
   virtual bool Admit(vm::Bytes bytes) = 0;
   virtual void Settle(vm::Bytes bytes) = 0;
 

@@ -366,7 +366,8 @@ void PageHeap::ForEachMetric(vm::MetricVisitor visit, void* context) const {
   of_shards("heap_chunk_bytes", "Mapped for small objects.", &shards_[0].chunks, kChunkSize);
   of_shards("heap_free_bytes", "Of that, in free spans.", &shards_[0].free_units, kUnitSize);
   of_shards("heap_free_dirty_bytes", "Of that, possibly resident.", &shards_[0].dirty_units, kUnitSize);
-  visit(context, {.name = "heap_purged_pages_total", .help = "Pages given back to the kernel.", .first = &purged_pages_});
+  visit(context,
+        {.name = "heap_purged_pages_total", .help = "Pages given back to the kernel.", .first = &purged_pages_});
 }
 
 PageHeap::Stats PageHeap::GetStats() const {

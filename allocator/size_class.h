@@ -57,7 +57,7 @@ struct SizeClassInfo {
   std::uint32_t units = 0;         // of a span
   std::uint32_t capacity = 0;      // objects in a span
   std::uint32_t wake = 0;          // objects that must come free before a full span is allocated from again
-  std::uint32_t carve = 0;         // the least objects made at a time; 4 KiB, so that no memory is touched long before its use
+  std::uint32_t carve = 0;         // the least objects made at a time; 4 KiB, so that none is touched long before use
   // floor(2^64 / size) + 1: with n = object number * size, n * reciprocal mod 2^64 = object number * excess,
   // which is small; every other n that is a distance between two user addresses gives 2^46 or more.
   std::uint64_t reciprocal = 0;

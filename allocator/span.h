@@ -58,6 +58,8 @@ class LinkCode {
     asm("" : "+r"(tag));  // or the compiler would mix in address and secret one after the other, behind the link
     return reinterpret_cast<FreeObject*>(tag ^ p->link);
   }
+  // The exclusive or of the addresses of `p` and of what follows it: how far apart they are at most; huge for end().
+  std::uint64_t Distance(const FreeObject* p) const { return p->link ^ secret_; }
   // Makes `p` a free object that `next` follows.
   void Link(FreeObject* p, const FreeObject* next) const {
     const std::uint64_t tag = Tag(p);

@@ -44,6 +44,8 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   // An object of at least `size` bytes, aligned to kMinAlignment; for 0 bytes too. Null when out of memory, as
   // for sizes above PTRDIFF_MAX.
   void* Allocate(std::size_t size);
+  // The common case of Allocate, in which nothing is called; else null, and nothing has changed.
+  void* TryAllocate(std::size_t size);
   // The same, its first `size` bytes zero. Memory that is known to be zero is not zeroed again.
   void* AllocateZeroed(std::size_t size);
   // The same as Allocate, aligned to `alignment`. REQUIRES: a power of two.
@@ -297,8 +299,9 @@ class alignas(vm::kCacheLineSize) ThreadCache {
 
 inline void* ThreadCache::Pop(Span* span, std::uint64_t reach) const {
   FreeObject* object = span->free;
-  FreeObject* next = code_.Next(object);
-  if (ABSL_PREDICT_FALSE((AddressOf(next) ^ AddressOf(object)) >= reach)) return nullptr;
+  const std::uint64_t distance = code_.Distance(object);
+  if (ABSL_PREDICT_FALSE(distance >= reach)) return nullptr;
+  FreeObject* next = reinterpret_cast<FreeObject*>(AddressOf(object) ^ distance);
   span->free = next;
   object->tag = 0;
   __builtin_prefetch(next);  // the next allocation of the class reads its link
@@ -309,6 +312,11 @@ inline bool ThreadCache::Push(Span* span, FreeObject* object) const {
   code_.Link(object, span->free);
   span->free = object;
   return span->credits.CountDown();
+}
+
+inline void* ThreadCache::TryAllocate(std::size_t size) {
+  if (ABSL_PREDICT_FALSE(size > kMaxDirectSize)) return nullptr;
+  return Pop(direct_[(size + kMinAlignment - 1) / kMinAlignment], kUnitReach);
 }
 
 inline void* ThreadCache::Allocate(std::size_t size) {

@@ -52,6 +52,7 @@ namespace {
 using freehold::allocator::WithinLimit;
 using freehold::runtime::StackPool;
 using freehold::runtime::StackSlot;
+using freehold::runtime::c_api::Describe;
 using freehold::runtime::c_api::Open;
 using freehold::runtime::c_api::Read;
 using freehold::runtime::c_api::Result;
@@ -226,6 +227,25 @@ freehold_mapping Describe(const vm::VmaInfo& vma) {
   mapping.generation = vma.generation;
   mapping.offset = vma.backing_page * vm::kPageSize;
   return mapping;
+}
+
+freehold_statistics Describe(const vm::AddressSpaceStats& stats) {
+  freehold_statistics statistics = {};
+  statistics.reserved = stats.reserved.value;
+  statistics.committed = stats.committed.value;
+  statistics.mapped = stats.mapped.value;
+  statistics.free_resident = stats.free_resident.value;
+  statistics.metadata = stats.metadata.value;
+  statistics.mappings = stats.vmas;
+  statistics.maps = stats.maps;
+  statistics.unmaps = stats.unmaps;
+  statistics.deferred_unmaps = stats.deferred_unmaps;
+  statistics.reuses = stats.reuses;
+  statistics.purged_pages = stats.purged_pages;
+  statistics.remap_moves = stats.remap_moves;
+  statistics.windows = stats.windows;
+  statistics.window_hits = stats.window_hits;
+  return statistics;
 }
 
 struct Report {
@@ -633,28 +653,12 @@ int freehold_for_each_mapping(const freehold_space* handle,
 int freehold_get_statistics(const freehold_space* handle, freehold_statistics* result) {
   vm::AddressSpace* space = nullptr;
   if (const int error = Open(handle, space); error != 0) return error;
-  const vm::AddressSpaceStats stats = space->Stats();
-  freehold_statistics statistics = {};
-  statistics.reserved = stats.reserved.value;
-  statistics.committed = stats.committed.value;
-  statistics.mapped = stats.mapped.value;
-  statistics.free_resident = stats.free_resident.value;
-  statistics.metadata = stats.metadata.value;
-  statistics.mappings = stats.vmas;
-  statistics.maps = stats.maps;
-  statistics.unmaps = stats.unmaps;
-  statistics.deferred_unmaps = stats.deferred_unmaps;
-  statistics.reuses = stats.reuses;
-  statistics.purged_pages = stats.purged_pages;
-  statistics.remap_moves = stats.remap_moves;
-  statistics.windows = stats.windows;
-  statistics.window_hits = stats.window_hits;
-  return Write(statistics, result);
+  return Write(Describe(space->Stats()), result);
 }
 
 int freehold_get_heap_statistics(freehold_heap_statistics* result) {
   if (process_runtime.EnsureStarted() != Server::kFreehold) return EOPNOTSUPP;
-  return Write(freehold::runtime::c_api::Describe(process_runtime.heap().Stats()), result);
+  return Write(Describe(process_runtime.heap().Stats()), result);
 }
 
 int freehold_heap_profile_write(int descriptor) { return freehold::runtime::WriteHeapProfile(descriptor); }

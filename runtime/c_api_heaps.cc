@@ -27,6 +27,7 @@ using freehold::runtime::HeapHandle;
 using freehold::runtime::process_runtime;
 using freehold::runtime::ProcessMemoryLimit;
 using freehold::runtime::Server;
+using freehold::runtime::c_api::Describe;
 using freehold::runtime::c_api::Open;
 using freehold::runtime::c_api::Read;
 using freehold::runtime::c_api::Result;
@@ -124,7 +125,7 @@ int freehold_heap_trim(freehold_heap* heap, size_t* bytes) {
 
 int freehold_heap_get_statistics(freehold_heap* heap, freehold_heap_statistics* result) {
   if (const int error = Check(heap); error != 0) return error;
-  return Write(freehold::runtime::c_api::Describe(ToHandle(heap)->heap->Stats()), result);
+  return Write(Describe(ToHandle(heap)->heap->Stats()), result);
 }
 
 size_t freehold_good_size(size_t bytes) {

@@ -107,7 +107,8 @@ void AddLimits(const char* root, const Interface& interface, std::string_view gr
   path.Append(group);
   while (path.fits()) {
     // "/" ends at its slash already.
-    const std::size_t directory = path.size() > top && path.text()[path.size() - 1] == '/' ? path.size() - 1 : path.size();
+    const std::size_t directory =
+        path.size() > top && path.text()[path.size() - 1] == '/' ? path.size() - 1 : path.size();
     path.Shorten(directory);
     limits.max = std::min(limits.max, ReadLimit(path.Append(interface.max).text()));
     path.Shorten(directory);

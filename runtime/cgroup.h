@@ -26,9 +26,9 @@ struct CgroupPaths {
 // path, those directories count that are there.
 CgroupLimits ReadCgroupLimits(const CgroupPaths& paths = {});
 
-// What Freehold's limits are by default: an eighth less than the kernel begins to throttle or kill at, for the soft one,
-// and a sixteenth less than it kills at for the hard one, since stacks, libraries and the kernel's own memory count too.
-// 0: none.
+// What Freehold's limits are by default: an eighth less than the kernel begins to throttle or kill at, for the soft
+// one, and a sixteenth less than it kills at for the hard one, since stacks, libraries and the kernel's own memory
+// count too. 0: none.
 vm::Bytes SoftLimitFor(const CgroupLimits& limits);
 vm::Bytes HardLimitFor(const CgroupLimits& limits);
 

@@ -85,18 +85,19 @@ int freehold_purge(freehold_space* space, size_t* bytes);
 
 /* ---- Heaps ---- */
 
-/* A malloc of its own, for what comes and goes together: freehold_heap_destroy ends all of its objects at once. Any thread
- * may use any heap, and may free what others allocated from it. An object belongs to one heap: what is freed in, or
- * asked of, another one, or of malloc, stops the program with a message, as every wrong free does.
+/* A malloc of its own, for what comes and goes together: freehold_heap_destroy ends all of its objects at once. Any
+ * thread may use any heap, and may free what others allocated from it. An object belongs to one heap: what is freed in,
+ * or asked of, another one, or of malloc, stops the program with a message, as every wrong free does.
  *
- * A thread has a cache of each heap that it used, until it ends or the heap does. Each heap takes some 50 KiB, and 64 KiB
- * for each size that it has objects of; a few thousand heaps fit into a process. In the child of a fork a heap has its
- * memory and nothing else: what is asked of it is null, and free does nothing. */
+ * A thread has a cache of each heap that it used, until it ends or the heap does. Each heap takes some 50 KiB, and 64
+ * KiB for each size that it has objects of; a few thousand heaps fit into a process. In the child of a fork a heap has
+ * its memory and nothing else: what is asked of it is null, and free does nothing. */
 typedef struct freehold_heap freehold_heap;
 
 typedef struct freehold_heap_options {
   size_t size;
-  freehold_space* space; /* where its memory comes from, and must outlive it; null: the process's, by whose limits it counts */
+  /* Where its memory comes from, and must outlive it; null: the process's, by whose limits it counts. */
+  freehold_space* space;
 } freehold_heap_options;
 
 /* EOPNOTSUPP also: there is no process's space. */

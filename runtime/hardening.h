@@ -1,10 +1,11 @@
 // What malloc does beyond what costs nothing, when settings ask for it: zeroes what is freed, holds freed objects back
 // for a while, and hands out objects in no order.
 //
-// Where any of this is on, no thread has its cache where malloc's fast path looks for it (thread.h), so every call takes
-// the cold path, which comes here. So it costs nothing where it is off.
+// Where any of this is on, no thread has its cache where malloc's fast path looks for it (thread.h), so every call
+// takes the cold path, which comes here. So it costs nothing where it is off.
 //
-//   malloc   cache -> an object; with random placement, in exchange for a random one of the thread's spares of its class
+//   malloc   cache -> an object; with random placement, in exchange for a random one of the thread's spares of its
+//            class
 //   free     zeroed; small ones marked as free and filled, into the thread's quarantine -> cache, later, if the fill is
 //            as it was; else the program was at it, and stops
 //

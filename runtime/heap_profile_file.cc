@@ -170,7 +170,11 @@ void ReportLive(const HeapProfile& profile) {
   Writer writer(STDERR_FILENO);
   Message line;
   line.Append("freehold: process ").AppendNumber(static_cast<std::uint64_t>(RawSyscall(SYS_getpid)));
-  line.Append(" ends with ").AppendNumber(bytes).Append(" bytes in ").AppendNumber(objects).Append(" objects allocated");
+  line.Append(" ends with ")
+      .AppendNumber(bytes)
+      .Append(" bytes in ")
+      .AppendNumber(objects)
+      .Append(" objects allocated");
   if (profile.interval().value > 1) {
     line.Append(", estimated from samples every ").AppendBytes(profile.interval());
   }
@@ -249,7 +253,11 @@ void StartHeapProfile() {
                      sigaction(signal, &action, nullptr) != 0;
   errno = error;
   if (taken) {
-    Message().Append("signal ").AppendNumber(static_cast<unsigned>(signal)).Append(" cannot ask for heap profiles").Report();
+    Message()
+        .Append("signal ")
+        .AppendNumber(static_cast<unsigned>(signal))
+        .Append(" cannot ask for heap profiles")
+        .Report();
   }
 }
 

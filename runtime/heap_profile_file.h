@@ -10,8 +10,8 @@
 //
 // What it counts are samples; readers scale by the interval. A site has one object size, so that this is exact.
 //
-// A profile is read without a lock and written without memory of malloc's. So the signal's handler writes it itself: also
-// of a program that idles or hangs, and without a thread that waits for it.
+// A profile is read without a lock and written without memory of malloc's. So the signal's handler writes it itself:
+// also of a program that idles or hangs, and without a thread that waits for it.
 #ifndef FREEHOLD_RUNTIME_HEAP_PROFILE_FILE_H_
 #define FREEHOLD_RUNTIME_HEAP_PROFILE_FILE_H_
 

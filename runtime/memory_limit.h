@@ -1,5 +1,6 @@
 // How much memory this process may have from Freehold: a soft limit, above which free memory goes back at once instead
-// of by decay, and a hard one, above which there is no more: malloc returns null, operator new throws, mmap says ENOMEM.
+// of by decay, and a hard one, above which there is no more: malloc returns null, operator new throws,
+// mmap says ENOMEM.
 //
 // What counts is what may be resident: memory of the heap zones that is mapped, or free and not purged, less what the
 // heap knows to be clean. So a mapping that was never touched counts in full. Not counted: mappings of files, memory

@@ -550,7 +550,8 @@ long ProcessMappings::MoveOut(PageRange range, Pages count, int flags, void* new
     const long placed =
         RawRemap(ToPointer(moved), new_bytes, new_bytes, MREMAP_MAYMOVE | MREMAP_FIXED, new_address);
     if (SyscallFailed(placed) && new_bytes > old_bytes) {
-      (void)RawUnmap(PageRange::FromBytes(static_cast<std::byte*>(ToPointer(moved)) + old_bytes, {new_bytes - old_bytes}));
+      (void)RawUnmap(
+          PageRange::FromBytes(static_cast<std::byte*>(ToPointer(moved)) + old_bytes, {new_bytes - old_bytes}));
     }
     if (SyscallFailed(placed)) {
       (void)RawRemap(ToPointer(moved), old_bytes, old_bytes, MREMAP_MAYMOVE | MREMAP_FIXED, range.address());
@@ -636,8 +637,9 @@ long ProcessMappings::AdviseInside(PageRange range, int advice) {
       return Negative(ForEachPart(range, [&](PageRange part, const VmaInfo&) { return space_->Discard({&part, 1}); }));
     // How a file will be read. Of anonymous memory they say nothing that anybody heeds.
     case MADV_WILLNEED:
-      return Negative(ForEachPart(
-          range, [&](PageRange part, const VmaInfo& vma) { return vma.backing != nullptr ? once(part) : Error::Ok(); }));
+      return Negative(ForEachPart(range, [&](PageRange part, const VmaInfo& vma) {
+        return vma.backing != nullptr ? once(part) : Error::Ok();
+      }));
     case MADV_NORMAL:
     case MADV_RANDOM:
     case MADV_SEQUENTIAL:

@@ -60,6 +60,7 @@ void StackPool::Destroy(StackPool* pool) {
   vm::AddressSpace& space = pool->space_;
   // Arenas and their tables before the records that describe them. What cannot be unmapped stays, unused.
   for (Arena* arena = pool->arenas_.load(std::memory_order_relaxed); arena != nullptr; arena = arena->older) {
+    space.kernel().AdviseCoreDumps(arena->range, vm::os::CoreDumps::kInclude);
     (void)space.Unmap(arena->range);
     (void)space.Unmap(arena->table);
   }
@@ -251,6 +252,7 @@ Result<StackPool::Span*> StackPool::AddSpanOf(std::size_t size_class, std::size_
 
   // What is made writable and then has no record is found writable by the next try.
   const PageRange range = PageRange::Of(arena->used, pages);
+  space_.kernel().AdviseCoreDumps(range, vm::os::CoreDumps::kInclude);
   if (const Error error = space_.Protect(range, Protection::kReadWrite); !error.ok()) return error;
   // Stacks grow page by page, also where huge pages come unasked. A hint.
   if (space_.kernel().features().huge_pages) {
@@ -261,7 +263,8 @@ Result<StackPool::Span*> StackPool::AddSpanOf(std::size_t size_class, std::size_
   if (record == nullptr) return ErrorCode::kNoMetadata;
   auto* slots = reinterpret_cast<StackSlot*>(static_cast<std::byte*>(record) + header);
   for (std::size_t i = 0; i < slot_count; ++i) new (slots + i) StackSlot;
-  auto* span = new (record) Span{.older = spans_, .range = range, .slot_pages = slot_pages, .slots = slots, .slot_count = slot_count};
+  auto* span = new (record)
+      Span{.older = spans_, .range = range, .slot_pages = slot_pages, .slots = slots, .slot_count = slot_count};
   spans_ = span;
   const std::size_t first = (range.first - arena->range.first).value / kUnitPages;
   for (std::size_t i = 0; i < pages.value / kUnitPages; ++i) {
@@ -277,7 +280,8 @@ Result<StackPool::Arena*> StackPool::ArenaFor(Pages pages) {
   const std::size_t share = RoundUp(space_.reservation().count().value / kArenaShare, kUnitPages);
   std::size_t size = std::clamp(share, vm::PagesFor(kMinArena).value, vm::PagesFor(kMaxArena).value);
   Result<PageRange> range = ErrorCode::kNoRoom;
-  for (size = std::max(size, pages.value); !range.ok(); size = std::max(size / 2 / kUnitPages * kUnitPages, pages.value)) {
+  for (size = std::max(size, pages.value); !range.ok();
+       size = std::max(size / 2 / kUnitPages * kUnitPages, pages.value)) {
     range = space_.Map({size}, {.protection = Protection::kNone});
     if (!range.ok() && (range.error().code != ErrorCode::kNoRoom || size == pages.value)) return range.error();
   }
@@ -289,6 +293,7 @@ Result<StackPool::Arena*> StackPool::ArenaFor(Pages pages) {
     (void)space_.Unmap(*range);
     return table.ok() ? Error{ErrorCode::kNoMetadata} : table.error();
   }
+  space_.kernel().AdviseCoreDumps(*range, vm::os::CoreDumps::kOmit);
   // Mapped memory is zero, which is what null pointers are.
   auto* arena = new (record) Arena{.older = newest,
                                    .range = *range,

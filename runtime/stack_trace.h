@@ -6,9 +6,10 @@
 
 namespace freehold::runtime {
 
-// Writes return addresses, innermost first, `most` of them at most, to `frames`; returns how many. By the unwind tables,
-// so frame pointers need not be there; it ends at code that has none, but is never empty. In the preloaded library, all of whose frames are
-// malloc to the program, they are one: an address within operator new, which readers of profiles leave out.
+// Writes return addresses, innermost first, `most` of them at most, to `frames`; returns how many. By the unwind
+// tables, so frame pointers need not be there; it ends at code that has none, but is never empty. In the preloaded
+// library, all of whose frames are malloc to the program, they are one: an address within operator new, which readers
+// of profiles leave out.
 //
 // Thread safety: thread-safe; takes no lock with glibc 2.35 or later, where the dynamic linker finds tables without.
 // Allocation:    none.

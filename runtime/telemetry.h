@@ -74,8 +74,8 @@ struct TelemetryPage {
 constexpr std::uint64_t LayoutOfStructures() {
   std::uint64_t layout = TelemetryPage::kVersion;
   for (const std::size_t part :
-       {sizeof(vm::VmaTree::Node), offsetof(vm::VmaTree::Node, entry), offsetof(vm::VmaTree::Node, gap), sizeof(vm::Vma),
-        offsetof(vm::Vma, generation), offsetof(vm::Vma, knowledge), sizeof(vm::sync::RangeLock),
+       {sizeof(vm::VmaTree::Node), offsetof(vm::VmaTree::Node, entry), offsetof(vm::VmaTree::Node, gap),
+        sizeof(vm::Vma), offsetof(vm::Vma, generation), offsetof(vm::Vma, knowledge), sizeof(vm::sync::RangeLock),
         sizeof(vm::sync::RangeRequest), sizeof(vm::sync::LockTimesRecorder), vm::sync::kOperations,
         sizeof(allocator::Span), offsetof(allocator::Span, credits), offsetof(allocator::Span, carved),
         offsetof(allocator::Span, size_class), offsetof(allocator::Span, state),

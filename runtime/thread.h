@@ -34,8 +34,8 @@ inline allocator::ThreadCache* FastThreadCache() { return internal::fast_cache; 
 // thread, or borrows a cache if it ended. REQUIRES: Freehold serves malloc.
 class CacheLease {
  public:
-  // What the calls are for. A thread that only frees is attached when it has done so for a while: libc frees on behalf of
-  // threads whose last destructor has run (AttachThisThreadNoMore), which must not be attached any more.
+  // What the calls are for. A thread that only frees is attached when it has done so for a while: libc frees on behalf
+  // of threads whose last destructor has run (AttachThisThreadNoMore), which must not be attached any more.
   enum class Use : bool { kAny, kFree };
   explicit CacheLease(Use use = Use::kAny);
   ~CacheLease();
@@ -55,9 +55,9 @@ class CacheLease {
 // Lets the calling thread never attach: for threads of the runtime's own, which hardly allocate.
 void NeverAttachThisThread();
 
-// The calling thread's destructors are about to be over: unless it is attached, it borrows from now on. Libc frees after
-// the last destructor, too: the thread-local storage of a detached thread that has a stack of ours. Who attached then
-// would never be detached.
+// The calling thread's destructors are about to be over: unless it is attached, it borrows from now on. Libc frees
+// after the last destructor, too: the thread-local storage of a detached thread that has a stack of ours. Who attached
+// then would never be detached.
 void AttachThisThreadNoMore();
 
 // Whether a thread is attached: the next to detach may be the last.

@@ -38,6 +38,9 @@ constexpr std::size_t kKeptPages = StackPool::kHotPages;
 // libc wants no more alignment of a stack's end than this, and rounds sizes down to it.
 constexpr std::size_t kStackAlignment = 64;
 
+// A thread with little to do has started on another processor and is gone by then.
+constexpr vm::Nanoseconds kJoinSpin = vm::Microseconds(20);
+
 // The faults of the calling thread so far, which is at least as many as the pages that it made resident anywhere.
 std::uint32_t FaultsOfThisThread() {
   rusage usage = {};
@@ -232,6 +235,15 @@ void ThreadStacks::ReleaseJoined(StackSlot* slot) {
   // A thread that left by a system call of its own ran no destructors.
   const bool noted = (RecordOf(slot).state.exchange(0, std::memory_order_acq_rel) & kEnded) != 0;
   pool()->Release(slot, noted ? Residue::kNone : Residue::kUnknown);
+}
+
+// To sleep until a thread is gone, and to be woken, takes as long as many a thread runs, and the joiner's processor has
+// nothing else to do. Where it has, the new thread itself maybe, spinning is in vain.
+void ThreadStacks::AwaitEnd(pthread_t thread) {
+  if (!joins_.SpinsNow() || ThreadIdOf(thread) == 0) return;
+  bool gone = false;
+  for (vm::sync::SpinWait spin(kJoinSpin); !gone && spin.Once();) gone = ThreadIdOf(thread) == 0;
+  joins_.Note(gone);
 }
 
 int ThreadStacks::Detach(pthread_t thread) {

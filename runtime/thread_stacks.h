@@ -4,7 +4,8 @@
 //
 //     Create   slot from the pool | attributes copied, with that stack | libc's pthread_create
 //     thread   notes its end in a destructor of thread-specific data; gives back what it touched of a deep stack
-//     Join     libc's pthread_join returns when the kernel is done with the thread: slot back to the pool
+//     Join     a moment's spinning, where that has sufficed of late | libc's pthread_join, which returns when the kernel is
+//              done with the thread | slot back to the pool
 //     detached the slot waits in a queue until the kernel knows the thread no more; a later Create looks
 //
 // What comes with a stack of its own, what the pool has no room for, and threads that libc makes for itself pass
@@ -35,6 +36,7 @@
 #include "absl/base/thread_annotations.h"
 #include "runtime/stack_pool.h"
 #include "vm/sync/spin_lock.h"
+#include "vm/sync/spin_wait.h"
 
 namespace freehold::runtime {
 
@@ -71,6 +73,7 @@ class ThreadStacks {
   int Create(pthread_t* thread, const pthread_attr_t* attributes, void* (*start)(void*), void* argument);
   int Join(pthread_t thread, void** result) {
     StackSlot* slot = SlotOf(thread);
+    if (slot != nullptr) AwaitEnd(thread);
     return ReleaseIfJoined(slot, libc_.join(thread, result));
   }
   int TryJoin(pthread_t thread, void** result) {
@@ -123,6 +126,8 @@ class ThreadStacks {
     return error;
   }
   void ReleaseJoined(StackSlot* slot);
+  // Waits for the end of `thread` for a moment, if that has mostly sufficed of late.
+  void AwaitEnd(pthread_t thread);
   // Null: libc shall find a stack, or say why it cannot.
   StackSlot* AcquireFor(const Shape& shape);
   // Where the thread's stack ends, and its alternate stack begins.
@@ -149,6 +154,8 @@ class ThreadStacks {
   // In the child of a fork, until it created a thread: there are stacks of threads that it does not have.
   std::atomic<bool> has_orphans_{false};
   StackSlot* forked_slot_ = nullptr;  // of the one that it has; written in the child of a fork
+
+  vm::sync::SpinHistory joins_;  // of AwaitEnd
 
   vm::sync::SpinLock lock_{vm::sync::LockRank::kRuntime};
   // First in, first out.

@@ -112,6 +112,8 @@ Error AddressSpace::Init(PageRange reservation, MetadataArena* arena) {
         Region(shared, zone, range, range_locks_[lock_count == 1 ? 0 : i].lock);
     if (const Error error = regions_[i]->Init(); !error.ok()) return error;
   }
+  // Debuggers write whatever is not omitted, gigabytes of nothing too.
+  kernel_->AdviseCoreDumps(reservation, os::CoreDumps::kOmit);
   // Advice belongs to kernel VMAs and would split them later: it is given once, to the zone as a whole. A
   // kernel without huge pages serves the zone as well, in small ones.
   if (kernel_->features().huge_pages) {

@@ -101,14 +101,14 @@ class FaultService final : private FaultHooks {
 
   // Maps `count` pages of `pager` from `page` on, in the mapping zone. The pager outlives the mapping: until Release.
   // AddressSpace's verbs work on the mapping, with these exceptions: Remap moves it not (kUnsupported), nor do Discard
-  // and the advice to drop pages work (kUnsupported; see Evict). Unmap, and a replacing Map, write back what was written
-  // to, before and after they hold the range, and return when that is done. Errors: as AddressSpace::Map;
+  // and the advice to drop pages work (kUnsupported; see Evict). Unmap, and a replacing Map, write back what was
+  // written to, before and after they hold the range, and return when that is done. Errors: as AddressSpace::Map;
   // kUnsupported; the pager's (kPopulate).
   Result<PageRange> MapPager(Pager& pager, std::uint64_t page, Pages count, const PagerMapOptions& options = {});
 
   // Hands what was written to in `range` back to its pagers. What is written meanwhile may or may not be part of it;
-  // then it still counts as written to. What another thread is handing back at this time may still be on its way. Ranges
-  // of no pager are passed over. Waits for the pager. Errors: kEmpty,
+  // then it still counts as written to. What another thread is handing back at this time may still be on its way.
+  // Ranges of no pager are passed over. Waits for the pager. Errors: kEmpty,
   // kOverflow, kOutsideReservation, kNotMapped, kUnsupported, kSystem (no memory), the pager's; it goes on after an
   // error and returns the first.
   Error Writeback(PageRange range);
@@ -204,8 +204,8 @@ class FaultService final : private FaultHooks {
 
   // ---- Faults ----
   void HandleFault(Handler& self, const os::FaultEvent& event);
-  // Makes the range of `target` what is to be read because of `page`, and claims it. False if another thread sees to it:
-  // the page is being read, or is tried again when one of the mapping's reads ends.
+  // Makes the range of `target` what is to be read because of `page`, and claims it. False if another thread sees to
+  // it: the page is being read, or is tried again when one of the mapping's reads ends.
   bool Admit(Handler& self, Target& target, PageNumber page);
   void Leave(Handler& self, const Target& target);
   void HandleMissing(Handler& self, const Target& target, const os::FaultEvent& event);

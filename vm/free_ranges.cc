@@ -69,6 +69,14 @@ std::size_t FreeRanges::extents() const {
   return extents;
 }
 
+std::size_t FreeRanges::pages() const {
+  std::size_t pages = dirty_pages_;
+  for (int bin = 0; (bin = BinAtOrAbove(bin, Knowledge::kClean)) < static_cast<int>(kExactPages); ++bin) {
+    pages += ListSize(bin, Knowledge::kClean) * (static_cast<std::size_t>(bin) + 1);
+  }
+  return pages;
+}
+
 void FreeRanges::AddSample(RegionPage count, std::size_t resident, std::size_t sampled) {
   Bin& bin = bins_[BinOf(count)];
   const auto share = static_cast<std::uint32_t>(resident * kShareOne / sampled);

@@ -65,14 +65,14 @@ void Region::Warm(PageNumber page) const {
   PrefetchForWriting(&tree_lock_, &free_);
   PrefetchForWriting(&windows_, &committed_pages_ + 1);
   VmaTree::View view;
-  if (!tree_.Lookup(ToRegion(page), view)) return;
+  if (!tree_.Warm(ToRegion(page), view)) return;
   ABSL_TS_UNCHECKED_READ(free_).Prefetch(view.count);
   __builtin_prefetch(view.vma, 1);
   // A verb that changes the extent looks whether its neighbours merge with it.
   VmaTree::View neighbour;
   const RegionPage end = view.first + view.count;
-  if (view.first > 0) (void)tree_.Lookup(view.first - 1, neighbour);
-  if (end < range_.count().value) (void)tree_.Lookup(end, neighbour);
+  if (view.first > 0) (void)tree_.Warm(view.first - 1, neighbour);
+  if (end < range_.count().value) (void)tree_.Warm(end, neighbour);
 }
 
 std::size_t Region::CopyVmas(PageNumber& from, VmaInfo* out, std::size_t capacity) const {

@@ -95,12 +95,12 @@ Result<PageRange> Region::MapUndisturbed(RegionPage count, const MapOptions& opt
 
 Result<PageRange> Region::MapOnce(RegionPage count, const MapOptions& options, const Guard* held) {
   Preparation preparation;
-  bool may_clean = true;
+  Remedies left;
   for (;;) {
     Choice choice;
     {
       sync::SpinLockHolder holder(tree_lock_);
-      choice = ChooseLocked(count, options, may_clean, preparation);
+      choice = ChooseLocked(count, options, left, preparation);
     }
     switch (choice) {
       case Choice::kPublished:
@@ -115,7 +115,11 @@ Result<PageRange> Region::MapOnce(RegionPage count, const MapOptions& options, c
       }
       case Choice::kCleanFirst:
         CleanBin(count);
-        may_clean = false;
+        left.clean = false;
+        break;
+      case Choice::kPurgeFirst:
+        (void)PurgeFree(UINT32_MAX, {0});
+        left.purge = false;
         break;
       case Choice::kNoMetadata:
         if (const Error error = Refill(); !error.ok()) return error;
@@ -126,16 +130,20 @@ Result<PageRange> Region::MapOnce(RegionPage count, const MapOptions& options, c
   }
 }
 
-Region::Choice Region::ChooseLocked(RegionPage count, const MapOptions& options, bool may_clean,
+Region::Choice Region::ChooseLocked(RegionPage count, const MapOptions& options, const Remedies& left,
                                     Preparation& out) {
   if (!HasMetadataLocked()) return Choice::kNoMetadata;
   Vma* vma = TakeCachedLocked(count, options);
   if (vma != nullptr) {
     reuses_.Add(1);
   } else {
-    if (may_clean && WorthCleaningLocked(count)) return Choice::kCleanFirst;
+    if (left.clean && WorthCleaningLocked(count)) return Choice::kCleanFirst;
     vma = CarveLocked(count, options.alignment.value);
     if (vma == nullptr) return Choice::kNoRoom;
+    if (left.purge && WorthPurgingLocked(*vma)) {
+      FreeLocked(vma);
+      return Choice::kPurgeFirst;
+    }
   }
   out.vma = vma;
   out.first = vma->first_page();
@@ -145,8 +153,8 @@ Region::Choice Region::ChooseLocked(RegionPage count, const MapOptions& options,
   out.zero = options.content == Content::kZeroed && vma->knowledge != Knowledge::kClean && !out.reset &&
              options.backing == nullptr;
   // Many chunks are looked at without the tree lock, in Commit.
-  out.commit = is_heap() && (vma->page_count() >> chunk_shift_ > kChunksPerHold ||
-                             !IsCommitted(vma->first_page(), vma->end_page()));
+  out.commit = (is_heap() && vma->page_count() >> chunk_shift_ > kChunksPerHold) ||
+               !IsCommitted(vma->first_page(), vma->end_page());
   const os::Protection now = is_heap() ? os::Protection::kReadWrite : os::Protection::kNone;
   out.protect = (vma->kernel_vma || out.reset || options.protection != now) && options.backing == nullptr;
   out.unguard = is_heap() && shared_.options->strict_unmap;
@@ -537,8 +545,8 @@ Error Region::ReplaceInKernel(PageRange range, const MapOptions& options, Claim&
   return error.ok() && options.lock != os::MemoryLock::kNone ? LockInKernel(range, options.lock) : error;
 }
 
-// The way back from a replacement. Free pages must be clean again. `lost`: what was mapped there is gone from the kernel;
-// backings show theirs again, as far as they can, and anonymous memory has lost its content.
+// The way back from a replacement. Free pages must be clean again. `lost`: what was mapped there is gone from the
+// kernel; backings show theirs again, as far as they can, and anonymous memory has lost its content.
 void Region::RestoreContent(PageRange range, bool lost) {
   for (PageNumber page = range.first; page < range.end;) {
     VmaState state;

@@ -19,8 +19,10 @@ Result<MetadataArena*> MetadataArena::Create(os::Kernel& kernel, Pages size) {
   const Result<PageRange> range = kernel.Reserve(size, {may_grow_huge ? kPagesPerHugePage : 1});
   if (!range.ok()) return range.error();
   const std::size_t first_step = std::min(kCommitStep, size.bytes().value);
-  const Error committed =
-      kernel.Protect(PageRange::FromBytes(range->address(), {first_step}), os::Protection::kReadWrite);
+  const PageRange first = PageRange::FromBytes(range->address(), {first_step});
+  kernel.AdviseCoreDumps(*range, os::CoreDumps::kOmit);
+  kernel.AdviseCoreDumps(first, os::CoreDumps::kInclude);
+  const Error committed = kernel.Protect(first, os::Protection::kReadWrite);
   if (!committed.ok()) {
     (void)kernel.Release(*range);
     return committed;
@@ -60,6 +62,7 @@ bool MetadataArena::CommitTo(std::size_t end) {
   const std::size_t goal =
       std::min((end + unit - 1) / unit * unit, range_.bytes().value);
   const PageRange step = PageRange::FromBytes(range_.address() + committed, {goal - committed});
+  kernel_.AdviseCoreDumps(step, os::CoreDumps::kInclude);
   if (!kernel_.Protect(step, os::Protection::kReadWrite).ok()) return false;
   // Release pairs with the acquire above: whoever sees the new bound may touch the memory.
   while (committed < goal &&

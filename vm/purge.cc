@@ -138,6 +138,14 @@ bool Region::WorthCleaningLocked(RegionPage count) const {
          free_.ListSize(FreeRanges::BinOf(count), Knowledge::kUnknown) >= kPurgeBatch;
 }
 
+// Mappings of changing sizes, or unmapped in parts, leave extents that nobody asks for at their size. Given back, they
+// merge into room for anything. A quarter of what the region has: so much was unmapped since the last time that giving
+// it back costs each of these pages no more than an unmap of the kernel's, and a region that is in use grows by that.
+bool Region::WorthPurgingLocked(const Vma& carved) const {
+  if (!is_heap() || IsCommitted(carved.end_page() - 1, carved.end_page())) return false;
+  return free_.pages() >= committed_pages_.load(std::memory_order_relaxed) / 4;
+}
+
 void Region::CleanBin(RegionPage count) {
   PurgeList list;
   Vma* taken[kExtentsPerHold];

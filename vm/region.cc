@@ -242,6 +242,10 @@ void Region::GiveBackLocked(Vma* vma) {
 // That is also why one thread at a time commits.
 Error Region::Commit(PageRange range) {
   sync::SpinLockHolder holder(commit_lock_);
+  if (!is_heap()) {
+    IncludeInCoreDumps(ToRegion(range.end - Pages{1}) + 1);
+    return Error::Ok();
+  }
   const std::size_t chunks = range_.count().value >> chunk_shift_;
   const std::size_t needed = (ToRegion(range.end - Pages{1}) >> chunk_shift_) + 1;
   for (std::size_t first = ToRegion(range.first) >> chunk_shift_; first < needed; ++first) {
@@ -262,9 +266,21 @@ Error Region::Commit(PageRange range) {
   return Error::Ok();
 }
 
+// In few steps, each of which takes mmap_lock.
+void Region::IncludeInCoreDumps(RegionPage end) {
+  const RegionPage before = dumped_end_.load(std::memory_order_relaxed);
+  if (end <= before) return;
+  const std::uint64_t step = kCommitAheadMin << chunk_shift_;
+  const auto after =
+      static_cast<RegionPage>(std::min<std::uint64_t>((end + step - 1) / step * step, range_.count().value));
+  shared_.kernel->AdviseCoreDumps(ToAbsolute(before, after - before), os::CoreDumps::kInclude);
+  dumped_end_.store(after, std::memory_order_release);
+}
+
 Error Region::CommitChunks(std::size_t first, std::size_t end) {
   const PageRange range = ToAbsolute(static_cast<RegionPage>(first << chunk_shift_),
                                      static_cast<RegionPage>((end - first) << chunk_shift_));
+  shared_.kernel->AdviseCoreDumps(range, os::CoreDumps::kInclude);
   const Error error = shared_.kernel->Protect(range, os::Protection::kReadWrite);
   if (!error.ok()) return error;
   // The first fault of a kernel VMA takes mmap_lock: have it here. The page is dropped again, since what is

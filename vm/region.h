@@ -293,7 +293,8 @@ class alignas(kPageSize) Region {
   // Keeps other verbs from merging the extents of [first, end) with theirs, between two critical sections of a
   // verb that holds exactly these pages and has made their borders borders of extents. The outermost two are
   // enough: nobody else merges mapped extents within the range.
-  FREEHOLD_HOLD_CODE void SetBusyLocked(RegionPage first, RegionPage end, bool busy) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  FREEHOLD_HOLD_CODE void SetBusyLocked(RegionPage first, RegionPage end, bool busy)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // The start of such a verb: makes the borders and sets busy. Error: kNoMetadata; then nothing has changed.
   Error MakeBusy(RegionPage first, RegionPage end);
   // Its end when it was refused.
@@ -335,15 +336,18 @@ class alignas(kPageSize) Region {
   void GiveBackLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // To kMapped, `count` pages from its first on: visible to lookups, all at once. REQUIRES: not kFree; what else lies
   // in those pages is dropped afterwards.
-  void PublishLocked(Vma* vma, RegionPage count, const VmaAttributes& attributes) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  void PublishLocked(Vma* vma, RegionPage count, const VmaAttributes& attributes)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // The extent that holds `page`; the quicker way to one that begins there and was published lately.
   Vma* FindLocked(RegionPage page) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
 
   // lookup.cc
   VmaInfo InfoOf(PageRange range, const VmaAttributes& attributes) const;
 
-  // region.cc: what the kernel has made readable and writable. Heap zones grow by chunks.
+  // region.cc: what the kernel has made readable and writable. Heap zones grow by chunks. In the mapping zone, what core
+  // dumps include: everything up to the end of the highest range.
   Error Commit(PageRange range);
+  void IncludeInCoreDumps(RegionPage end) ABSL_EXCLUSIVE_LOCKS_REQUIRED(commit_lock_);
   Error CommitChunks(std::size_t first, std::size_t end) ABSL_EXCLUSIVE_LOCKS_REQUIRED(commit_lock_);
   bool IsCommitted(RegionPage first, RegionPage end) const;
   bool IsChunkCommitted(std::size_t chunk) const;
@@ -352,8 +356,13 @@ class alignas(kPageSize) Region {
   }
 
   // map.cc
-  enum class Choice : std::uint8_t { kPublished, kPrepare, kCleanFirst, kNoMetadata, kNoRoom };
-  Choice ChooseLocked(RegionPage count, const MapOptions& options, bool may_clean, Preparation& out)
+  enum class Choice : std::uint8_t { kPublished, kPrepare, kCleanFirst, kPurgeFirst, kNoMetadata, kNoRoom };
+  // What a Map has not tried yet to find memory that was used before.
+  struct Remedies {
+    bool clean = true;
+    bool purge = true;
+  };
+  Choice ChooseLocked(RegionPage count, const MapOptions& options, const Remedies& left, Preparation& out)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   Vma* TakeCachedLocked(RegionPage count, const MapOptions& options)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
@@ -407,9 +416,10 @@ class alignas(kPageSize) Region {
   // Heap zones: puts the zone's own kernel VMA in the place of another, without access.
   Error ReplaceForeign(PageRange range);
   // Unmap, whatever that takes.
-  Error UnmapHeld(PageRange part, const VmaInfo* only, bool sample, bool& over_limit);
+  FREEHOLD_HOLD_CODE Error UnmapHeld(PageRange part, const VmaInfo* only, bool sample, bool& over_limit);
   // The common case: these pages are exactly one mapped extent that needs no kernel work. False otherwise.
-  bool RetireWholeLocked(RegionPage first, RegionPage count, std::size_t sampled) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  bool RetireWholeLocked(RegionPage first, RegionPage count, std::size_t sampled)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Whether a border of `part` goes through a mapped extent.
   bool IsCutLocked(PageRange part) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Cuts mapped extents at the borders of `part`.
@@ -453,7 +463,8 @@ class alignas(kPageSize) Region {
   // Whether something in [first, end) has another protection. Errors: kNotMapped, kDenied.
   Result<bool> ProtectionDiffers(RegionPage first, RegionPage end, os::Protection protection) const;
   // As ChangeBusyLocked.
-  FREEHOLD_HOLD_CODE void RecordProtectionLocked(RegionPage first, RegionPage end, os::Protection protection, RegionPage& page)
+  FREEHOLD_HOLD_CODE void RecordProtectionLocked(RegionPage first, RegionPage end,
+                                                 os::Protection protection, RegionPage& page)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
 
   // pin.cc
@@ -480,6 +491,8 @@ class alignas(kPageSize) Region {
   FREEHOLD_HOLD_CODE Pages FinishPurging(const PurgeList& list, bool discarded, bool keep);
   // Whether the bin of `count` has gathered enough extents of unknown content for one cheap discard.
   bool WorthCleaningLocked(RegionPage count) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // Whether so much is cached that the region had better give it back than grow for `carved`, which is free.
+  bool WorthPurgingLocked(const Vma& carved) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Discards what such a bin has gathered, and keeps the extents as clean.
   void CleanBin(RegionPage count);
   void WaitForPurges();
@@ -491,6 +504,8 @@ class alignas(kPageSize) Region {
   const bool maps_clean_;               // MapOrdinary may publish what a bin has clean
   std::uint64_t* committed_ = nullptr;  // a bit for each commit chunk; set, never cleared; see CommittedWord
   unsigned chunk_shift_ = 0;            // of a commit chunk's pages
+  // Of the mapping zone: core dumps omit what lies beyond. Written under commit_lock_.
+  std::atomic<RegionPage> dumped_end_{0};
 
   // Held over mprotect. Only under a range guard, so that fork finds it free.
   sync::SpinLock commit_lock_{sync::LockRank::kPurge};
@@ -530,7 +545,8 @@ class alignas(kPageSize) Region {
 
 // Inline: these are on the path of every map and unmap.
 
-ABSL_ATTRIBUTE_ALWAYS_INLINE inline void Region::PublishLocked(Vma* vma, RegionPage count, const VmaAttributes& attributes) {
+ABSL_ATTRIBUTE_ALWAYS_INLINE inline void Region::PublishLocked(Vma* vma, RegionPage count,
+                                                               const VmaAttributes& attributes) {
   FREEHOLD_DCHECK(!vma->Is(VmaState::kFree));
   const RegionPage first = vma->first_page();
   {
@@ -595,7 +611,8 @@ inline bool Region::IsChunkCommitted(std::size_t chunk) const {
 }
 
 inline bool Region::IsCommitted(RegionPage first, RegionPage end) const {
-  if (!is_heap()) return true;
+  // Acquire pairs with the release in IncludeInCoreDumps.
+  if (!is_heap()) return end <= dumped_end_.load(std::memory_order_acquire);
   const std::size_t last = (end - 1) >> chunk_shift_;
   for (std::size_t chunk = first >> chunk_shift_; chunk <= last; ++chunk) {
     if (!IsChunkCommitted(chunk)) return false;

@@ -317,8 +317,9 @@ void Region::FinishChange(Change& change, const Guard& guard) {
   }
 }
 
-Region::Hidden::Hidden(Region& region) ABSL_NO_THREAD_SAFETY_ANALYSIS : tree_(region.tree_),
-                                                                       holder_(region.tree_lock_, sync::SameRank::kAscendingAddress) {
+Region::Hidden::Hidden(Region& region) ABSL_NO_THREAD_SAFETY_ANALYSIS
+    : tree_(region.tree_),
+      holder_(region.tree_lock_, sync::SameRank::kAscendingAddress) {
   tree_.Hide();
 }
 

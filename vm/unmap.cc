@@ -39,13 +39,14 @@ Error Region::Unmap(PageRange part, const VmaInfo* only) {
   const RegionPage first = ToRegion(part.first);
   const RegionPage count = ToRegion(part.end) - first;
   const bool sample = WantsSample(count);
+  bool whole = !sample && shared_.notifiers->empty() && only == nullptr;
   // Of small ones, the caches have seen the map.
   if (ABSL_PREDICT_FALSE(count >= kPagesPerHugePage)) {
+    whole = whole && range_lock_.KnowsHolders(part);
     PrefetchHoldCode();
     Warm(part.first);
   }
-  if (ABSL_PREDICT_FALSE(sample || !shared_.notifiers->empty() || only != nullptr ||
-                         !UnmapWhole(first, count, over_limit))) {
+  if (ABSL_PREDICT_FALSE(!whole || !UnmapWhole(first, count, over_limit))) {
     if (const Error error = UnmapHeld(part, only, sample, over_limit); !error.ok()) return error;
   }
   if (ABSL_PREDICT_FALSE(over_limit)) TrimFree();
@@ -199,8 +200,9 @@ void Region::NoteDetached(const Vma& vma, Detachment& detachment) const {
 
 Error Region::ZapDetached(PageRange part, const Detachment& detachment, const Guard& guard) {
   FREEHOLD_DCHECK(guard.Covers(part, Mode::kShared));
-  // In the mapping zone one call resets all of the part, or fails, and then nothing is lost. Nothing but this verb's own extents has pages or protections in the part: others map under the range. Without
-  // anything that was ever accessible there is no call.
+  // In the mapping zone one call resets all of the part, or fails, and then nothing is lost. Nothing but this verb's
+  // own extents has pages or protections in the part: others map under the range. Without anything that was ever
+  // accessible there is no call.
   if (detachment.backed) FlushBackings(part, guard);
   if (detachment.reset) {
     if (const Error error = shared_.kernel->Reset(part); !error.ok()) return error;

@@ -130,7 +130,19 @@ static inline void Prefetch(const Node* node) {
   }
 }
 
-bool VmaTree::Lookup(RegionPage page, View& view) const {
+// What a change of an extent reads too: the gaps.
+static inline void PrefetchGaps(const Node* node) {
+  for (std::size_t i = offsetof(Node, gap); i < sizeof(Node); i += kCacheLineSize) {
+    __builtin_prefetch(reinterpret_cast<const std::byte*>(node) + i, 1);
+  }
+}
+
+bool VmaTree::Lookup(RegionPage page, View& view) const { return LookUp<false>(page, view); }
+
+bool VmaTree::Warm(RegionPage page, View& view) const { return LookUp<true>(page, view); }
+
+template <bool kForWriting>
+ABSL_ATTRIBUTE_ALWAYS_INLINE inline bool VmaTree::LookUp(RegionPage page, View& view) const {
   for (int attempt = 0; attempt < kLookupAttempts; ++attempt) {
     const Node* node = visible_root_.load(std::memory_order_acquire);
     if (ABSL_PREDICT_FALSE(node == nullptr)) return false;
@@ -138,6 +150,7 @@ bool VmaTree::Lookup(RegionPage page, View& view) const {
     if ((version & 1) != 0 || visible_root_.load(std::memory_order_acquire) != node) continue;
     const Vma* vma = nullptr;
     for (;;) {
+      if constexpr (kForWriting) PrefetchGaps(node);
       const int height = node->height.load(std::memory_order_acquire);
       const int slot = SlotOf(*node, page);
       if (slot < 0) break;

@@ -71,6 +71,8 @@ class VmaTree {
   // The extent that holds `page`, without a lock. False when concurrent changes got in the way too often;
   // the caller then takes the tree lock. REQUIRES: the tree tiles the region and `page` lies in it.
   bool Lookup(RegionPage page, View& view) const;
+  // The same; what a change of that extent reads and writes in the tree comes into the caches.
+  bool Warm(RegionPage page, View& view) const;
 
   FREEHOLD_HOLD_CODE Path Find(RegionPage page) const;
   // Steps to the neighbour; false at the end.
@@ -125,6 +127,8 @@ class VmaTree {
     std::uint64_t origin;
   };
 
+  template <bool kForWriting>
+  bool LookUp(RegionPage page, View& view) const;
   FREEHOLD_HOLD_CODE static int SlotOf(const Node& node, RegionPage page);
   FREEHOLD_HOLD_CODE static RegionPage MaxGap(const Node& node);
   FREEHOLD_HOLD_CODE static void InsertAt(Node& node, int slot, RegionPage key, void* entry, RegionPage gap);

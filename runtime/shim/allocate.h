@@ -3,7 +3,7 @@
 // libc serves.
 //
 // The fast path is a load of the cache's address relative to the thread pointer, a test, and the
-// cache's own fast path, inlined.
+// cache's own fast path, inlined. An allocation that it does not serve leaves it by a jump, so it needs no stack.
 //
 // Thread safety: thread-safe.
 // Errors:        null when out of memory; errno is set by libc's malloc only, so callers set it.
@@ -39,14 +39,17 @@ std::size_t UsableSize(const void* p);
 inline bool IsLarge(std::size_t size) { return size > allocator::kMaxClassSize; }
 
 // At least `size` bytes, aligned for every type.
-ABSL_ATTRIBUTE_ALWAYS_INLINE inline void* Allocate(std::size_t size) {
+inline void* Allocate(std::size_t size, const void* caller) {
   allocator::ThreadCache* cache = FastThreadCache();
   if (ABSL_PREDICT_FALSE(cache == nullptr)) return AllocateCold(size);
-  // The outer test is the cache's own first one.
-  if (ABSL_PREDICT_FALSE(size > allocator::kMaxDirectSize) && ABSL_PREDICT_FALSE(IsLarge(size))) {
-    return AllocateLarge(*cache, size, __builtin_return_address(0));
-  }
+  if (ABSL_PREDICT_FALSE(IsLarge(size))) return AllocateLarge(*cache, size, caller);
   return cache->Allocate(size);
+}
+
+// The same, in the common case; else null: then Allocate knows.
+ABSL_ATTRIBUTE_ALWAYS_INLINE inline void* TryAllocate(std::size_t size) {
+  allocator::ThreadCache* cache = FastThreadCache();
+  return ABSL_PREDICT_TRUE(cache != nullptr) ? cache->TryAllocate(size) : nullptr;
 }
 
 // The same, zeroed.

@@ -29,6 +29,11 @@ inline void* OrNoMemory(void* p) {
   return Fail(ENOMEM);
 }
 
+ABSL_ATTRIBUTE_NOINLINE void* MallocSlow(std::size_t size) {
+  // That of malloc, which jumped here.
+  return OrNoMemory(Allocate(size, __builtin_return_address(0)));
+}
+
 // Not std::has_single_bit, which counts bits by a call into libgcc.
 constexpr bool IsPowerOfTwo(std::size_t n) { return n != 0 && (n & (n - 1)) == 0; }
 
@@ -43,7 +48,8 @@ namespace shim = freehold::runtime::shim;
 extern "C" {
 
 FREEHOLD_EXPORT void* malloc(std::size_t size) noexcept {
-  return shim::OrNoMemory(shim::Allocate(size));
+  void* p = shim::TryAllocate(size);
+  return ABSL_PREDICT_TRUE(p != nullptr) ? p : shim::MallocSlow(size);
 }
 
 FREEHOLD_EXPORT void* calloc(std::size_t count, std::size_t size) noexcept {

@@ -11,9 +11,15 @@
 namespace freehold::runtime::shim {
 namespace {
 
-ABSL_ATTRIBUTE_ALWAYS_INLINE inline void* New(NewForm form, std::size_t size) {
-  void* p = Allocate(size);
+ABSL_ATTRIBUTE_NOINLINE void* NewSlow(NewForm form, std::size_t size) {
+  // That of the operator, which jumped here.
+  void* p = Allocate(size, __builtin_return_address(0));
   return ABSL_PREDICT_TRUE(p != nullptr) ? p : NewAfterFailure(form, size, 0);
+}
+
+ABSL_ATTRIBUTE_ALWAYS_INLINE inline void* New(NewForm form, std::size_t size) {
+  void* p = TryAllocate(size);
+  return ABSL_PREDICT_TRUE(p != nullptr) ? p : NewSlow(form, size);
 }
 
 ABSL_ATTRIBUTE_ALWAYS_INLINE inline void* New(NewForm form, std::size_t size,

@@ -17,7 +17,7 @@ void* TryWithHandlers(NewForm form, std::size_t size, std::size_t alignment) {
     const std::new_handler handler = std::get_new_handler();
     if (handler == nullptr) throw std::bad_alloc();
     handler();
-    void* p = IsAligned(form) ? AllocateAligned(alignment, size) : Allocate(size);
+    void* p = IsAligned(form) ? AllocateAligned(alignment, size) : Allocate(size, __builtin_return_address(0));
     if (p != nullptr) return p;
   }
 }

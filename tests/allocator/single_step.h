@@ -46,12 +46,17 @@ class SingleStep {
     return looks;
   }
 
+  // For `look`: the instruction that `work` stopped before.
+  static const unsigned char* Instruction() { return current_->instruction_; }
+
  private:
   static constexpr unsigned long long kTrapFlag = 0x100;
 
   // The kernel clears the flag for the handler, and its return sets it again.
   static void OnTrap(int, siginfo_t*, void* context) {
     const int error = errno;
+    current_->instruction_ = reinterpret_cast<const unsigned char*>(
+        static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]);
     if (!current_->look_(current_->context_)) {
       static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_EFL] &= ~static_cast<greg_t>(kTrapFlag);
     }
@@ -60,6 +65,7 @@ class SingleStep {
 
   static inline SingleStep* current_ = nullptr;
   void* context_ = nullptr;
+  const unsigned char* instruction_ = nullptr;
   bool (*look_)(void* context) = nullptr;
 };
 

@@ -13,8 +13,8 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
-#include <iterator>
 #include <memory>
+#include <sstream>
 #include <string>
 #include <thread>
 #include <vector>
@@ -232,9 +232,10 @@ TEST_F(KvServerTest, ASnapshotIsOfOneMoment) {
     Client client(server_->port());
     for (int save = 0; save < 20; ++save) {
       ASSERT_EQ(client.Ask("SAVE").rfind("SAVED ", 0), 0u);
-      std::ifstream file(file_);
+      std::ostringstream text;
+      text << std::ifstream(file_).rdbuf();
       Table saved;
-      ASSERT_TRUE(saved.Add(std::string(std::istreambuf_iterator<char>(file), {})));
+      ASSERT_TRUE(saved.Add(text.str()));
       for (int writer = 0; writer < kWriters; ++writer) {
         const std::string name = std::to_string(writer);
         const auto first = saved.Get(name + ".first");

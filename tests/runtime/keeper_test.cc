@@ -4,6 +4,7 @@
 
 #include <cstdio>
 #include <string>
+#include <utility>
 
 #include "gtest/gtest.h"
 #include "tests/runtime/subprocess.h"
@@ -23,8 +24,7 @@ class KeeperTest : public ::testing::Test {
   void SetUp() override { FREEHOLD_SKIP_WITH_SANITIZER(); }
 
   static Launch Program(const std::string& name, std::vector<std::string> arguments) {
-    arguments.insert(arguments.begin(), BuiltFile("tests/runtime/programs/" + name));
-    return UnderShim({.argv = arguments});
+    return UnderShim(TestProgram(name, std::move(arguments)));
   }
 
   static Burst RunBurst(const Launch& launch) {
@@ -39,10 +39,7 @@ class KeeperTest : public ::testing::Test {
   }
 
   static void ExpectOk(const std::string& what) {
-    const Outcome outcome = RunProgram(Program("keeper_life", {what}));
-    EXPECT_EQ(outcome.status, 0);
-    EXPECT_EQ(outcome.out, "ok\n");
-    EXPECT_EQ(outcome.err, "");
+    EXPECT_EQ(ExpectQuiet(Program("keeper_life", {what})), "ok\n");
   }
 };
 

@@ -22,8 +22,9 @@ class LimitsTest : public ::testing::Test {
   void SetUp() override { FREEHOLD_SKIP_WITH_SANITIZER(); }
 
   static Outcome Exhaust(rlim_t limit, const std::string& size) {
-    return RunProgram(UnderShim({.argv = {BuiltFile("tests/runtime/programs/exhaust"), size},
-                                 .address_space_limit = limit}));
+    Launch launch = UnderShim(TestProgram("exhaust", {size}));
+    launch.address_space_limit = limit;
+    return RunProgram(launch);
   }
 };
 
@@ -53,7 +54,7 @@ TEST_F(LimitsTest, FallsBackToLibcWhereThereIsNoRoom) {
 
 TEST_F(LimitsTest, RealProgramsUnderAnAddressSpaceLimit) {
   for (const rlim_t limit : {2048 * kMiB, 512 * kMiB}) {
-    const Outcome outcome = RunProgram(
+    const std::string out = ExpectQuiet(
         UnderShim({.argv = {"python3", "-c",
                             "import threading\n"
                             "data = [str(i) * 10 for i in range(100000)]\n"
@@ -62,9 +63,7 @@ TEST_F(LimitsTest, RealProgramsUnderAnAddressSpaceLimit) {
                             "[t.start() for t in threads]; [t.join() for t in threads]\n"
                             "print(len(data))"},
                    .address_space_limit = limit}));
-    EXPECT_EQ(outcome.status, 0);
-    EXPECT_EQ(outcome.out, "100000\n");
-    EXPECT_EQ(outcome.err, "");
+    EXPECT_EQ(out, "100000\n");
   }
 }
 
@@ -79,13 +78,11 @@ TEST_F(LimitsTest, TheReservationCanBeChosen) {
 }
 
 TEST_F(LimitsTest, MlockallMakesPresentWhatTheProgramHas) {
-  const Launch launch = {.argv = {BuiltFile("tests/runtime/programs/lock_all")}};
+  const Launch launch = TestProgram("lock_all");
   const Outcome plain = RunProgram(launch);
   if (plain.out.rfind("refused", 0) == 0) GTEST_SKIP() << "mlockall was " << plain.out;
   EXPECT_EQ(plain.out, "ok\n") << plain.err;
-  const Outcome shim = RunProgram(UnderShim(launch));
-  EXPECT_EQ(shim.out, "ok\n") << shim.err;
-  EXPECT_EQ(shim.err, "");
+  EXPECT_EQ(ExpectQuiet(UnderShim(launch)), "ok\n");
 }
 
 TEST_F(LimitsTest, MlockallSaysWhyItIsRefused) {
@@ -100,23 +97,17 @@ TEST_F(LimitsTest, MlockallSaysWhyItIsRefused) {
 
 TEST_F(LimitsTest, TheHardLimit) {
   for (const char* keeper : {"1", "0"}) {
-    const Outcome outcome = RunProgram(UnderShim({.argv = {BuiltFile("tests/runtime/programs/memory_limit"), "64"},
-                                                  .environment = {{"FREEHOLD_HARD_LIMIT", "64M"},
-                                                                  {"FREEHOLD_KEEPER", keeper}}}));
-    EXPECT_EQ(outcome.status, 0) << outcome.err;
-    EXPECT_EQ(outcome.err, "");
+    ExpectQuiet(UnderShim(
+        TestProgram("memory_limit", {"64"}, {{"FREEHOLD_HARD_LIMIT", "64M"}, {"FREEHOLD_KEEPER", keeper}})));
   }
 }
 
 // Bursts of different sizes, of which one after another would fit: what each leaves behind goes while the next grows.
 TEST_F(LimitsTest, TheSoftLimit) {
   const auto above = [](const char* limit) {
-    const Outcome outcome = RunProgram(UnderShim({.argv = {BuiltFile("tests/runtime/programs/memory_limit"), "128", "soft"},
-                                                  .environment = {{"FREEHOLD_SOFT_LIMIT", limit},
-                                                                  {"FREEHOLD_DECAY_MS", "60s"}}}));
-    EXPECT_EQ(outcome.status, 0) << outcome.err;
-    EXPECT_EQ(outcome.err, "");
-    return std::atol(outcome.out.c_str());
+    const std::string out = ExpectQuiet(UnderShim(TestProgram(
+        "memory_limit", {"128", "soft"}, {{"FREEHOLD_SOFT_LIMIT", limit}, {"FREEHOLD_DECAY_MS", "60s"}})));
+    return std::atol(out.c_str());
   };
   EXPECT_GE(above("0"), 56);
   EXPECT_LE(above("128M"), 40);
@@ -135,12 +126,8 @@ TEST_F(LimitsTest, LimitsOfTheControlGroup) {
 
 TEST_F(LimitsTest, TrimGivesEverythingBack) {
   for (const char* mmap : {"1", "0"}) {
-    const Outcome outcome = RunProgram(UnderShim({.argv = {BuiltFile("tests/runtime/programs/trim")},
-                                                  .environment = {{"FREEHOLD_KEEPER", "0"},
-                                                                  {"FREEHOLD_DECAY_MS", "60s"},
-                                                                  {"FREEHOLD_MMAP", mmap}}}));
-    EXPECT_EQ(outcome.status, 0) << mmap;
-    EXPECT_EQ(outcome.err, "") << mmap;
+    ExpectQuiet(UnderShim(TestProgram(
+        "trim", {}, {{"FREEHOLD_KEEPER", "0"}, {"FREEHOLD_DECAY_MS", "60s"}, {"FREEHOLD_MMAP", mmap}})));
   }
 }
 
@@ -169,13 +156,11 @@ TEST_F(LimitsTest, EveryOvercommitMode) {
   for (const char* mode : {"0", "1", "2"}) {
     const KernelSetting overcommit("/proc/sys/vm/overcommit_memory", mode);
     if (!overcommit.set()) GTEST_SKIP() << "not permitted to change vm.overcommit_memory";
-    const Outcome outcome =
-        RunProgram(UnderShim({.argv = {BuiltFile("tests/runtime/programs/burst"), "90", "0"}}));
-    EXPECT_EQ(outcome.status, 0) << "mode " << mode << ": " << outcome.err;
-    EXPECT_EQ(outcome.err, "");
+    SCOPED_TRACE(std::string("mode ") + mode);
+    ExpectQuiet(UnderShim(TestProgram("burst", {"90", "0"})));
     const Outcome sort =
         RunProgram(UnderShim({.argv = {"/bin/sh", "-c", "seq 200000 | sort -n | tail -1"}}));
-    EXPECT_EQ(sort.out, "200000\n") << "mode " << mode << ": " << sort.err;
+    EXPECT_EQ(sort.out, "200000\n") << sort.err;
   }
 }
 

@@ -22,9 +22,8 @@ class ProcessLifeTest : public ::testing::Test {
   }
 
   static Outcome Preloaded(const std::string& program, std::vector<std::string> arguments = {},
-                           std::vector<std::pair<std::string, std::string>> environment = {}) {
-    arguments.insert(arguments.begin(), Program(program));
-    return RunProgram(UnderShim({.argv = arguments, .environment = std::move(environment)}));
+                           Environment environment = {}) {
+    return RunProgram(UnderShim(TestProgram(program, std::move(arguments), std::move(environment))));
   }
 
   static void ExpectOk(const Outcome& outcome) {

@@ -13,16 +13,10 @@ namespace {
 using ::testing::HasSubstr;
 using ::testing::MatchesRegex;
 
-using Environment = std::vector<std::pair<std::string, std::string>>;
 
 class PthreadShimTest : public ::testing::Test {
  protected:
   void SetUp() override { FREEHOLD_SKIP_WITH_SANITIZER(); }
-
-  static Launch Program(const std::string& name, std::vector<std::string> arguments = {}, Environment environment = {}) {
-    arguments.insert(arguments.begin(), BuiltFile("tests/runtime/programs/" + name));
-    return {.argv = std::move(arguments), .environment = std::move(environment)};
-  }
 
   static void ExpectSame(const Launch& launch) {
     const Outcome plain = RunProgram(launch);
@@ -36,30 +30,30 @@ class PthreadShimTest : public ::testing::Test {
 
 // ---- As libc ----
 
-TEST_F(PthreadShimTest, ThreadsAreAsLibcs) { ExpectSame(Program("thread_conformance")); }
+TEST_F(PthreadShimTest, ThreadsAreAsLibcs) { ExpectSame(TestProgram("thread_conformance")); }
 
 TEST_F(PthreadShimTest, ThreadsAreAsLibcsWithoutReports) {
-  ExpectSame(Program("thread_conformance", {}, {{"FREEHOLD_OVERFLOW_REPORT", "off"}}));
+  ExpectSame(TestProgram("thread_conformance", {}, {{"FREEHOLD_OVERFLOW_REPORT", "off"}}));
 }
 
 TEST_F(PthreadShimTest, SwitchedOff) {
-  ExpectSame(Program("thread_conformance", {}, {{"FREEHOLD_STACKS", "libc"}}));
-  ExpectSame(Program("thread_conformance", {}, {{"FREEHOLD_MALLOC", "libc"}}));
+  ExpectSame(TestProgram("thread_conformance", {}, {{"FREEHOLD_STACKS", "libc"}}));
+  ExpectSame(TestProgram("thread_conformance", {}, {{"FREEHOLD_MALLOC", "libc"}}));
 }
 
 // The pool is soon full, and libc finds stacks elsewhere, or not.
 TEST_F(PthreadShimTest, LittleAddressSpace) {
-  ExpectSame(Program("thread_conformance", {}, {{"FREEHOLD_RESERVE", "256M"}}));
+  ExpectSame(TestProgram("thread_conformance", {}, {{"FREEHOLD_RESERVE", "256M"}}));
 }
 
 // libc frees after a thread's last destructor.
-TEST_F(PthreadShimTest, DetachedThreadsLeaveNothingBehindInMalloc) { ExpectSame(Program("detached_idle")); }
+TEST_F(PthreadShimTest, DetachedThreadsLeaveNothingBehindInMalloc) { ExpectSame(TestProgram("detached_idle")); }
 
 TEST_F(PthreadShimTest, MuchThreadLocalStorage) {
-  ExpectSame(Program("large_tls", {BuiltFile("tests/runtime/programs/libtls_plugin.so")}));
+  ExpectSame(TestProgram("large_tls", {BuiltFile("tests/runtime/programs/libtls_plugin.so")}));
 }
 
-TEST_F(PthreadShimTest, StacksThatAreExecuted) { ExpectSame(Program("executable_stack")); }
+TEST_F(PthreadShimTest, StacksThatAreExecuted) { ExpectSame(TestProgram("executable_stack")); }
 
 // ---- Kernel VMAs and memory ----
 
@@ -80,7 +74,7 @@ Counts Read(const Outcome& outcome) {
 }
 
 TEST_F(PthreadShimTest, TenThousandThreadsAddAFewKernelVmas) {
-  const Counts counts = Read(RunProgram(UnderShim(Program("many_threads", {"10000"}))));
+  const Counts counts = Read(RunProgram(UnderShim(TestProgram("many_threads", {"10000"}))));
   EXPECT_LT(counts.vmas, 50);
   EXPECT_GT(counts.resident, 10'000 * 256 / 1024);  // they have been that deep
   // Of the free stacks some stay resident, and the pages that keep the kernel's records.
@@ -88,14 +82,15 @@ TEST_F(PthreadShimTest, TenThousandThreadsAddAFewKernelVmas) {
 }
 
 TEST_F(PthreadShimTest, WithoutTheShimThereAreTwoEach) {
-  const Counts counts = Read(RunProgram(UnderShim(Program("many_threads", {"1000"}, {{"FREEHOLD_STACKS", "libc"}}))));
+  const Counts counts =
+      Read(RunProgram(UnderShim(TestProgram("many_threads", {"1000"}, {{"FREEHOLD_STACKS", "libc"}}))));
   EXPECT_GT(counts.vmas, 1900);
 }
 
 // ---- Overflow ----
 
 TEST_F(PthreadShimTest, AnOverflowIsReported) {
-  const Outcome outcome = RunProgram(UnderShim(Program("stack_overflow", {"plain"})));
+  const Outcome outcome = RunProgram(UnderShim(TestProgram("stack_overflow", {"plain"})));
   EXPECT_EQ(outcome.status, -SIGSEGV);
   EXPECT_THAT(outcome.err,
               MatchesRegex("freehold: thread [0-9]+ \"digger\" overflowed its stack \\[0x[0-9a-f]+, 0x[0-9a-f]+\\) of "
@@ -104,7 +99,7 @@ TEST_F(PthreadShimTest, AnOverflowIsReported) {
 
 TEST_F(PthreadShimTest, OtherFaultsAreNotReported) {
   for (const char* how : {"null", "sent", "main"}) {
-    const Outcome outcome = RunProgram(UnderShim(Program("stack_overflow", {how})));
+    const Outcome outcome = RunProgram(UnderShim(TestProgram("stack_overflow", {how})));
     EXPECT_EQ(outcome.status, -SIGSEGV) << how;
     EXPECT_EQ(outcome.err, "") << how;
   }
@@ -112,20 +107,22 @@ TEST_F(PthreadShimTest, OtherFaultsAreNotReported) {
 
 TEST_F(PthreadShimTest, ReportsAreSwitchedOff) {
   const Outcome outcome =
-      RunProgram(UnderShim(Program("stack_overflow", {"plain"}, {{"FREEHOLD_OVERFLOW_REPORT", "off"}})));
+      RunProgram(UnderShim(TestProgram("stack_overflow", {"plain"}, {{"FREEHOLD_OVERFLOW_REPORT", "off"}})));
   EXPECT_EQ(outcome.status, -SIGSEGV);
   EXPECT_EQ(outcome.err, "");
 }
 
 TEST_F(PthreadShimTest, AProgramsOwnHandlerIsLeftAlone) {
   for (const char* how : {"handled", "handled-late"}) {
-    const Outcome outcome = RunProgram(UnderShim(Program("stack_overflow", {how})));
+    const Outcome outcome = RunProgram(UnderShim(TestProgram("stack_overflow", {how})));
     EXPECT_EQ(outcome.status, how == std::string("handled") ? -SIGSEGV : 42) << how;
     EXPECT_EQ(outcome.err, "") << how;
   }
 }
 
-TEST_F(PthreadShimTest, NothingIsInstalledBeforeTheFirstThread) { ExpectSame(Program("stack_overflow", {"inspected"})); }
+TEST_F(PthreadShimTest, NothingIsInstalledBeforeTheFirstThread) {
+  ExpectSame(TestProgram("stack_overflow", {"inspected"}));
+}
 
 // ---- Real programs ----
 

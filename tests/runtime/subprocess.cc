@@ -12,6 +12,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
+
+#include "gtest/gtest.h"
 
 extern char** environ;
 
@@ -134,6 +137,21 @@ std::string BuiltFile(const std::string& path) {
   std::string result = absolute;
   std::free(absolute);
   return result;
+}
+
+Launch TestProgram(const std::string& name, std::vector<std::string> arguments, Environment environment) {
+  arguments.insert(arguments.begin(), BuiltFile("tests/runtime/programs/" + name));
+  return {.argv = std::move(arguments), .environment = std::move(environment)};
+}
+
+std::string ExpectQuiet(const Launch& launch) {
+  const Outcome outcome = RunProgram(launch);
+  std::string what;
+  for (const auto& [name, value] : launch.environment) what += name + "=" + value + " ";
+  for (const std::string& argument : launch.argv) what += argument + " ";
+  EXPECT_EQ(outcome.status, 0) << what;
+  EXPECT_EQ(outcome.err, "") << what;
+  return outcome.out;
 }
 
 std::string ShimLibrary() { return BuiltFile("runtime/shim/libfreehold.so"); }

@@ -19,10 +19,12 @@ struct Outcome {
   std::string err;
 };
 
+using Environment = std::vector<std::pair<std::string, std::string>>;
+
 struct Launch {
   std::vector<std::string> argv;
   // Added to the test's environment, from which FREEHOLD_* and LD_PRELOAD are removed.
-  std::vector<std::pair<std::string, std::string>> environment = {};
+  Environment environment = {};
   std::optional<rlim_t> address_space_limit = {};  // RLIMIT_AS
   int timeout_seconds = 120;
 };
@@ -33,6 +35,13 @@ Outcome RunProgram(const Launch& launch);
 
 // The same program with libfreehold.so preloaded.
 Launch UnderShim(Launch launch);
+
+// One of tests/runtime/programs, by its name.
+Launch TestProgram(const std::string& name, std::vector<std::string> arguments = {}, Environment environment = {});
+
+// Runs `launch`, which is expected to succeed without a word on standard error; returns what it wrote to standard
+// output.
+std::string ExpectQuiet(const Launch& launch);
 
 // Skips a test that preloads where that cannot work; visibly.
 #define FREEHOLD_SKIP_WITH_SANITIZER()           \

@@ -113,6 +113,63 @@ TEST_F(ThreadStacksTest, OneStackServesThreadAfterThread) {
   EXPECT_EQ(InUse(), 0u);
 }
 
+// Joiners wait awhile by themselves first: for threads that are gone, that end meanwhile, and much later.
+TEST_F(ThreadStacksTest, JoinsThreadsThatEndSoonerAndLater) {
+  const auto run = [](void* microseconds) -> void* {
+    if (microseconds != nullptr) usleep(static_cast<useconds_t>(reinterpret_cast<std::uintptr_t>(microseconds)));
+    return microseconds;
+  };
+  for (std::uintptr_t i = 0; i < 100; ++i) {
+    for (const std::uintptr_t microseconds : {std::uintptr_t{0}, i % 25, std::uintptr_t{300}}) {
+      const pthread_t thread = MustCreate(run, reinterpret_cast<void*>(microseconds));
+      if (i % 4 == 0) usleep(100);
+      void* result = &result;
+      ASSERT_EQ(stacks_.Join(thread, &result), 0);
+      ASSERT_EQ(reinterpret_cast<std::uintptr_t>(result), microseconds);
+      ASSERT_EQ(InUse(), 0u);
+    }
+  }
+}
+
+#if !defined(FREEHOLD_TSAN)  // whose pthread_join takes a cancelled thread for one that is still in there
+TEST_F(ThreadStacksTest, AJoinThatWaitsCanBeCancelled) {
+  struct Join {
+    ThreadStacks* stacks;
+    pthread_t thread;
+    static void* Run(void* argument) {
+      auto& self = *static_cast<Join*>(argument);
+      self.stacks->Join(self.thread, nullptr);
+      return nullptr;
+    }
+  };
+  Held held;
+  Join join = {&stacks_, MustCreate(Held::Run, &held)};
+  const pthread_t joiner = MustCreate(Join::Run, &join);
+  ASSERT_EQ(pthread_cancel(joiner), 0);
+  void* result = nullptr;
+  EXPECT_EQ(stacks_.Join(joiner, &result), 0);
+  EXPECT_EQ(result, PTHREAD_CANCELED);
+  EXPECT_EQ(InUse(), 1u) << "who was waited for";
+  sem_post(&held.go);
+  MustJoin(join.thread);
+  EXPECT_EQ(InUse(), 0u);
+}
+#endif
+
+TEST_F(ThreadStacksTest, NoThreadJoinsItself) {
+  struct Self {
+    ThreadStacks* stacks;
+    static void* Run(void* self) {
+      const int error = static_cast<Self*>(self)->stacks->Join(pthread_self(), nullptr);
+      return reinterpret_cast<void*>(static_cast<std::uintptr_t>(error));
+    }
+  };
+  Self self = {&stacks_};
+  void* result = nullptr;
+  EXPECT_EQ(stacks_.Join(MustCreate(Self::Run, &self), &result), 0);
+  EXPECT_EQ(reinterpret_cast<std::uintptr_t>(result), std::uintptr_t{EDEADLK});
+}
+
 // Joined threads need no more memory than their tops; deep ones give back at their end, joined or not.
 TEST_F(ThreadStacksTest, DeepThreadsGiveBackAtTheirEnd) {
   const auto dig = [](void*) -> void* {

@@ -176,6 +176,21 @@ TEST(FreeRangesTest, KeepsKnowledgeApart) {
   EXPECT_EQ(h.Take(4, kResident), resident);
 }
 
+TEST(FreeRangesTest, CountsPages) {
+  Harness h;
+  EXPECT_EQ(h.bins.pages(), 0u);
+  h.Push(0, 1, kClean);
+  h.Push(8, FreeRanges::kExactPages, kClean);
+  h.Push(100, 7, kClean);
+  Vma* second = h.Push(108, 7, kClean);
+  EXPECT_EQ(h.bins.pages(), 1 + FreeRanges::kExactPages + 14);
+  h.Push(200, 5, kResident);
+  h.Push(208, 100, kUnknown);
+  EXPECT_EQ(h.bins.pages(), 1 + FreeRanges::kExactPages + 14 + 105);
+  h.bins.Remove(second);
+  EXPECT_EQ(h.bins.pages(), 1 + FreeRanges::kExactPages + 7 + 105);
+}
+
 TEST(FreeRangesTest, CountsPagesThatMayBeResident) {
   Harness h;
   h.Push(0, 4, kClean);

@@ -692,6 +692,83 @@ TEST(CommitTest, GoesAheadAsFarAsTheRegionThatGotFurthest) {
   FakeKernel::SetCpu(0);
 }
 
+// A region with more room than it commits at first, most of which was cut into extents that no mapping of kWhole pages
+// can use.
+class GrowthTest : public testing::Test {
+ protected:
+  static constexpr std::size_t kWhole = 16;
+  static constexpr std::size_t kPart = 5;
+
+  static AddressSpaceOptions Options() {
+    AddressSpaceOptions options = SmallOptions();
+    options.reserve = GiB(4);
+    return options;
+  }
+  // Maps all that is committed.
+  std::vector<PageRange> MapAll() {
+    std::vector<PageRange> mapped = {MustMap(*space_, kWhole)};
+    while (mapped.size() * kWhole < PagesFor(space_->Stats().committed).value) mapped.push_back(MustMap(*space_, kWhole));
+    return mapped;
+  }
+  // And leaves of every `period`th mapping two extents.
+  void CutEvery(std::size_t period) {
+    const std::vector<PageRange> mapped = MapAll();
+    for (std::size_t i = 0; i < mapped.size(); i += period) {
+      Fill(mapped[i], 0xaa);
+      ASSERT_TRUE(space_->Unmap(Part(mapped[i], 0, kPart)).ok());
+      ASSERT_TRUE(space_->Unmap(Part(mapped[i], kPart, kWhole - kPart)).ok());
+    }
+    committed_ = space_->Stats().committed;
+    kernel_.ClearCalls();
+  }
+
+  FakeKernel kernel_;
+  TestSpace space_{kernel_, Options()};
+  Bytes committed_;
+};
+
+TEST_F(GrowthTest, UsesFirstWhatWasUnmapped) {
+  CutEvery(1);
+  for (std::size_t used = 0; used + kWhole <= PagesFor(committed_).value; used += kWhole) {
+    const PageRange range = MustMap(*space_, kWhole);
+    if (used % (16 * kWhole) == 0) ASSERT_TRUE(IsZero(range));
+  }
+  EXPECT_EQ(space_->Stats().committed, committed_);
+  EXPECT_EQ(kernel_.CallCount(Operation::kProtect), 0u);
+  EXPECT_EQ(space_->Stats().free_resident, Bytes{0});
+  MustMap(*space_, kWhole);
+  EXPECT_GT(space_->Stats().committed, committed_) << "now all of it is used";
+}
+
+TEST_F(GrowthTest, LeavesAloneWhatIsLittle) {
+  CutEvery(5);
+  const Bytes cached = space_->Stats().free_resident;
+  MustMap(*space_, kWhole);
+  EXPECT_GT(space_->Stats().committed, committed_);
+  EXPECT_EQ(space_->Stats().free_resident, cached);
+  EXPECT_EQ(kernel_.CallCount(Operation::kDiscard), 1u) << "of the page that primes what is new";
+}
+
+// Twice as large as all that is cached: giving it back is tried once, and does not help.
+TEST_F(GrowthTest, GrowsWhereThatIsNotEnough) {
+  CutEvery(3);
+  const std::size_t pages = 2 * PagesFor(committed_).value;
+  MustMap(*space_, pages);
+  EXPECT_GE(PagesFor(space_->Stats().committed).value, PagesFor(committed_).value + pages);
+  EXPECT_EQ(space_->Stats().free_resident, Bytes{0});
+}
+
+TEST_F(GrowthTest, GrowsWhereTheKernelTakesNothingBack) {
+  CutEvery(1);
+  const Bytes cached = space_->Stats().free_resident;
+  kernel_.FailAlways(Operation::kDiscard, ENOMEM);
+  MustMap(*space_, kWhole);
+  EXPECT_GT(space_->Stats().committed, committed_);
+  EXPECT_EQ(space_->Stats().free_resident, cached);
+  EXPECT_EQ(kernel_.InjectedFailures(), 2u) << "the purge, and the page that primes what is new";
+  kernel_.StopFailing();
+}
+
 // The kernel counts committed memory and refuses the large step: the small one serves.
 TEST_P(MapTest, ServesUnderAStrictLimit) {
   const Pages committed = kernel_.CommittedPages();

@@ -332,6 +332,7 @@ class HookedKernel final : public os::Kernel {
   Error AdviseHugePages(PageRange range, os::HugePages advice) override {
     return next_.AdviseHugePages(range, advice);
   }
+  void AdviseCoreDumps(PageRange range, os::CoreDumps advice) override { next_.AdviseCoreDumps(range, advice); }
   Error AdviseReclaim(PageRange range, os::ReclaimHint hint) override {
     Reach(Operation::kAdviseReclaim, range);
     return next_.AdviseReclaim(range, hint);

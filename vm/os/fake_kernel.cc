@@ -15,7 +15,7 @@ namespace {
 thread_local unsigned current_cpu = 0;
 
 bool CanFail(FakeKernel::Operation operation) {
-  return operation != FakeKernel::Operation::kTouchForWrite &&
+  return operation != FakeKernel::Operation::kTouchForWrite && operation != FakeKernel::Operation::kAdviseCoreDumps &&
          operation != FakeKernel::Operation::kZero &&
          operation != FakeKernel::Operation::kCopy;
 }
@@ -103,6 +103,9 @@ Error FakeKernel::Protect(PageRange range, Protection protection) {
 
 Error FakeKernel::ProtectLocked(PageRange range, Protection protection) {
   const bool commits = Has(protection, Protection::kWrite);
+  if (commits && model_.CountIf(range, [](const PageState& page) { return page.undumped; }) != Pages{0}) {
+    Misuse(Operation::kProtect, "core dumps omit it", range);
+  }
   if (commits && commit_limit_.has_value()) {
     const auto committed = [](const PageState& page) { return page.committed; };
     const Pages added = range.count() - model_.CountIf(range, committed);
@@ -236,6 +239,16 @@ Error FakeKernel::AdviseHugePages(PageRange range, HugePages advice) {
                });
                return error;
              });
+}
+
+void FakeKernel::AdviseCoreDumps(PageRange range, CoreDumps advice) {
+  (void)Run({.operation = Operation::kAdviseCoreDumps, .ranges = {range}, .result = {}, .core_dumps = advice},
+            [&]() -> Error {
+              mutex_.AssertHeld();
+              real_.AdviseCoreDumps(range, advice);
+              model_.Update(range, [&](PageState& page) { page.undumped = advice == CoreDumps::kOmit; });
+              return Error::Ok();
+            });
 }
 
 // Leaves the model alone: pages stay resident until memory is short.
@@ -483,6 +496,7 @@ void FakeKernel::RequireFileLocked(Operation operation, PageRange range) const {
 
 Error FakeKernel::InjectedErrorLocked(Operation operation) {
   Error error = Error::Ok();
+  if (!CanFail(operation)) return error;
   for (auto failure = failures_.begin(); failure != failures_.end();) {
     const bool meant = !failure->operation.has_value() || failure->operation == operation;
     if (meant && failure->remaining > 0) --failure->remaining;
@@ -594,6 +608,11 @@ Pages FakeKernel::CommittedPages() const {
   return model_.CountIf([](const PageState& page) { return page.committed; });
 }
 
+Pages FakeKernel::CountIf(const std::function<bool(const PageState&)>& predicate) const {
+  const Lock lock(mutex_);
+  return model_.CountIf(predicate);
+}
+
 Pages FakeKernel::ResidentPages(PageRange range) const {
   const Lock lock(mutex_);
   return model_.CountIf(range, [](const PageState& page) { return page.resident; });
@@ -639,6 +658,8 @@ const char* ToString(FakeKernel::Operation operation) {
       return "Discard";
     case FakeKernel::Operation::kAdviseHugePages:
       return "AdviseHugePages";
+    case FakeKernel::Operation::kAdviseCoreDumps:
+      return "AdviseCoreDumps";
     case FakeKernel::Operation::kAdviseReclaim:
       return "AdviseReclaim";
     case FakeKernel::Operation::kAdvise:

@@ -6,6 +6,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -25,7 +26,7 @@ namespace freehold::vm::os {
 // Stops the program (CheckFailed, with operation and range) on: an empty range; a range that is not
 // inside one reservation, or was released before; touching,
 // zeroing or copying to a page that is guarded, not writable, or a file's (whose end may be a signal away);
-// extending or moving what is no file mapping; touching more than a huge page's worth in one
+// making writable what core dumps omit; extending or moving what is no file mapping; touching more than a huge page's worth in one
 // call; a Reserve of nothing or with an alignment that is no power of two.
 //
 // Thread safety: thread-safe. A call and its entry in model and log are one step, but for the
@@ -44,6 +45,7 @@ class FakeKernel final : public Kernel {
     kUnlockMemory,
     kDiscard,
     kAdviseHugePages,
+    kAdviseCoreDumps,  // cannot fail
     kAdviseReclaim,
     kAdvise,
     kInstallGuard,
@@ -72,6 +74,7 @@ class FakeKernel final : public Kernel {
     Error result;
     Protection protection = Protection::kNone;  // kProtect
     HugePages huge_pages = HugePages::kAvoid;   // kAdviseHugePages
+    CoreDumps core_dumps = CoreDumps::kInclude;  // kAdviseCoreDumps
     ReclaimHint reclaim = ReclaimHint::kFree;   // kAdviseReclaim
     int advice = 0;                             // kAdvise
     FileView view = {};                         // kMapFile, kReplaceByFile
@@ -102,6 +105,7 @@ class FakeKernel final : public Kernel {
   Error UnlockMemory(PageRange range) override;
   Error Discard(absl::Span<const PageRange> ranges) override;
   Error AdviseHugePages(PageRange range, HugePages advice) override;
+  void AdviseCoreDumps(PageRange range, CoreDumps advice) override;
   Error AdviseReclaim(PageRange range, ReclaimHint hint) override;
   Error Advise(PageRange range, int advice) override;
   Error InstallGuard(PageRange range) override;
@@ -165,6 +169,7 @@ class FakeKernel final : public Kernel {
   Pages CommittedPages() const;
   // By the model: pages that were touched through this Kernel and not dropped since.
   Pages ResidentPages(PageRange range) const;
+  Pages CountIf(const std::function<bool(const PageState&)>& predicate) const;
   Pages GuardPages(PageRange range) const;
   Pages LockedPages() const;
   Pages FilePages(PageRange range) const;

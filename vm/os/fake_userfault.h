@@ -50,7 +50,8 @@ class FakeUserfault final : public Userfault {
 
   PageStatus At(PageNumber page) const;
   std::size_t CallCount(Operation operation) const;
-  // Of the calls of `operation`, the next `after` do what they should, then `times` fail with `error` and change nothing.
+  // Of the calls of `operation`, the next `after` do what they should, then `times` fail with `error` and
+  // change nothing.
   void FailNext(Operation operation, std::size_t times, Error error, std::size_t after = 0);
 
  private:

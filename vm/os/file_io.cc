@@ -92,7 +92,8 @@ Error ReadOwnMemory(PageRange range, std::byte* into) {
   const iovec local = {into, range.bytes().value};
   const iovec remote = {range.address(), range.bytes().value};
   const long self = RawSyscall(SYS_getpid);
-  const long result = WhileInterrupted([&] { return RawSyscall(SYS_process_vm_readv, self, &local, 1, &remote, 1, 0); });
+  const long result =
+      WhileInterrupted([&] { return RawSyscall(SYS_process_vm_readv, self, &local, 1, &remote, 1, 0); });
   if (result == static_cast<long>(range.bytes().value)) return Error::Ok();
   // The mapping may not be readable, or a filter may refuse the call.
   return ReadThroughProc(range, into);

@@ -39,6 +39,8 @@ constexpr bool Has(Protection protection, Protection access) {
 
 enum class HugePages : bool { kAvoid, kPrefer };
 
+enum class CoreDumps : bool { kOmit, kInclude };
+
 // What may happen to pages when memory is short; see AdviseReclaim.
 enum class ReclaimHint : std::uint8_t {
   kFree,     // the content may go, page by page, until the next write to it
@@ -142,6 +144,10 @@ class Kernel {
 
   // Advises the kernel VMA under `range`; splits it unless the range is the whole VMA.
   virtual Error AdviseHugePages(PageRange range, HugePages advice) = 0;
+  // Whether images of the process contain `range`, as they do unless told otherwise; splits the kernel VMA unless the
+  // range is the whole of it. For what is reserved and not in use yet. A refusal changes nothing, and is nobody's
+  // concern: the image is larger, or lacks something.
+  virtual void AdviseCoreDumps(PageRange range, CoreDumps advice) = 0;
   // Says what may happen to the pages of `range`; changes no kernel VMA. EINVAL for locked memory.
   virtual Error AdviseReclaim(PageRange range, ReclaimHint hint) = 0;
   // Gives the kernel any other advice, a value of madvise(2). What it does, and what it leaves behind in kernel VMAs

@@ -373,8 +373,9 @@ Features LinuxKernel::features() const {
 
 void LinuxKernel::ForEachMetric(MetricVisitor visit, void* context) const {
   static constexpr std::string_view kNames[kCalls] = {
-      "kernel_mmap_total",    "kernel_munmap_total",  "kernel_mprotect_total", "kernel_mremap_total", "kernel_mlock_total",
-      "kernel_dontneed_total", "kernel_madvise_total", "kernel_mincore_total",  "kernel_msync_total"};
+      "kernel_mmap_total",    "kernel_munmap_total",  "kernel_mprotect_total",
+      "kernel_mremap_total",  "kernel_mlock_total",   "kernel_dontneed_total",
+      "kernel_madvise_total", "kernel_mincore_total", "kernel_msync_total"};
   static constexpr std::string_view kHelp = "Operations that were this system call.";
   for (std::size_t i = 0; i < kCalls; ++i) visit(context, {.name = kNames[i], .help = kHelp, .first = &calls_[i]});
 }
@@ -506,6 +507,12 @@ Error LinuxKernel::AdviseHugePages(PageRange range, HugePages advice) {
   CheckRange("os::AdviseHugePages", range);
   Count(Call::kMadvise);
   return ToError(Madvise(range, advice == HugePages::kPrefer ? MADV_HUGEPAGE : MADV_NOHUGEPAGE));
+}
+
+void LinuxKernel::AdviseCoreDumps(PageRange range, CoreDumps advice) {
+  CheckRange("os::AdviseCoreDumps", range);
+  Count(Call::kMadvise);
+  (void)Madvise(range, advice == CoreDumps::kOmit ? MADV_DONTDUMP : MADV_DODUMP);
 }
 
 Error LinuxKernel::AdviseReclaim(PageRange range, ReclaimHint hint) {

@@ -55,6 +55,7 @@ class LinuxKernel final : public Kernel {
   Error UnlockMemory(PageRange range) override;
   Error Discard(absl::Span<const PageRange> ranges) override;
   Error AdviseHugePages(PageRange range, HugePages advice) override;
+  void AdviseCoreDumps(PageRange range, CoreDumps advice) override;
   Error AdviseReclaim(PageRange range, ReclaimHint hint) override;
   Error Advise(PageRange range, int advice) override;
   Error InstallGuard(PageRange range) override;

@@ -107,6 +107,7 @@ std::size_t PageModel::KernelVmaCount(bool accounted) const {
     const bool merges = before != nullptr && before->second.end == segment.first &&
                         before->second.state.protection == state.protection &&
                         before->second.state.advice == state.advice &&
+                        before->second.state.undumped == state.undumped &&
                         before->second.state.locked == state.locked &&
                         before->second.state.moved == state.moved &&
                         before->second.state.file == state.file &&

@@ -21,6 +21,7 @@ struct PageState {
   std::uint32_t reservation = 0;  // 1, 2, ...: the Reserve call that it came from; 0: not reserved
   Protection protection = Protection::kNone;
   Advice advice = Advice::kNone;
+  bool undumped = false;  // core dumps omit it
   bool locked = false;
   std::uint32_t moved = 0;  // 1, 2, ...: the Move that brought it, and keeps its VMA apart; 0: none
   std::uint32_t file = 0;   // 1, 2, ...: the MapFile that brought it; 0: anonymous

@@ -6,8 +6,8 @@
 
 namespace freehold::vm::os {
 
-// Asks by an instruction sequence that a processor does nothing for, since the rotations add up to whole turns, and that
-// valgrind takes for a question. Works before anything of libc does.
+// Asks by an instruction sequence that a processor does nothing for, since the rotations add up to whole turns, and
+// that valgrind takes for a question. Works before anything of libc does.
 //
 // Source: the client request mechanism of valgrind's manual; the sequences and RUNNING_ON_VALGRIND are its interface.
 inline bool RunsUnderValgrind() {

@@ -99,6 +99,10 @@ class AdaptiveRangeLock {
     ListFast(buckets_[index], slow_[index].proxied, proxy, list);
   }
   void CheckInvariants() const;
+  // Whether a lock of `range` raises the gate; then MayBeHeld is true.
+  static constexpr bool IsLong(PageRange range) {
+    return LastGranuleOf(range) - GranuleOf(range.first) >= kMaxGranules;
+  }
 
   // In the child of a fork: forgets every request; then takes back those that this thread holds.
   void ForgetAll() ABSL_NO_THREAD_SAFETY_ANALYSIS;
@@ -146,9 +150,6 @@ class AdaptiveRangeLock {
   }
   static constexpr bool FitsWord(PageRange range) {
     return GranuleOf(range.first) == LastGranuleOf(range) && GranuleOf(range.first) < kGranules;
-  }
-  static constexpr bool IsLong(PageRange range) {
-    return LastGranuleOf(range) - GranuleOf(range.first) >= kMaxGranules;
   }
 
   // The word of one holder. REQUIRES: FitsWord(range).

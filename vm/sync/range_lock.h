@@ -10,10 +10,11 @@
 // function that needs a range held takes either kind of guard and asks guard.Covers(range, mode).
 //
 // Thread safety: thread-safe; not async-signal-safe. A guard belongs to the thread that made it.
-// Lock order:    the rank given at construction, kRange for pages of memory; guards of one thread in ascending order of their ranges, of one
-//                lock. Where another thread may lock ranges that span two of them, only the first
-//                may wait and the others try: that request may have come in between (R2). Under
-//                kCoarse the first one must be kExclusive if a later one is: there is no upgrade.
+// Lock order:    the rank given at construction, kRange for pages of memory; guards of one thread in
+//                ascending order of their ranges, of one lock. Where another thread may lock ranges
+//                that span two of them, only the first may wait and the others try: that request may
+//                have come in between (R2). Under kCoarse the first one must be kExclusive if a later
+//                one is: there is no upgrade.
 // Waiting:       by policy, below; a waiter spins for about 1 us, sometimes for 20 (parking.h), then sleeps.
 // Allocation:    none; a waiter's node is its Guard, on its own stack.
 // Lifetime:      the lock outlives every call on it: a thread that got the last guard may not yet
@@ -161,18 +162,22 @@ class RangeLock {
   // with this call, as those of holders that looked at what that lock guards once they held their
   // range; others may be missed. Always true under kCoarse, the model of a lock that everybody takes.
   bool MayBeHeld(PageRange range) const;
+  // Whether MayBeHeld ever says no of so long a range.
+  bool KnowsHolders(PageRange range) const {
+    return policy_ == LockPolicy::kTree || (policy_ == LockPolicy::kAdaptive && !AdaptiveRangeLock::IsLong(range));
+  }
 
   // Holders and waiters that overlap `range` (kCoarse: all of them). For diagnostics; a hint.
   HolderList Holders(PageRange range) const;
 
-  // For readers outside the process. They call these on a copy of the lock's bytes, made while others use the lock, take
-  // no lock, and follow the pointers in the process by themselves.
+  // For readers outside the process. They call these on a copy of the lock's bytes, made while others use the lock,
+  // take no lock, and follow the pointers in the process by themselves.
   //
   // Under kTree and kAdaptive, the root of the tree of those who hold or wait; under kCoarse, the first of the queue of
   // those who wait. In the memory of the process; null if there are none.
   const RangeRequest* CopiedRequests() const;
-  // Who holds what `what` describes: under kAdaptive, those whom a proxy stands for; under kCoarse, all holders, whatever
-  // `what` is; under kTree nobody, as every request has its name.
+  // Who holds what `what` describes: under kAdaptive, those whom a proxy stands for; under kCoarse, all holders,
+  // whatever `what` is; under kTree nobody, as every request has its name.
   HolderList CopiedHolders(const HolderInfo& what) const;
 
   // In the child of a fork, before any other use there: this thread keeps the guards it holds,

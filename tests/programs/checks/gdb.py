@@ -93,3 +93,29 @@ def core(trial):
         found = said.stdout.count(b"worker (argument=")
         require(found == 4, f"{launcher.name}: {found} backtraces: {tail(said)} {said.stdout[-500:]!r}")
         file.unlink()
+
+
+@check
+def gcore(trial):
+    """The image that gdb writes of a running program: without what is only reserved, with what is in use.
+
+    Not with the stacks of threads: gdb gives up a kernel VMA where it cannot read a page, which guard regions are.
+    """
+    program = compile_workload(trial, "debugged", "-O0")
+    for launcher in trial.launchers:
+        file = trial.directory(launcher) / "image"
+        with _Running(trial, launcher, program) as running:
+            launcher.require_mapped(running.process.pid)
+            # A limit, so that an image of the whole reservation fills no disk.
+            written = trial.run(trial.plain, ["sh", "-c", 'ulimit -f 4000000; exec "$@"', "sh", "gdb", "-q", "-nx", "-batch",
+                                              "-p", str(running.process.pid), "-ex", f"generate-core-file {file}"],
+                                timeout=120, witnesses=["gdb"])
+            require(b"Saved corefile" in written.stdout, f"{launcher.name}: {tail(written)}")
+            require_same(f"{launcher.name}: the program's end", (0, b"done\n"), running.finish())
+        size = file.stat().st_size
+        require(size < 2 << 30, f"{launcher.name}: the image has {size} bytes")
+        said = trial.run(trial.plain, ["gdb", "-q", "-nx", "-batch", "-ex", "thread apply all bt", "-ex", "print note",
+                                       "-ex", "info threads", program, file])
+        for expected in (rb"main \(\)", rb'"kept in the heap"', rb"\n +5 +"):
+            require(re.search(expected, said.stdout), f"{launcher.name}: no {expected!r}: {tail(said)} {said.stdout[-800:]!r}")
+        file.unlink()

@@ -8,6 +8,7 @@ enum { kThreads = 4 };
 
 static volatile int stop;
 static volatile long turns[kThreads];
+static char* note;  // for who looks into an image
 
 __attribute__((noinline)) static long leaf(long number) {
   const size_t size = (size_t)(number % 1000) + 1;
@@ -26,6 +27,7 @@ static void* worker(void* argument) {
 
 int main(void) {
   pthread_t threads[kThreads];
+  note = strdup("kept in the heap");
   for (long i = 0; i < kThreads; ++i) pthread_create(&threads[i], NULL, worker, (void*)i);
   puts("ready");
   fflush(stdout);
@@ -35,6 +37,7 @@ int main(void) {
   for (int i = 0; i < kThreads; ++i) {
     if (turns[i] == 0) return 3;
   }
+  free(note);
   puts("done");
   return 0;
 }

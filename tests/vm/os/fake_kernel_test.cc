@@ -107,6 +107,12 @@ TEST(FakeKernelTest, ModelsEveryOperation) {
   ASSERT_TRUE(kernel.AdviseHugePages(range, HugePages::kAvoid).ok());
   EXPECT_EQ(kernel.At(range.first).advice, PageState::Advice::kAvoidHuge);
 
+  kernel.AdviseCoreDumps(range, CoreDumps::kOmit);
+  EXPECT_TRUE(kernel.At(range.first).undumped);
+  kernel.AdviseCoreDumps(Part(range, 0, 2), CoreDumps::kInclude);
+  EXPECT_FALSE(kernel.At(range.first).undumped);
+  EXPECT_TRUE(kernel.At(Part(range, 2, 1).first).undumped);
+
   ASSERT_TRUE(kernel.Protect(range, Protection::kNone).ok());
   EXPECT_EQ(kernel.CommittedPages(), Pages{6}) << "only Reset and Release give the commitment back";
   ASSERT_TRUE(kernel.Reset(range).ok());
@@ -145,8 +151,9 @@ TEST_P(FakeKernelSeededTest, CountsTheVmasThatLinuxHas) {
   for (int step = 0; step < 300; ++step) {
     const std::size_t first = random() % kPages;
     const PageRange part = Part(*range, first, 1 + random() % (kPages - first));
-    switch (random() % 6) {
+    switch (random() % 7) {
       case 0:
+        kernel.AdviseCoreDumps(part, CoreDumps::kInclude);
         ASSERT_TRUE(kernel.Protect(part, Protection::kReadWrite).ok());
         break;
       case 1:
@@ -166,6 +173,9 @@ TEST_P(FakeKernelSeededTest, CountsTheVmasThatLinuxHas) {
         ASSERT_TRUE(
             kernel.AdviseHugePages(part, random() % 2 == 0 ? HugePages::kPrefer : HugePages::kAvoid)
                 .ok());
+        break;
+      case 6:
+        kernel.AdviseCoreDumps(part, random() % 2 == 0 ? CoreDumps::kOmit : CoreDumps::kInclude);
         break;
     }
     ASSERT_EQ(kernel.KernelVmaCount(), VmasIn(*range))
@@ -365,6 +375,11 @@ TEST(FakeKernelDeathTest, StopsOnMisuse) {
   EXPECT_DEATH(kernel.TouchForWrite(outside), "TouchForWrite: not inside one reservation");
   EXPECT_DEATH(kernel.Zero(outside), "Zero: not inside one reservation");
   EXPECT_DEATH((void)kernel.Reserve(Pages{0}, Pages{1}), "check failed");
+  FakeKernel omitting;
+  const PageRange omitted = ReserveWritable(omitting, 2);
+  omitting.AdviseCoreDumps(Part(omitted, 1, 1), CoreDumps::kOmit);
+  EXPECT_DEATH((void)omitting.Protect(omitted, Protection::kReadWrite), "Protect: core dumps omit it");
+  EXPECT_TRUE(omitting.Protect(omitted, Protection::kRead).ok()) << "nobody writes there";
   EXPECT_DEATH((void)kernel.Reserve(Pages{1}, Pages{3}), "check failed");
 }
 

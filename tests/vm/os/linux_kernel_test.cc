@@ -234,6 +234,29 @@ TEST(LinuxKernelTest, ResetForgetsContentProtectionAndAdvice) {
   EXPECT_TRUE(IsFilledWith(memory.part(2, 4), 0));
 }
 
+TEST(LinuxKernelTest, CoreDumpsOmitWhatTheyAreTold) {
+  LinuxKernel kernel;
+  const Reservation memory(kernel, 8, Protection::kReadWrite);
+  EXPECT_FALSE(HasVmFlag(memory.page(0), "dd"));
+  kernel.AdviseCoreDumps(memory.range(), CoreDumps::kOmit);
+  kernel.AdviseCoreDumps(memory.part(0, 3), CoreDumps::kInclude);
+  EXPECT_FALSE(HasVmFlag(memory.page(2), "dd"));
+  EXPECT_TRUE(HasVmFlag(memory.page(3), "dd"));
+  ASSERT_TRUE(kernel.Reset(memory.part(4, 1)).ok());
+  EXPECT_FALSE(HasVmFlag(memory.page(4), "dd")) << "what is fresh has no advice";
+  EXPECT_TRUE(HasVmFlag(memory.page(5), "dd"));
+}
+
+// Nobody is told; nothing changes.
+TEST(LinuxKernelTest, ARefusalToOmitFromCoreDumpsIsNobodysConcern) {
+  LinuxKernel kernel;
+  const Result<PageRange> range = kernel.Reserve(Pages{2}, Pages{1});
+  ASSERT_TRUE(range.ok());
+  ASSERT_TRUE(kernel.Release(*range).ok());
+  kernel.AdviseCoreDumps(*range, CoreDumps::kOmit);
+  kernel.AdviseCoreDumps(*range, CoreDumps::kInclude);
+}
+
 TEST(LinuxKernelTest, ErrorsOfTheKernelComeBack) {
   LinuxKernel kernel;
   const Result<PageRange> range = kernel.Reserve(Pages{2}, Pages{1});

@@ -1,0 +1,11 @@
+#include "tests/allocator/fast_path.h"
+
+namespace freehold::allocator {
+
+void* CallAllocate(ThreadCache& cache, std::size_t size) { return cache.Allocate(size); }
+
+void CallFree(ThreadCache& cache, void* p) { cache.Free(p); }
+
+void* CallNothing(ThreadCache&, std::size_t) { return nullptr; }
+
+}  // namespace freehold::allocator
