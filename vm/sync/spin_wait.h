@@ -1,5 +1,5 @@
-// Spinning for a bounded time, and where it is worth it. The clock bounds it, since a pause takes five times as long on one processor as on
-// another.
+// Spinning for a bounded time, and where it is worth it. The clock bounds it, since a pause takes five times as long on
+// one processor as on another.
 //
 //   for (SpinWait spin(kLimit); spin.Once();) {
 //     if (word.load(...) == ...) return true;
@@ -48,7 +48,7 @@ class SpinWait {
   unsigned pauses_ = 0;
 };
 
-// Whether to spin before a wait of one kind, learnt from how it went. Where spinning is mostly in vain, few waits try it:
+// Whether to spin before a wait of one kind, learnt from how it went. Where spinning is mostly in vain, few waits try:
 // a vain attempt makes four times as many of the next ones pass, one in time half as many.
 //
 //   if (history.SpinsNow()) history.Note(<spun, and it was over in time>);
