@@ -107,8 +107,9 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   // shares no line with another thread's.
   static constexpr unsigned kFirstHotClass = ClassOf(kMaxDirectSize) + 1;
   static constexpr unsigned kHotClasses = kSizeClassCount - kFirstHotClass;
-  static constexpr std::uint32_t kMaxHot = 16;
-  static constexpr std::uint32_t kMaxHotBytes = 64 << 10;  // of a class, but one object in any case
+  static constexpr std::uint32_t kMaxHot = 32;
+  static constexpr std::uint32_t kMaxHotBytes = 256 << 10;  // of a class
+  static constexpr std::uint32_t kMaxAllHotBytes = 4 << 20;
   // None of a class that the thread only frees: they would keep their spans from going back, and are not asked for.
   struct HotObjects {
     OwnerCounter count;
@@ -120,7 +121,7 @@ class alignas(vm::kCacheLineSize) ThreadCache {
     std::array<std::uint8_t, kHotClasses> capacity = {};
     for (unsigned i = 0; i < kHotClasses; ++i) {
       const std::uint32_t fit = kMaxHotBytes / kSizeClasses[kFirstHotClass + i].size;
-      capacity[i] = static_cast<std::uint8_t>(fit == 0 ? 1 : fit < kMaxHot ? fit : kMaxHot);
+      capacity[i] = static_cast<std::uint8_t>(fit < kMaxHot ? fit : kMaxHot);
     }
     return capacity;
   }();
@@ -276,6 +277,7 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   // Changed under lock_, but for what is in the current span; the thread may read it without.
   std::array<Bin, kSizeClassCount> bins_;
   std::array<HotObjects, kHotClasses> hot_;  // the thread's
+  std::uint32_t hot_bytes_ = 0;              // the thread's: in all of them
   std::uint32_t slow_paths_ = 0;             // the thread's
   RemoteFrees remote_frees_;                 // the thread's
   // Stands in for a span where there is none: it never has a free object.

@@ -4,8 +4,8 @@
 //
 //     Create   slot from the pool | attributes copied, with that stack | libc's pthread_create
 //     thread   notes its end in a destructor of thread-specific data; gives back what it touched of a deep stack
-//     Join     a moment's spinning, where that has sufficed of late | libc's pthread_join, which returns when the kernel is
-//              done with the thread | slot back to the pool
+//     Join     a moment's spinning, where that has sufficed of late | libc's pthread_join, which returns when the
+//              kernel is done with the thread | slot back to the pool
 //     detached the slot waits in a queue until the kernel knows the thread no more; a later Create looks
 //
 // What comes with a stack of its own, what the pool has no room for, and threads that libc makes for itself pass

@@ -344,8 +344,8 @@ class alignas(kPageSize) Region {
   // lookup.cc
   VmaInfo InfoOf(PageRange range, const VmaAttributes& attributes) const;
 
-  // region.cc: what the kernel has made readable and writable. Heap zones grow by chunks. In the mapping zone, what core
-  // dumps include: everything up to the end of the highest range.
+  // region.cc: what the kernel has made readable and writable. Heap zones grow by chunks. In the mapping zone, what
+  // core dumps include: everything up to the end of the highest range.
   Error Commit(PageRange range);
   void IncludeInCoreDumps(RegionPage end) ABSL_EXCLUSIVE_LOCKS_REQUIRED(commit_lock_);
   Error CommitChunks(std::size_t first, std::size_t end) ABSL_EXCLUSIVE_LOCKS_REQUIRED(commit_lock_);

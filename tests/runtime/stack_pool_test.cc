@@ -111,7 +111,8 @@ TEST_F(StackPoolTest, CoreDumpsHaveStacksAndOmitTheRestOfTheArena) {
   const StackSlot* slot = MustAcquire(*pool_, MiB(8));
   EXPECT_FALSE(kernel_.At(slot->stack().first).undumped);
   EXPECT_FALSE(kernel_.At(slot->stack().end - Pages{1}).undumped);
-  EXPECT_TRUE(kernel_.At(slot->stack().end + vm::PagesFor(MiB(40))).undumped) << "four slots of a little more than 8 MiB";
+  // Beyond four slots of a little more than 8 MiB.
+  EXPECT_TRUE(kernel_.At(slot->stack().end + vm::PagesFor(MiB(40))).undumped);
 }
 
 TEST_F(StackPoolTest, AReleasedStackIsUsedAgainWithoutASystemCall) {

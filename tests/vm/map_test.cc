@@ -707,7 +707,9 @@ class GrowthTest : public testing::Test {
   // Maps all that is committed.
   std::vector<PageRange> MapAll() {
     std::vector<PageRange> mapped = {MustMap(*space_, kWhole)};
-    while (mapped.size() * kWhole < PagesFor(space_->Stats().committed).value) mapped.push_back(MustMap(*space_, kWhole));
+    while (mapped.size() * kWhole < PagesFor(space_->Stats().committed).value) {
+      mapped.push_back(MustMap(*space_, kWhole));
+    }
     return mapped;
   }
   // And leaves of every `period`th mapping two extents.

@@ -26,8 +26,8 @@ namespace freehold::vm::os {
 // Stops the program (CheckFailed, with operation and range) on: an empty range; a range that is not
 // inside one reservation, or was released before; touching,
 // zeroing or copying to a page that is guarded, not writable, or a file's (whose end may be a signal away);
-// making writable what core dumps omit; extending or moving what is no file mapping; touching more than a huge page's worth in one
-// call; a Reserve of nothing or with an alignment that is no power of two.
+// making writable what core dumps omit; extending or moving what is no file mapping; touching more than a huge
+// page's worth in one call; a Reserve of nothing or with an alignment that is no power of two.
 //
 // Thread safety: thread-safe. A call and its entry in model and log are one step, but for the
 //                memory accesses of TouchForWrite and Zero, which may fault and wait for others.
