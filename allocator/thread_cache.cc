@@ -79,7 +79,7 @@ inline void* ThreadCache::PopHot(SizeClass size_class) {
   hot.asked = true;
   const std::uint32_t count = hot.count.Get();
   if (count == 0) {
-    hot.room = kHotCapacity[size_class - kFirstHotClass];
+    if (ABSL_PREDICT_FALSE(hot.room == 0)) OpenHot(size_class);
     return nullptr;
   }
   hot.count.Set(count - 1);
@@ -107,16 +107,31 @@ void ThreadCache::PushHot(Span* span, FreeObject* object) {
 }
 
 void ThreadCache::PushHotFull(HotObjects& hot, Span* span, FreeObject* object) {
+  if (hot.room == 0) return FreeCold(span, object);
   if (!std::exchange(hot.asked, false)) {
     CoolDown(hot, hot.count.Get());
-    hot.room = 0;
+    CloseHot(span->size_class);
     return FreeCold(span, object);
   }
-  // It was asked for, so there is room for one at least.
   CoolDown(hot, (hot.count.Get() + 1) / 2);
   object->tag = code_.Tag(object);
   hot.objects[hot.count.Get()] = object;
   hot.count.Add(1);
+}
+
+void ThreadCache::OpenHot(SizeClass size_class) {
+  const std::uint32_t size = kSizeClasses[size_class].size;
+  const std::uint32_t left = kMaxAllHotBytes - hot_room_bytes_;
+  if (left < size) return;
+  HotObjects& hot = hot_[size_class - kFirstHotClass];
+  hot.room = std::min<std::uint32_t>(kHotCapacity[size_class - kFirstHotClass], left / size);
+  hot_room_bytes_ += hot.room * size;
+}
+
+void ThreadCache::CloseHot(SizeClass size_class) {
+  HotObjects& hot = hot_[size_class - kFirstHotClass];
+  hot_room_bytes_ -= hot.room * kSizeClasses[size_class].size;
+  hot.room = 0;
 }
 
 void ThreadCache::FreeCold(Span* span, FreeObject* object) {
@@ -138,8 +153,12 @@ void ThreadCache::CoolDown(HotObjects& hot, std::uint32_t count) {
   hot.count.Subtract(count);
 }
 
+// What was not asked for since the last time makes room for other classes.
 void ThreadCache::CoolDownAll() {
-  for (HotObjects& hot : hot_) CoolDown(hot, hot.count.Get());
+  for (unsigned i = 0; i < kHotClasses; ++i) {
+    CoolDown(hot_[i], hot_[i].count.Get());
+    if (!std::exchange(hot_[i].asked, false)) CloseHot(static_cast<SizeClass>(kFirstHotClass + i));
+  }
 }
 
 void* ThreadCache::AllocateAboveDirect(std::size_t size) {
@@ -777,6 +796,7 @@ void ThreadCache::ThawLocked() {
     hot.room = 0;
     hot.asked = false;
   }
+  hot_room_bytes_ = 0;
   strays_ = code_.end();
   inbox_.store(code_.end(), std::memory_order_relaxed);
   for (unsigned size_class = 0; size_class < kSizeClassCount; ++size_class) {
@@ -933,12 +953,15 @@ void ThreadCache::CheckInvariants() {
     }
     FREEHOLD_CHECK(bin.available.last == previous);
   }
+  std::uint32_t room_bytes = 0;
   for (unsigned i = 0; i < kHotClasses; ++i) {
+    room_bytes += hot_[i].room * kSizeClasses[kFirstHotClass + i].size;
     FREEHOLD_CHECK(hot_[i].count.Get() <= hot_[i].room && hot_[i].room <= kHotCapacity[i]);
     for (std::uint32_t object = 0; object < hot_[i].count.Get(); ++object) {
       FREEHOLD_CHECK(code_.IsTagged(hot_[i].objects[object]));
     }
   }
+  FREEHOLD_CHECK(room_bytes == hot_room_bytes_ && room_bytes <= kMaxAllHotBytes);
 }
 
 }  // namespace freehold::allocator

@@ -109,7 +109,7 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   static constexpr unsigned kHotClasses = kSizeClassCount - kFirstHotClass;
   static constexpr std::uint32_t kMaxHot = 32;
   static constexpr std::uint32_t kMaxHotBytes = 256 << 10;  // of a class
-  static constexpr std::uint32_t kMaxAllHotBytes = 4 << 20;
+  static constexpr std::uint32_t kMaxAllHotBytes = 8 << 20;  // of all that have room
   // None of a class that the thread only frees: they would keep their spans from going back, and are not asked for.
   struct HotObjects {
     OwnerCounter count;
@@ -167,6 +167,9 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   // The same for a class that has hot objects. REQUIRES: at least kFirstHotClass.
   void* PopHot(SizeClass size_class);
   ABSL_ATTRIBUTE_NOINLINE void PushHot(Span* span, FreeObject* object);
+  // Gives a class that has none as much room as is left for it, and takes it away again. REQUIRES: no object is in it.
+  ABSL_ATTRIBUTE_NOINLINE void OpenHot(SizeClass size_class);
+  void CloseHot(SizeClass size_class);
   // There is no room for `object`: makes some, or frees it to where it belongs.
   ABSL_ATTRIBUTE_NOINLINE void PushHotFull(HotObjects& hot, Span* span, FreeObject* object);
   void FreeOther(Span* span, FreeObject* object);
@@ -277,7 +280,7 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   // Changed under lock_, but for what is in the current span; the thread may read it without.
   std::array<Bin, kSizeClassCount> bins_;
   std::array<HotObjects, kHotClasses> hot_;  // the thread's
-  std::uint32_t hot_bytes_ = 0;              // the thread's: in all of them
+  std::uint32_t hot_room_bytes_ = 0;         // the thread's: that there is room for in all of them
   std::uint32_t slow_paths_ = 0;             // the thread's
   RemoteFrees remote_frees_;                 // the thread's
   // Stands in for a span where there is none: it never has a free object.
