@@ -733,7 +733,10 @@ TEST_F(GrowthTest, UsesFirstWhatWasUnmapped) {
   CutEvery(1);
   for (std::size_t used = 0; used + kWhole <= PagesFor(committed_).value; used += kWhole) {
     const PageRange range = MustMap(*space_, kWhole);
-    if (used % (16 * kWhole) == 0) ASSERT_TRUE(IsZero(range));
+    // Some of them suffice.
+    if (used % (16 * kWhole) == 0) {
+      ASSERT_TRUE(IsZero(range));
+    }
   }
   EXPECT_EQ(space_->Stats().committed, committed_);
   EXPECT_EQ(kernel_.CallCount(Operation::kProtect), 0u);
