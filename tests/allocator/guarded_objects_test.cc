@@ -566,28 +566,7 @@ TEST(GuardedObjectsTest, WhatCannotBeOpenedIsOrdinary) {
 }
 
 TEST(GuardedObjectsTest, WithoutMemoryForThemTheHeapServes) {
-  std::size_t without = 0;
-  for (std::size_t n = 1;; ++n) {
-    FakeKernel kernel;
-    const auto space = vm::AddressSpace::Create(kernel, {.reserve = vm::GiB(4), .min_reserve = vm::MiB(64)});
-    ASSERT_TRUE(space.ok());
-    kernel.FailNthOfAny(n, ENOMEM);
-    const auto heap = ObjectHeap::Create(**space, Guarding({1}));
-    const bool failed = kernel.InjectedFailures() != 0;
-    kernel.StopFailing();
-    if (heap.ok()) {
-      if ((*heap)->guards() == nullptr) ++without;
-      AttachedThread cache(**heap);
-      void* p = cache->Allocate(100);
-      EXPECT_NE(p, nullptr);
-      cache->Free(p);
-      (*heap)->CheckInvariants();
-    }
-    if (heap.ok()) ObjectHeap::Destroy(*heap);
-    vm::AddressSpace::Destroy(*space);
-    if (!failed) break;
-  }
-  EXPECT_GT(without, 0u);
+  EXPECT_GT(HeapsWithout(Guarding({1}), [](const ObjectHeap& heap) { return heap.guards() != nullptr; }), 0u);
 }
 
 // Nothing stays mapped behind a heap that goes.

@@ -4,12 +4,14 @@
 
 #include <sched.h>
 
+#include <cerrno>
 #include <cstddef>
 #include <cstdint>
 
 #include "allocator/object_heap.h"
 #include "gtest/gtest.h"
 #include "vm/address_space.h"
+#include "vm/os/fake_kernel.h"
 #include "vm/os/kernel.h"
 #include "vm/os/linux_kernel.h"
 #include "vm/units.h"
@@ -84,6 +86,39 @@ class AttachedThread {
   ObjectHeap& heap_;
   ThreadCache* cache_;
 };
+
+// Makes heaps, in each of which another system call fails, until none does. Returns how many there were, all of which
+// serve, that are without what `has(heap)` tells of.
+template <typename Has>
+std::size_t HeapsWithout(const ObjectHeapOptions& options, Has has) {
+  std::size_t without = 0;
+  bool failed = true;
+  for (std::size_t n = 1; failed; ++n) {
+    vm::os::FakeKernel kernel;
+    const auto space = vm::AddressSpace::Create(kernel, {.reserve = vm::GiB(4), .min_reserve = vm::MiB(64)});
+    if (!space.ok()) {
+      ADD_FAILURE() << "no space";
+      return 0;
+    }
+    kernel.FailNthOfAny(n, ENOMEM);
+    const auto heap = ObjectHeap::Create(**space, options);
+    failed = kernel.InjectedFailures() != 0;
+    kernel.StopFailing();
+    if (heap.ok()) {
+      if (!has(**heap)) ++without;
+      {
+        const AttachedThread cache(**heap);
+        void* p = cache->Allocate(100);
+        EXPECT_NE(p, nullptr);
+        cache->Free(p);
+        (*heap)->CheckInvariants();
+      }
+      ObjectHeap::Destroy(*heap);
+    }
+    vm::AddressSpace::Destroy(*space);
+  }
+  return without;
+}
 
 // Content that tells its place and its object: `seed` differs between objects.
 inline void Fill(void* p, std::size_t size, std::uint64_t seed) {
