@@ -193,11 +193,13 @@ class Launcher:
             require(self.library in maps_of(pid), f"{self.library} is not mapped in process {pid}")
 
     def require_mapped_below(self, pid):
-        """The same for a process and all its descendants; returns how many there are."""
-        pids = list(descendants(pid))
-        for each in pids:
-            self.require_mapped(each)
-        return len(pids)
+        """The same for a process and all its descendants that do not end meanwhile; returns how many there are."""
+        maps = {each: maps_of(each) for each in descendants(pid)}
+        alive = [each for each, mapped in maps.items() if mapped]
+        require(pid in alive, f"process {pid} has ended")
+        for each in alive:
+            require(not self.library or self.library in maps[each], f"{self.library} is not mapped in process {each}")
+        return len(alive)
 
     def _environment(self, cwd, env):
         fixed = {"PATH": PATH, "HOME": str(cwd), "TMPDIR": str(cwd), "LC_ALL": "C.UTF-8", "TZ": "UTC"}

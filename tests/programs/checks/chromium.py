@@ -1,5 +1,7 @@
 """chromium without a screen: several processes with their own allocators, V8, and the shim beneath."""
 
+import tempfile
+
 from harness import WORKLOADS, check, require, require_same, tail
 
 # As root there is no sandbox; and nothing that is not there in a container.
@@ -10,8 +12,11 @@ OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usa
 def _render(trial, launcher, *what):
     directory = trial.directory(launcher)
     (directory / "page.html").write_bytes((WORKLOADS / "page.html").read_bytes())
-    outcome = trial.run(launcher, ["chromium", *OPTIONS, f"--user-data-dir={directory / 'profile'}", *what,
-                                   f"file://{directory / 'page.html'}"], witnesses=["chromium"], timeout=120)
+    # Its sockets' names have to be short.
+    with tempfile.TemporaryDirectory(prefix="chromium-", dir="/tmp") as sockets:
+        outcome = trial.run(launcher, ["chromium", *OPTIONS, f"--user-data-dir={directory / 'profile'}", *what,
+                                       f"file://{directory / 'page.html'}"],
+                            env={"TMPDIR": sockets}, witnesses=["chromium"], timeout=120)
     require(outcome.status == 0, f"{launcher.name}: {tail(outcome)}")
     return outcome
 

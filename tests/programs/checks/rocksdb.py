@@ -42,7 +42,8 @@ def one_writer(trial):
     (plain_counts, plain), (shim_counts, shim) = map(outcome, trial.launchers)
     require_same("counts", plain_counts, shim_counts)
     require_same("content", plain, shim)
-    require(plain.count(b"\n") > keys / 4, "the load wrote next to nothing")
+    # Of the keys, chosen with replacement twice, a share of (1 - 1/e)/e is written and not deleted.
+    require(plain.count(b"\n") > keys / 5, "the load wrote next to nothing")
 
 
 @check
