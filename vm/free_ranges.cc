@@ -69,10 +69,12 @@ std::size_t FreeRanges::extents() const {
   return extents;
 }
 
-std::size_t FreeRanges::pages() const {
-  std::size_t pages = dirty_pages_;
-  for (int bin = 0; (bin = BinAtOrAbove(bin, Knowledge::kClean)) < static_cast<int>(kExactPages); ++bin) {
-    pages += ListSize(bin, Knowledge::kClean) * (static_cast<std::size_t>(bin) + 1);
+std::size_t FreeRanges::small_pages() const {
+  std::size_t pages = 0;
+  for (const Knowledge knowledge : {Knowledge::kClean, Knowledge::kResident, Knowledge::kUnknown}) {
+    for (int bin = 0; (bin = BinAtOrAbove(bin, knowledge)) < static_cast<int>(kExactPages); ++bin) {
+      pages += ListSize(bin, knowledge) * (static_cast<std::size_t>(bin) + 1);
+    }
   }
   return pages;
 }

@@ -68,9 +68,8 @@ class FreeRanges {
   std::size_t dirty_pages() const { return dirty_pages_; }
   // Counts them, bin by bin.
   std::size_t extents() const;
-  // Pages in bins, but for clean extents of more than kExactPages, which nobody keeps. Looks at each bin that has clean
-  // extents.
-  std::size_t pages() const;
+  // Pages of extents of at most kExactPages. Looks at each bin that has any.
+  std::size_t small_pages() const;
   // Where dirty_pages() is kept, for a Metric.
   const std::size_t* dirty_pages_location() const { return &dirty_pages_; }
 

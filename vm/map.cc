@@ -118,7 +118,7 @@ Result<PageRange> Region::MapOnce(RegionPage count, const MapOptions& options, c
         left.clean = false;
         break;
       case Choice::kPurgeFirst:
-        (void)PurgeFree(UINT32_MAX, {0});
+        (void)PurgeFree(UINT32_MAX, {0}, FreeRanges::kExactPages);
         left.purge = false;
         break;
       case Choice::kNoMetadata:

@@ -14,14 +14,14 @@ void Region::TrimFree() {
   (void)PurgeWindows(UINT32_MAX, {PagesFor(options.window_limit).value / 4 * 3});
 }
 
-Pages Region::PurgeFree(std::uint32_t until, Pages keep) {
+Pages Region::PurgeFree(std::uint32_t until, Pages keep, RegionPage largest) {
   Pages purged;
   // A list with room has all there was; what others free from now on, they trim.
   for (bool full = true; full;) {
     PurgeList list;
     for (bool more = true; more && list.size < kPurgeBatch;) {
       sync::SpinLockHolder holder(tree_lock_);
-      more = CollectLocked(until, keep.value, list);
+      more = CollectLocked(until, keep.value, largest, list);
     }
     if (list.size == 0) return purged;
     SortRanges(list);
@@ -38,13 +38,13 @@ Pages Region::PurgeFree(std::uint32_t until, Pages keep) {
 
 // Large bins first: they hold the most for the fewest ranges. Clean extents go back too, so that address
 // space merges again.
-bool Region::CollectLocked(std::uint32_t until, std::size_t keep_pages, PurgeList& list) {
+bool Region::CollectLocked(std::uint32_t until, std::size_t keep_pages, RegionPage largest, PurgeList& list) {
   int visits = 0;
   const auto oldest = [&](int bin, Knowledge knowledge) ABSL_NO_THREAD_SAFETY_ANALYSIS {
     Vma* vma = free_.Oldest(bin, knowledge);
     return vma != nullptr && vma->freed_at <= until ? vma : nullptr;
   };
-  for (int bin = free_.BinAtOrBelow(FreeRanges::kBinCount - 1); bin >= 0; bin = free_.BinAtOrBelow(bin - 1)) {
+  for (int bin = free_.BinAtOrBelow(FreeRanges::BinOf(largest)); bin >= 0; bin = free_.BinAtOrBelow(bin - 1)) {
     for (const Knowledge knowledge : {Knowledge::kUnknown, Knowledge::kResident}) {
       Vma* vma = nullptr;
       while (list.size < kPurgeBatch && free_.dirty_pages() > keep_pages &&
@@ -138,12 +138,12 @@ bool Region::WorthCleaningLocked(RegionPage count) const {
          free_.ListSize(FreeRanges::BinOf(count), Knowledge::kUnknown) >= kPurgeBatch;
 }
 
-// Mappings of changing sizes, or unmapped in parts, leave extents that nobody asks for at their size. Given back, they
-// merge into room for anything. A quarter of what the region has: so much was unmapped since the last time that giving
+// Mappings of changing sizes, or unmapped in parts, leave small extents that nobody asks for at their size. Given back,
+// they merge into room for anything. (Large ones merge while they are cached, and serve any size.) A quarter of what the region has: so much was unmapped since the last time that giving
 // it back costs each of these pages no more than an unmap of the kernel's, and a region that is in use grows by that.
 bool Region::WorthPurgingLocked(const Vma& carved) const {
   if (!is_heap() || IsCommitted(carved.end_page() - 1, carved.end_page())) return false;
-  return free_.pages() >= committed_pages_.load(std::memory_order_relaxed) / 4;
+  return free_.small_pages() >= committed_pages_.load(std::memory_order_relaxed) / 4;
 }
 
 void Region::CleanBin(RegionPage count) {

@@ -137,8 +137,8 @@ class alignas(kPageSize) Region {
   bool IsPinned(PageRange range) const;
   // purge.cc
   // Gives cached extents freed at or before `until` back, the oldest first, until at most `keep` pages of
-  // possibly resident memory are left in the bins. Returns the pages given back.
-  Pages PurgeFree(std::uint32_t until, Pages keep);
+  // possibly resident memory are left in the bins, of up to `largest` pages each. Returns the pages given back.
+  Pages PurgeFree(std::uint32_t until, Pages keep, RegionPage largest = UINT32_MAX);
   // file_mapping.cc
   bool has_windows() const { return windows_ != nullptr && windows_->size() != 0; }
   // Maps the window `key` if it is there, and nobody holds its range; else kNoRoom.
@@ -480,7 +480,8 @@ class alignas(kPageSize) Region {
   // Back to well below the limits.
   void TrimFree();
   // Visits up to kExtentsPerHold extents; false when there are no more.
-  FREEHOLD_HOLD_CODE bool CollectLocked(std::uint32_t until, std::size_t keep_pages, PurgeList& list)
+  FREEHOLD_HOLD_CODE bool CollectLocked(std::uint32_t until, std::size_t keep_pages, RegionPage largest,
+                                        PurgeList& list)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   void StartPurgingLocked(Vma* vma, PurgeList& list) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // To kPurging. REQUIRES: `vma` is in no bin.

@@ -176,19 +176,19 @@ TEST(FreeRangesTest, KeepsKnowledgeApart) {
   EXPECT_EQ(h.Take(4, kResident), resident);
 }
 
-TEST(FreeRangesTest, CountsPages) {
+TEST(FreeRangesTest, CountsPagesOfSmallExtents) {
   Harness h;
-  EXPECT_EQ(h.bins.pages(), 0u);
+  EXPECT_EQ(h.bins.small_pages(), 0u);
   h.Push(0, 1, kClean);
   h.Push(8, FreeRanges::kExactPages, kClean);
   h.Push(100, 7, kClean);
   Vma* second = h.Push(108, 7, kClean);
-  EXPECT_EQ(h.bins.pages(), 1 + FreeRanges::kExactPages + 14);
+  EXPECT_EQ(h.bins.small_pages(), 1 + FreeRanges::kExactPages + 14);
   h.Push(200, 5, kResident);
   h.Push(208, 100, kUnknown);
-  EXPECT_EQ(h.bins.pages(), 1 + FreeRanges::kExactPages + 14 + 105);
+  EXPECT_EQ(h.bins.small_pages(), 1 + FreeRanges::kExactPages + 14 + 5);
   h.bins.Remove(second);
-  EXPECT_EQ(h.bins.pages(), 1 + FreeRanges::kExactPages + 7 + 105);
+  EXPECT_EQ(h.bins.small_pages(), 1 + FreeRanges::kExactPages + 7 + 5);
 }
 
 TEST(FreeRangesTest, CountsPagesThatMayBeResident) {
