@@ -1,11 +1,10 @@
 #include "allocator/guarded_objects.h"
 
 #include <sys/uio.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <cerrno>
+#include <initializer_list>
 #include <set>
 #include <string>
 #include <thread>
@@ -13,6 +12,7 @@
 
 #include "gtest/gtest.h"
 #include "tests/allocator/heap_fixture.h"
+#include "tests/allocator/heap_fork.h"
 #include "tests/allocator/heap_model.h"
 #include "vm/os/fake_kernel.h"
 
@@ -442,29 +442,15 @@ TEST(GuardedObjectsTest, TheChildOfAForkHasThemToo) {
     Fill(live, 500, i);
     void* freed = next_guarded(500);
     cache->Free(freed);
-    heap->PrepareFork(cache.get());
-    heap.space().PrepareFork();
-    const pid_t pid = fork();
-    if (pid == 0) {
-      heap.space().ChildAfterFork();
-      heap->ChildAfterFork(cache.get());
-      if (!HasContent(live, 500, i)) _exit(1);
-      if (IsAccessible(freed)) _exit(2);
-      if (IsAccessible(At(live, 4096)) || IsAccessible(At(live, -4096))) _exit(3);
+    ForkAndRun(heap, cache.get(), [&]() -> std::string {
+      if (!HasContent(live, 500, i)) return "content";
+      if (IsAccessible(freed)) return "open when freed";
+      if (IsAccessible(At(live, 4096)) || IsAccessible(At(live, -4096))) return "no guards";
       cache->Free(live);
-      if (IsAccessible(live)) _exit(4);
+      if (IsAccessible(live)) return "open after free";
       cache->Free(next_guarded(100));
-      ModelExchange mine;
-      HeapModel model(*heap, mine);
-      if (!model.Run(i, 2000).empty() || !model.Finish().empty()) _exit(5);
-      heap->CheckInvariants();
-      _exit(0);
-    }
-    heap.space().ParentAfterFork();
-    heap->ParentAfterFork(cache.get());
-    int status = -1;
-    ASSERT_EQ(waitpid(pid, &status, 0), pid);
-    ASSERT_EQ(status, 0);
+      return RunModel(*heap, i);
+    });
     cache->Free(live);
   }
   done = true;
@@ -488,6 +474,21 @@ TEST(GuardedObjectsTest, OneKernelVmaWithGuardRegions) {
   cache->Free(first);
 }
 
+// Objects of `sizes` in turn, so many that slots are used again.
+void UseInTurn(ObjectHeap& heap, ThreadCache& cache, int count, std::initializer_list<std::size_t> sizes) {
+  for (int i = 0; i < count; ++i) {
+    const std::size_t size = sizes.begin()[i % sizes.size()];
+    void* p = cache.AllocateZeroed(size);
+    ASSERT_TRUE(heap.IsGuarded(p));
+    EXPECT_TRUE(IsZero(p, size));
+    Fill(p, size, i);
+    ExpectGuarded(p, size);
+    cache.Free(p);
+    EXPECT_FALSE(IsAccessible(p));
+  }
+  heap.CheckInvariants();
+}
+
 TEST(GuardedObjectsTest, ByProtectionWithoutGuardRegions) {
   FakeKernel kernel;
   vm::os::Features features = kernel.features();
@@ -495,18 +496,8 @@ TEST(GuardedObjectsTest, ByProtectionWithoutGuardRegions) {
   kernel.SetFeatures(features);
   TestHeap heap(kernel, Guarding({1}, 4));
   AttachedThread cache(*heap);
-  for (int i = 0; i < 20; ++i) {
-    const std::size_t size = i % 3 == 0 ? 9000 : 100;
-    void* p = cache->AllocateZeroed(size);
-    ASSERT_TRUE(heap->IsGuarded(p));
-    EXPECT_TRUE(IsZero(p, size));
-    Fill(p, size, i);
-    ExpectGuarded(p, size);
-    cache->Free(p);
-    EXPECT_FALSE(IsAccessible(p));
-  }
+  UseInTurn(*heap, *cache, 20, {9000, 100, 100});
   EXPECT_EQ(kernel.CallCount(Operation::kInstallGuard), 0u);
-  heap->CheckInvariants();
 }
 
 // As for memory that is locked.
@@ -515,17 +506,7 @@ TEST(GuardedObjectsTest, AGuardThatIsRefusedBecomesAProtection) {
   TestHeap heap(kernel, Guarding({1}, 2));
   AttachedThread cache(*heap);
   kernel.FailAlways(Operation::kInstallGuard, EINVAL);
-  for (int i = 0; i < 8; ++i) {
-    const std::size_t size = i % 2 == 0 ? 100 : 20000;
-    void* p = cache->AllocateZeroed(size);
-    ASSERT_TRUE(heap->IsGuarded(p));
-    EXPECT_TRUE(IsZero(p, size));
-    Fill(p, size, i);
-    ExpectGuarded(p, size);
-    cache->Free(p);
-    EXPECT_FALSE(IsAccessible(p));
-  }
-  heap->CheckInvariants();
+  UseInTurn(*heap, *cache, 8, {100, 20000});
 }
 
 TEST(GuardedObjectsTest, WhatCannotBeClosedIsNotUsedAgain) {

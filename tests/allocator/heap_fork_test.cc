@@ -1,12 +1,10 @@
 // fork with other threads in the heap: parent and child go on.
 #include <sys/mman.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include <array>
 #include <atomic>
 #include <chrono>
-#include <cstdio>
 #include <semaphore>
 #include <set>
 #include <string>
@@ -15,6 +13,7 @@
 
 #include "gtest/gtest.h"
 #include "tests/allocator/heap_fixture.h"
+#include "tests/allocator/heap_fork.h"
 #include "tests/allocator/heap_model.h"
 #include "tests/allocator/single_step.h"
 
@@ -26,43 +25,6 @@ constexpr int kForks = 15;
 #else
 constexpr int kForks = 60;
 #endif
-
-// What the process runtime does around fork(). `child` runs in the child, whose exit status is 0 if it returns an empty
-// string.
-void PrepareFork(TestHeap& heap, ThreadCache* own) {
-  heap->PrepareFork(own);
-  heap.space().PrepareFork();
-}
-void ParentAfterFork(TestHeap& heap, ThreadCache* own) {
-  heap.space().ParentAfterFork();
-  heap->ParentAfterFork(own);
-}
-template <typename Child>
-pid_t Fork(TestHeap& heap, ThreadCache* own, Child child) {
-  const pid_t pid = fork();
-  if (pid == 0) {
-    heap.space().ChildAfterFork();
-    heap->ChildAfterFork(own);
-    const std::string error = child();
-    if (!error.empty()) std::fprintf(stderr, "in the child: %s\n", error.c_str());
-    _exit(error.empty() ? 0 : 1);
-  }
-  return pid;
-}
-void ExpectSuccess(pid_t pid) {
-  ASSERT_GT(pid, 0);
-  int status = -1;
-  ASSERT_EQ(waitpid(pid, &status, 0), pid);
-  ASSERT_EQ(status, 0);
-}
-
-template <typename Child>
-void ForkAndRun(TestHeap& heap, ThreadCache* own, Child child) {
-  PrepareFork(heap, own);
-  const pid_t pid = Fork(heap, own, child);
-  ParentAfterFork(heap, own);
-  ExpectSuccess(pid);
-}
 
 TEST(HeapForkTest, WithoutOtherThreads) {
   TestHeap heap;

@@ -1,7 +1,5 @@
 #include "allocator/heap_profile.h"
 
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <cmath>
@@ -12,6 +10,7 @@
 
 #include "gtest/gtest.h"
 #include "tests/allocator/heap_fixture.h"
+#include "tests/allocator/heap_fork.h"
 #include "tests/allocator/heap_model.h"
 #include "vm/os/fake_kernel.h"
 
@@ -342,26 +341,12 @@ TEST(HeapProfileTest, Fork) {
   const std::uint64_t live = live_of_mine();
   EXPECT_GT(live, 0u);
   for (int i = 0; i < 20; ++i) {
-    heap->PrepareFork(cache.get());
-    heap.space().PrepareFork();
-    const pid_t pid = fork();
-    if (pid == 0) {
-      heap.space().ChildAfterFork();
-      heap->ChildAfterFork(cache.get());
-      if (live_of_mine() != live) _exit(1);
+    ForkAndRun(heap, cache.get(), [&]() -> std::string {
+      if (live_of_mine() != live) return "live before";
       for (void* p : objects) cache->Free(p);
-      if (live_of_mine() != 0) _exit(2);
-      ModelExchange mine;
-      HeapModel model(*heap, mine);
-      if (!model.Run(i, 2000).empty() || !model.Finish().empty()) _exit(3);
-      heap->CheckInvariants();
-      _exit(0);
-    }
-    heap.space().ParentAfterFork();
-    heap->ParentAfterFork(cache.get());
-    int status = -1;
-    ASSERT_EQ(waitpid(pid, &status, 0), pid);
-    ASSERT_EQ(status, 0);
+      if (live_of_mine() != 0) return "live after";
+      return RunModel(*heap, i);
+    });
   }
   done = true;
   for (std::thread& thread : threads) thread.join();
