@@ -206,6 +206,7 @@ Error Region::ZapDetached(PageRange part, const Detachment& detachment, const Gu
   if (detachment.backed) FlushBackings(part, guard);
   if (detachment.reset) {
     if (const Error error = shared_.kernel->Reset(part); !error.ok()) return error;
+    PrefetchHoldCode();
   }
   for (PageNumber page = part.first; page < part.end;) {
     VmaState state;
@@ -233,9 +234,9 @@ Error Region::ZapDetached(PageRange part, const Detachment& detachment, const Gu
       if (!replaced && detached.lock != os::MemoryLock::kNone) unlocked = shared_.kernel->UnlockMemory(extent).ok();
       restored = shared_.kernel->Protect(extent, os::Protection::kReadWrite).ok();
       if (shared_.options->strict_unmap) clean = Trap(extent) || clean;
+      PrefetchHoldCode();
     }
     DroppedPages<1> dropped;
-    PrefetchHoldCode();
     Warm(extent.first);
     sync::SpinLockHolder holder(tree_lock_);
     dropped.Add(detached.backing, vma->page_count());
