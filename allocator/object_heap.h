@@ -81,7 +81,8 @@ class ObjectHeap {
   bool Owns(const void* p) const { return AddressOf(p) - base_ < size_; }
   // Frees `p` from a thread that has no cache, being born or dying. Slower than ThreadCache::Free.
   void Free(void* p);
-  // How many bytes the program may use at `p`; of a guarded object, as many as it asked for. 0 for null. REQUIRES: otherwise, `p` is an object of this heap.
+  // How many bytes the program may use at `p`; of a guarded object, as many as it asked for. 0 for null. REQUIRES:
+  // otherwise, `p` is an object of this heap.
   std::size_t UsableSize(const void* p) const;
 
   // For who keeps objects that the program freed from being used again. CheckFree: as the beginning of a free of `p`;
