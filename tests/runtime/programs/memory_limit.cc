@@ -7,8 +7,10 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <latch>
 #include <new>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "tests/runtime/programs/process_facts.h"
@@ -23,10 +25,14 @@ void* Map(std::size_t bytes) {
   return mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 }
 
-// Touches everything until there is no more; how many bytes there were.
-std::size_t Exhaust(std::size_t size) {
-  std::vector<void*> objects;
-  objects.reserve(1000000);
+std::vector<void*> RoomFor(std::size_t objects) {
+  std::vector<void*> room;
+  room.reserve(objects);
+  return room;
+}
+
+// Touches everything until there is no more; how many bytes there were. `objects` has room for all.
+std::size_t Exhaust(std::size_t size, std::vector<void*> objects = RoomFor(1000000)) {
   errno = 0;
   while (void* p = malloc(size)) {
     REQUIRE(errno == 0);
@@ -84,9 +90,15 @@ void Hard(std::size_t limit) {
   EveryWayFails(limit / 2 + kMiB);
   REQUIRE(munmap(map, limit / 2) == 0);
   REQUIRE(Exhaust(1000) >= limit / 4 * 3 - 8 * kMiB);
-  // In threads, and in a child.
+  // In threads, and in a child. What the threads need themselves is there before one of them takes the rest.
   std::vector<std::thread> threads;
-  for (int i = 0; i < 4; ++i) threads.emplace_back([=] { Exhaust(100000); });
+  std::latch ready(4);
+  for (int i = 0; i < 4; ++i) {
+    threads.emplace_back([&ready, objects = RoomFor(10000)]() mutable {
+      ready.arrive_and_wait();
+      Exhaust(100000, std::move(objects));
+    });
+  }
   for (std::thread& thread : threads) thread.join();
   const pid_t child = fork();
   if (child == 0) _exit(Exhaust(10000) >= limit / 2 && malloc(limit + 1) == nullptr ? 0 : 1);
