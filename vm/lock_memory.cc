@@ -107,14 +107,15 @@ Error Region::LockInKernel(PageRange range, MemoryLock lock) {
   return lock == MemoryLock::kNone ? shared_.kernel->UnlockMemory(range) : shared_.kernel->LockMemory(range);
 }
 
-// A refusal leaves more locked than promised or less: nothing better is left to do.
+// A refusal leaves more locked than promised or less, until it is unmapped or used again.
 void Region::RestoreLocks(PageRange range, const Guard& guard) {
   FREEHOLD_DCHECK(guard.Covers(range, Mode::kExclusive));
   for (PageNumber page = range.first; page < range.end;) {
     VmaState state;
     const VmaInfo extent = LookupExtent(page, state);
-    (void)LockInKernel(extent.range.Intersect(range), extent.lock);
-    page = extent.range.end;
+    const PageRange part = extent.range.Intersect(range);
+    page = part.end;
+    if (!LockInKernel(part, extent.lock).ok()) ResetLater(part, guard);
   }
 }
 

@@ -158,7 +158,8 @@ Region::Choice Region::ChooseLocked(RegionPage count, const MapOptions& options,
   const os::Protection now = is_heap() ? os::Protection::kReadWrite : os::Protection::kNone;
   out.protect = (vma->kernel_vma || out.reset || options.protection != now) && options.backing == nullptr;
   out.unguard = is_heap() && shared_.options->strict_unmap;
-  out.relock = vma->locked() != (options.lock != os::MemoryLock::kNone);
+  // Of free memory, a lock that is known may be gone by now.
+  out.relock = vma->locked() || options.lock != os::MemoryLock::kNone;
   if (!out.needed()) {
     PublishLocked(vma, vma->page_count(), out.attributes);
     return Choice::kPublished;
@@ -584,22 +585,27 @@ void Region::FlushBackings(PageRange range, const Guard& guard) {
   }
 }
 
-// A refusal leaves more access than promised or less: nothing better is left to do.
+// A refusal leaves more access than promised or less, until it is unmapped or used again.
 void Region::RestoreProtection(PageRange range, const Guard& guard) {
   FREEHOLD_DCHECK(guard.Covers(range, Mode::kExclusive));
+  const os::Protection free = is_heap() ? os::Protection::kReadWrite : os::Protection::kNone;
   for (PageNumber page = range.first; page < range.end;) {
     VmaState state;
     const VmaInfo extent = LookupExtent(page, state);
     const PageRange part = extent.range.Intersect(range);
-    page = extent.range.end;
-    if (state == VmaState::kMapped) {
-      (void)shared_.kernel->Protect(part, extent.protection);
-    } else if (is_heap() && shared_.options->strict_unmap) {
-      (void)Trap(part);
-    } else {
-      (void)shared_.kernel->Protect(part, is_heap() ? os::Protection::kReadWrite : os::Protection::kNone);
-    }
+    page = part.end;
+    const bool mapped = state == VmaState::kMapped;
+    const bool trapped = !mapped && is_heap() && shared_.options->strict_unmap && Trap(part);
+    if (trapped) continue;
+    if (!shared_.kernel->Protect(part, mapped ? extent.protection : free).ok()) ResetLater(part, guard);
   }
+}
+
+void Region::ResetLater(PageRange part, const Guard& guard) {
+  FREEHOLD_DCHECK(guard.Covers(part, Mode::kExclusive));
+  sync::SpinLockHolder holder(tree_lock_);
+  // Of an extent that is larger by now, all is reset.
+  tree_.Find(ToRegion(part.first)).vma()->foreign = true;
 }
 
 // Undoes Trap, whichever way it went.

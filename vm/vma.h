@@ -66,7 +66,8 @@ struct alignas(kCacheLineSize) Vma {
   Knowledge knowledge = Knowledge::kClean;
   bool busy = false;            // a verb that holds its range is at work without the tree lock: do not merge
   bool kernel_vma = false;      // the kernel was asked for a protection other than the zone's own
-  // A backing's kernel VMA, one that a Remap moved here, or one with lasting advice: only a reset takes it away.
+  // A backing's kernel VMA, one that a Remap moved here, one with lasting advice, or one whose lock or protection the
+  // kernel refused to restore: only a reset takes it away.
   bool foreign = false;
   std::uint32_t freed_at = 0;   // coarse clock when it was cached
   Vma* newer = nullptr;         // neighbours in its bin, or the free list of Vma objects

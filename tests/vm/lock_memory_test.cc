@@ -245,6 +245,49 @@ TEST_P(LockMemoryTest, WhatCouldNotBeUnlockedIsUnlockedLater) {
   EXPECT_EQ(Locks(P(0, 8)), "........");
 }
 
+// A verb that fails locks nothing, even where the way back is refused, too: not for good.
+TEST_P(LockMemoryTest, AFailedVerbLeavesNoLockBehind) {
+  for (const bool purge : {true, false}) {
+    MustMapAt(*space_, P(0, 8));
+    ASSERT_TRUE(space_->Unmap(P(4, 4)).ok());  // cached, and dirty: its protection is set
+    ASSERT_TRUE(space_->LockMemory(P(0, 4)).ok());
+    kernel_.FailNth(Operation::kProtect, 1, ENOMEM);
+    kernel_.FailNth(Operation::kUnlockMemory, 1, ENOMEM);
+    EXPECT_EQ(space_->Remap(P(0, 4), {6}).error(), Error::System(ENOMEM));
+    EXPECT_EQ(Locks(P(0, 4)), "LLLL");
+    EXPECT_EQ(kernel_.LockedPages(), Pages{6}) << "no more than the kernel kept";
+    space_->CheckInvariants();
+    ASSERT_TRUE(space_->Unmap(P(0, 4)).ok());
+    if (purge) {
+      (void)space_->Purge(PurgeScope::kAll);
+      EXPECT_EQ(kernel_.LockedPages(), Pages{0});
+    }
+    MustMapAt(*space_, P(0, 8));
+    EXPECT_EQ(Locks(P(0, 8)), "........");
+    EXPECT_TRUE(IsZero(P(0, 8)));
+    ASSERT_TRUE(space_->Unmap(P(0, 8)).ok());
+  }
+}
+
+// The same of what is mapped, and stays so.
+TEST_P(LockMemoryTest, WhatAFailedLockOfMappedMemoryLeavesGoesWithIt) {
+  MustMapAt(*space_, P(0, 4));
+  MustMapAt(*space_, P(4, 4));
+  kernel_.FailLockBeyond(Bytes{0});
+  EXPECT_FALSE(space_->LockMemory(P(0, 8)).ok());
+  kernel_.StopFailing();
+  EXPECT_EQ(Locks(P(0, 8)), "........");
+  MapOptions options = At(P(2, 1).first, Placement::kReplace);
+  options.lock = MemoryLock::kLocked;
+  kernel_.FailNth(Operation::kProtect, 1, ENOMEM);
+  kernel_.FailNth(Operation::kUnlockMemory, 1, ENOMEM);
+  EXPECT_EQ(space_->Map({4}, options).error(), Error::System(ENOMEM));
+  EXPECT_EQ(Draw(*space_, P(0, 8)), "AAAABBBB");
+  EXPECT_EQ(kernel_.LockedPages(), Pages{2});
+  ASSERT_TRUE(space_->Unmap(P(0, 8)).ok());
+  EXPECT_EQ(kernel_.LockedPages(), Pages{0});
+}
+
 // ---- LockAll ----
 
 TEST_P(LockMemoryTest, CurrentAndFuture) {

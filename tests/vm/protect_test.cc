@@ -151,6 +151,28 @@ TEST_P(ProtectTest, InTheMappingZoneKeepsContentAndIsZeroLater) {
   EXPECT_TRUE(IsZero(again));
 }
 
+// A verb fails, and the kernel refuses the way back: whoever gets the pages next has access to them.
+TEST_P(ProtectTest, WhatCouldNotBeTakenBackIsReset) {
+  for (const bool mapped : {true, false}) {
+    MustMapAt(*space_, P(0, 100));
+    Fill(P(0, 100), 0xaa);
+    ASSERT_TRUE(mapped || space_->Unmap(P(0, 100)).ok());
+    MapOptions options = At(P(0, 1).first, mapped ? Placement::kReplace : Placement::kFixed);
+    options.protection = Protection::kNone;
+    kernel_.FailNth(FakeKernel::Operation::kDiscard, 1, ENOMEM);
+    kernel_.FailNth(FakeKernel::Operation::kProtect, 2, ENOMEM);
+    EXPECT_EQ(space_->Map({100}, options).error(), Error::System(ENOMEM));
+    EXPECT_EQ(Line(1), mapped ? "A" : ".");
+    EXPECT_EQ(kernel_.At(P(0, 1).first).protection, Protection::kNone) << "it was refused";
+    ASSERT_TRUE(!mapped || space_->Unmap(P(0, 100)).ok());
+    ASSERT_EQ(MustMap(*space_, 100), P(0, 100)) << "what was cached";
+    EXPECT_TRUE(IsZero(P(0, 100)));
+    Fill(P(0, 100), 0xbb);
+    ASSERT_TRUE(space_->Unmap(P(0, 100)).ok());
+    (void)space_->Purge(PurgeScope::kAll);
+  }
+}
+
 TEST_P(ProtectTest, OfPartsThenUnmapAndReuse) {
   for (const Protection protection : {Protection::kNone, Protection::kRead, Protection::kReadExec}) {
     const PageRange range = MustMap(*space_, 12);
