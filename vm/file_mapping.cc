@@ -355,7 +355,10 @@ Result<PageRange> Region::TakeWindowLocked(Vma* window) {
 bool Region::RetireWindowLocked(Vma* vma) {
   const VmaAttributes attributes = vma->attributes();
   FileBacking* file = attributes.backing != nullptr ? attributes.backing->AsFile() : nullptr;
-  if (file == nullptr || !file->is_keepable() || file->key().count != vma->page_count() || vma->locked()) return false;
+  if (file == nullptr || !file->is_keepable() || file->key().count != vma->page_count() || vma->locked() ||
+      vma->unrestored) {
+    return false;
+  }
   changes_.Add(1);
   mapped_pages_.Subtract(vma->page_count());
   vmas_.Subtract(1);

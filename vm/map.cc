@@ -404,7 +404,7 @@ Vma* Region::ClaimExtentLocked(RegionPage page, Claim& claim) {
   if (vma->Is(VmaState::kWindow)) AbandonWindowLocked(vma);
   const bool mapped = vma->Is(VmaState::kMapped);
   claim.clean = claim.clean && !mapped && vma->knowledge == Knowledge::kClean && vma->is_zones_own();
-  claim.locked = claim.locked || vma->locked();
+  claim.locked = claim.locked || vma->locked() || vma->unrestored;
   // Anonymous memory with a kernel VMA of its own may have advice that must not last beyond it.
   claim.backed = claim.backed || vma->attributes().backing != nullptr || vma->foreign;
   claim.occupied = claim.occupied || mapped;
@@ -465,6 +465,7 @@ void Region::PublishFixedLocked(const Claim& claim, const MapOptions& options, s
     vma->kernel_vma = is_heap() ? protection != os::Protection::kReadWrite
                                 : protection != os::Protection::kNone || !claim.clean || locked;
     vma->foreign = options.backing != nullptr;
+    vma->unrestored = false;
     if (is_heap() && (vma->kernel_vma || locked)) heap_splits_.Add(1);
     PublishLocked(vma, page - from,
                   AttributesOf(options, claim.first, continued != 0 ? continued : claim.generation));
@@ -605,7 +606,8 @@ void Region::ResetLater(PageRange part, const Guard& guard) {
   FREEHOLD_DCHECK(guard.Covers(part, Mode::kExclusive));
   sync::SpinLockHolder holder(tree_lock_);
   // Of an extent that is larger by now, all is reset.
-  tree_.Find(ToRegion(part.first)).vma()->foreign = true;
+  Vma* vma = tree_.Find(ToRegion(part.first)).vma();
+  (vma->Is(VmaState::kMapped) ? vma->unrestored : vma->foreign) = true;
 }
 
 // Undoes Trap, whichever way it went.

@@ -109,6 +109,7 @@ Vma* Region::SplitLocked(Vma* vma, RegionPage page) {
   upper->knowledge = vma->knowledge;
   upper->kernel_vma = vma->kernel_vma;
   upper->foreign = vma->foreign;
+  upper->unrestored = vma->unrestored;
   upper->busy = vma->busy;
   const VmaTree::Path path = tree_.Find(vma->first_page());
   VmaWriter(*vma).SetRange(vma->first_page(), page - vma->first_page());
@@ -192,6 +193,7 @@ void Region::MergeMappedLocked(RegionPage first, RegionPage end) {
     // What one of them needs when it is unmapped does no harm to the other.
     vma->kernel_vma = vma->kernel_vma || next->kernel_vma;
     vma->foreign = vma->foreign || next->foreign;
+    vma->unrestored = vma->unrestored || next->unrestored;
     AbsorbNextLocked(vma);
   }
 }
@@ -348,6 +350,7 @@ void Region::CheckInvariants() const {
     const bool waits = vma->Is(VmaState::kDeferred);
     FREEHOLD_CHECK(free || waits || vma->Is(VmaState::kCached) || vma->Is(VmaState::kMapped) ||
                    vma->Is(VmaState::kWindow));
+    FREEHOLD_CHECK(!vma->unrestored || waits || vma->Is(VmaState::kMapped));
     if (waits) ++deferred;
     previous_free = free;
     if (vma->Is(VmaState::kCached)) ++cached;

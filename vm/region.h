@@ -104,7 +104,7 @@ class alignas(kPageSize) Region {
   // Gives every extent of `range` the kernel protection that the tree says it has, and traps what strict unmap
   // had trapped.
   void RestoreProtection(PageRange range, const Guard& guard);
-  // The kernel's idea of the extent of `part` is not the tree's: before somebody else has it, a reset takes it away.
+  // The kernel's idea of the extent of `part` is not the tree's: before somebody else has it, a reset takes that away.
   void ResetLater(PageRange part, const Guard& guard);
   // Unmaps what was isolated. Errors: kSystem; then it is joined again.
   Error UnmapIsolated(PageRange part, const Guard& guard);

@@ -220,7 +220,7 @@ Error Region::ZapDetached(PageRange part, const Detachment& detachment, const Gu
     {
       sync::SpinLockHolder holder(tree_lock_);
       vma = tree_.Find(ToRegion(extent.first)).vma();
-      foreign = vma->foreign;
+      foreign = vma->foreign || vma->unrestored;
       needs_zap = NeedsZap(*vma);
     }
     // A reset drops content and locks: that of the whole part, or the extent's own.
@@ -242,6 +242,7 @@ Error Region::ZapDetached(PageRange part, const Detachment& detachment, const Gu
     dropped.Add(detached.backing, vma->page_count());
     vma->kernel_vma = !restored;
     vma->foreign = foreign && is_heap();
+    vma->unrestored = false;
     VmaWriter(*vma).SetBacking(nullptr, 0);
     if (unlocked) VmaWriter(*vma).SetLock(os::MemoryLock::kNone);
     if (clean && vma->is_zones_own()) {

@@ -59,6 +59,9 @@ struct alignas(kCacheLineSize) Vma {
   std::atomic<VmaState> state{VmaState::kFree};
   std::atomic<os::Protection> protection{os::Protection::kReadWrite};
   std::atomic<os::MemoryLock> lock{os::MemoryLock::kNone};
+  // Not atomic, here for its size. Of mapped memory: the kernel refused to restore its lock or protection when a verb
+  // failed. A reset when it is unmapped.
+  bool unrestored = false;
   std::atomic<std::uint64_t> generation{0};
   std::atomic<Backing*> backing{nullptr};
   std::atomic<std::int64_t> origin{0};
@@ -66,8 +69,7 @@ struct alignas(kCacheLineSize) Vma {
   Knowledge knowledge = Knowledge::kClean;
   bool busy = false;            // a verb that holds its range is at work without the tree lock: do not merge
   bool kernel_vma = false;      // the kernel was asked for a protection other than the zone's own
-  // A backing's kernel VMA, one that a Remap moved here, one with lasting advice, or one whose lock or protection the
-  // kernel refused to restore: only a reset takes it away.
+  // A backing's kernel VMA, one that a Remap moved here, or one with lasting advice: only a reset takes it away.
   bool foreign = false;
   std::uint32_t freed_at = 0;   // coarse clock when it was cached
   Vma* newer = nullptr;         // neighbours in its bin, or the free list of Vma objects
@@ -85,7 +87,7 @@ struct alignas(kCacheLineSize) Vma {
   }
   bool locked() const { return lock.load(std::memory_order_relaxed) != os::MemoryLock::kNone; }
   // Whether its kernel VMA is as the zone's other free memory: nothing to take back before it is free.
-  bool is_zones_own() const { return !kernel_vma && !foreign && !locked(); }
+  bool is_zones_own() const { return !kernel_vma && !foreign && !unrestored && !locked(); }
   bool Is(VmaState s) const { return state.load(std::memory_order_relaxed) == s; }
 };
 static_assert(sizeof(Vma) == kCacheLineSize);
