@@ -16,11 +16,13 @@ constexpr int kOperations = 20000;
 constexpr int kOperations = 200000;
 #endif
 
-// More seeds than the default few for long runs: FREEHOLD_MODEL_SEEDS=n.
-std::uint64_t Seeds() {
-  const char* seeds = std::getenv("FREEHOLD_MODEL_SEEDS");
-  return seeds == nullptr ? 4 : std::strtoull(seeds, nullptr, 10);
+// More seeds than the default few for long runs, and others: FREEHOLD_MODEL_SEEDS=COUNT, FREEHOLD_MODEL_FIRST_SEED=N.
+std::uint64_t FromEnvironment(const char* name, std::uint64_t otherwise) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? otherwise : std::strtoull(value, nullptr, 10);
 }
+const std::uint64_t kFirstSeed = FromEnvironment("FREEHOLD_MODEL_FIRST_SEED", 1);
+const std::uint64_t kEndSeed = kFirstSeed + FromEnvironment("FREEHOLD_MODEL_SEEDS", 4);
 
 void ExpectEmpty(ObjectHeap& heap, ModelExchange& exchange) {
   for (const ModelObject& object : exchange.TakeAll()) {
@@ -36,7 +38,7 @@ void ExpectEmpty(ObjectHeap& heap, ModelExchange& exchange) {
 }
 
 TEST(ObjectHeapModelTest, OneThread) {
-  for (std::uint64_t seed = 1; seed <= Seeds(); ++seed) {
+  for (std::uint64_t seed = kFirstSeed; seed < kEndSeed; ++seed) {
     TestHeap heap(ObjectHeapOptions{.decay = vm::Milliseconds(5)});
     ModelExchange exchange;
     {
@@ -51,7 +53,7 @@ TEST(ObjectHeapModelTest, OneThread) {
 
 TEST(ObjectHeapModelTest, ThreadsThatExchangeObjects) {
   constexpr int kThreads = 4;
-  for (std::uint64_t seed = 1; seed <= Seeds(); ++seed) {
+  for (std::uint64_t seed = kFirstSeed; seed < kEndSeed; ++seed) {
     TestHeap heap(ObjectHeapOptions{
         .decay = vm::Milliseconds(5), .shards = static_cast<unsigned>(seed % 3 + 1), .remote_batch = {1000}});
     ModelExchange exchange;
@@ -72,7 +74,7 @@ TEST(ObjectHeapModelTest, ThreadsThatExchangeObjects) {
 
 TEST(ObjectHeapModelTest, ThreadsThatComeAndGo) {
   constexpr int kThreads = 3;
-  for (std::uint64_t seed = 1; seed <= Seeds(); ++seed) {
+  for (std::uint64_t seed = kFirstSeed; seed < kEndSeed; ++seed) {
     TestHeap heap(ObjectHeapOptions{.decay = vm::Milliseconds(2)});
     ModelExchange exchange;
     std::vector<std::string> errors(kThreads);
