@@ -10,6 +10,9 @@ namespace freehold::allocator {
 namespace {
 
 constexpr std::uint32_t kUnitPages = kUnitSize >> vm::kPageShift;
+constexpr std::uint32_t kMaxRunUnits = LargeObjects::kMaxRunSize / kUnitSize;
+// A run that grows takes so many times as many units as it has.
+constexpr std::uint32_t kGrowth = 4;
 
 std::uint32_t PagesOf(std::size_t size) { return static_cast<std::uint32_t>(vm::PagesFor({size}).value); }
 std::uint32_t UnitsOf(std::uint32_t pages) { return (pages + kUnitPages - 1) / kUnitPages; }
@@ -37,6 +40,11 @@ void LargeObjects::ForEachMetric(vm::MetricVisitor visit, void* context) const {
                   .kind = Kind::kGauge,
                   .first = &mapped_pages_,
                   .scale = vm::kPageSize});
+  visit(context, {.name = "heap_large_ahead_bytes",
+                  .help = "Taken for objects that grow, before they need it.",
+                  .kind = Kind::kGauge,
+                  .first = &ahead_units_,
+                  .scale = kUnitSize});
 }
 
 void MarkInterior(const SpanTable& spans, Span* span, unsigned first, unsigned end) {
@@ -61,18 +69,20 @@ void* LargeObjects::AllocateRun(unsigned home, const Request& request) {
   const std::uint32_t pages = std::max<std::uint32_t>(PagesOf(request.size), 1);
   const std::uint32_t units = UnitsOf(pages);
   const PageHeap::Run run = request.will_grow
-                                ? page_heap_.AllocateWithRoom(home, units, UnitsOf(PagesOf(kMaxRunSize)))
+                                ? page_heap_.AllocateWithRoom(home, units, kMaxRunUnits)
                                 : page_heap_.Allocate(home, units);
   if (run.start == 0) return nullptr;
   Span* span = metadata_.spans().At(run.start);
   span->start = run.start;
   span->units = units;
   span->used_pages = pages;
+  span->counted_pages = pages;
   span->site = nullptr;
   span->kind.store(SpanKind::kRun, std::memory_order_relaxed);
   MarkInterior(metadata_.spans(), span, 1, units);
   count_.fetch_add(1, std::memory_order_relaxed);
   pages_.fetch_add(pages, std::memory_order_relaxed);
+  if (const std::uint32_t ahead = AheadOf(units, pages)) ahead_units_.fetch_add(ahead, std::memory_order_relaxed);
   void* object = reinterpret_cast<void*>(run.start);
   if (request.zeroed && !run.clean) std::memset(object, 0, request.size);
   return object;
@@ -115,18 +125,21 @@ bool LargeObjects::Free(Span* span) {
   // Whoever takes the kind away frees the object. From here on the record may be another object's as soon as
   // the memory is back.
   const std::uint32_t used = span->used_pages;
-  const std::uint32_t mapped = span->mapped_pages;
   const std::uint32_t units = span->units;
+  const std::uint32_t counted = span->counted_pages;
+  const std::uint32_t mapped = span->mapped_pages;
   const std::uintptr_t start = span->start;
   const vm::PageRange range = RangeOf(span, 0, mapped);
   const SpanKind kind = span->kind.exchange(SpanKind::kNone, std::memory_order_relaxed);
   if (!IsLarge(kind)) return false;
   count_.fetch_sub(1, std::memory_order_relaxed);
-  pages_.fetch_sub(used, std::memory_order_relaxed);
   if (kind == SpanKind::kRun) {
+    pages_.fetch_sub(counted, std::memory_order_relaxed);
+    if (const std::uint32_t ahead = AheadOf(units, counted)) ahead_units_.fetch_sub(ahead, std::memory_order_relaxed);
     page_heap_.Free(start, units);
     return true;
   }
+  pages_.fetch_sub(used, std::memory_order_relaxed);
   mapped_pages_.fetch_sub(mapped, std::memory_order_relaxed);
   slack_pages_.fetch_sub(mapped - used, std::memory_order_relaxed);
   // If the address space cannot unmap for want of metadata, the memory goes back to the kernel all the same,
@@ -144,17 +157,36 @@ bool LargeObjects::Resize(Span* span, std::size_t size) {
 }
 
 bool LargeObjects::ResizeRun(Span* span, std::uint32_t pages) {
+  const std::uint32_t before = span->units;
   const std::uint32_t units = UnitsOf(pages);
-  if (units > span->units) {
-    if (pages * vm::kPageSize > kMaxRunSize) return false;
-    if (!page_heap_.Extend(span->start, span->units, units - span->units)) return false;
-    MarkInterior(metadata_.spans(), span, span->units, units);
-  } else if (units < span->units) {
-    page_heap_.Free(span->start + units * kUnitSize, span->units - units);
+  if (units > before) {
+    if (units > kMaxRunUnits || !GrowRun(span, units)) return false;
+  } else if (units < before) {
+    page_heap_.Free(span->start + units * kUnitSize, before - units);
+    span->units = units;
   }
-  span->units = units;
-  SetUsedPages(span, pages);
+  // Modulo 2^64, so that differences may be negative.
+  ahead_units_.fetch_add(std::uint64_t{AheadOf(span->units, pages)} - AheadOf(before, span->counted_pages),
+                         std::memory_order_relaxed);
+  pages_.fetch_add(std::uint64_t{pages} - span->counted_pages, std::memory_order_relaxed);
+  span->used_pages = pages;
+  span->counted_pages = pages;
   return true;
+}
+
+bool LargeObjects::GrowRun(Span* span, std::uint32_t units) {
+  const std::uint32_t before = span->units;
+  const std::uint32_t most = std::max(units, std::min(before * kGrowth, kMaxRunUnits));
+  const std::uint32_t taken = page_heap_.Extend(span->start, before, units - before,
+                                                (MayTakeAhead(most - units) ? most : units) - before);
+  if (taken == 0) return false;
+  MarkInterior(metadata_.spans(), span, before, before + taken);
+  span->units = before + taken;
+  return true;
+}
+
+std::uint32_t LargeObjects::AheadOf(std::uint32_t units, std::uint32_t pages) {
+  return pages < PagesOf(kSmallRunSize) ? units : units - UnitsOf(pages);
 }
 
 bool LargeObjects::ResizeMapped(Span* span, std::uint32_t pages) {
@@ -176,13 +208,9 @@ bool LargeObjects::ResizeMapped(Span* span, std::uint32_t pages) {
   }
   mapped_pages_.fetch_add(std::uint64_t{span->mapped_pages} - mapped, std::memory_order_relaxed);
   slack_pages_.fetch_add(std::uint64_t{span->mapped_pages} - pages - slack, std::memory_order_relaxed);
-  SetUsedPages(span, pages);
-  return true;
-}
-
-void LargeObjects::SetUsedPages(Span* span, std::uint32_t pages) {
   pages_.fetch_add(std::uint64_t{pages} - span->used_pages, std::memory_order_relaxed);
   span->used_pages = pages;
+  return true;
 }
 
 }  // namespace freehold::allocator

@@ -1,6 +1,9 @@
-// Large objects: those above kMaxClassSize, those that grew above kMinRunSize, and those aligned to more than a unit.
-// They are ranges of pages: up to
-// kMaxRunSize runs of units from the page heap, above that mappings of their own. They belong to no thread.
+// Large objects: those above kMaxClassSize, those that grow (GrowsAsRun), and those aligned to more than a unit. They
+// are ranges of pages: up to kMaxRunSize runs of units from the page heap, above that mappings of their own. They belong
+// to no thread.
+//
+// A run that grows takes units ahead of its need, so that most of its growth is a store. What all runs together have
+// ahead is bounded by a constant and by a share of all large objects; beyond that, they take what they need.
 //
 // Thread safety: thread-safe; calls for one object are the program's to order.
 // Lock order:    takes the page heap's and the address space's locks.
@@ -25,8 +28,14 @@ namespace freehold::allocator {
 
 class LargeObjects {
  public:
-  // An object that grows beyond this becomes a run, with room to grow further; from there on growth seldom copies.
-  static constexpr std::size_t kMinRunSize = std::size_t{16} << 10;
+  // An object of this size that grows becomes a run, with room to grow further; from there on growth seldom copies.
+  static constexpr std::size_t kMinRunSize = std::size_t{4} << 10;
+  // A run of less counts as taken ahead as a whole, since it has a unit where an object of a class would do with a few
+  // pages. From here on an object that grows becomes a run in any case.
+  static constexpr std::size_t kSmallRunSize = std::size_t{16} << 10;
+  // What runs may have ahead: so many units, and a share of what large objects have.
+  static constexpr std::uint64_t kAheadUnits = 64;
+  static constexpr std::uint64_t kAheadShare = 16;
   // From here on an object's memory is unmapped when it is freed; the address space keeps it for a while.
   static constexpr std::size_t kMaxRunSize = std::size_t{1} << 20;
 
@@ -49,8 +58,23 @@ class LargeObjects {
   // REQUIRES: `span` is kRun or kMapped, `object` is its start. False: another thread freed it just now.
   bool Free(Span* span);
 
+  // Whether an object of `usable` bytes that grows to `size` is worth a run: Allocate it with will_grow.
+  bool GrowsAsRun(std::size_t usable, std::size_t size) const {
+    return size > kSmallRunSize || (usable >= kMinRunSize && size > usable && MayTakeAhead(1));
+  }
+
   // Makes the object `size` bytes large where it is, or leaves it as it is and returns false.
   bool Resize(Span* span, std::size_t size);
+  // The same for a run that grows and has the units for it; false as well if `p` is none, whatever it is. `span`: the
+  // record of p's unit. Writes nothing else: bytes() learns of it when the run takes units again.
+  static bool GrowAhead(Span* span, const void* p, std::size_t size) {
+    if (span->kind.load(std::memory_order_relaxed) != SpanKind::kRun || span->start != AddressOf(p)) return false;
+    if (size > std::size_t{span->units} * kUnitSize) return false;
+    const auto pages = static_cast<std::uint32_t>(vm::PagesFor({size}).value);
+    if (pages < span->used_pages) return false;
+    span->used_pages = pages;
+    return true;
+  }
 
   // REQUIRES: `span` is kRun or kMapped.
   static std::size_t UsableSize(const Span* span) {
@@ -60,6 +84,8 @@ class LargeObjects {
   vm::Bytes bytes() const { return vm::Pages{pages_.load(std::memory_order_relaxed)}.bytes(); }
   // Of bytes(): in mappings of their own, at the mappings' size.
   vm::Bytes mapped_bytes() const { return vm::Pages{mapped_pages_.load(std::memory_order_relaxed)}.bytes(); }
+  // Of runs: taken before they were needed.
+  vm::Bytes ahead() const { return {ahead_units_.load(std::memory_order_relaxed) * kUnitSize}; }
   // Of mapped_bytes(): kept to grow into, and not resident.
   vm::Bytes slack() const { return vm::Pages{slack_pages_.load(std::memory_order_relaxed)}.bytes(); }
   std::uint64_t count() const { return count_.load(std::memory_order_relaxed); }
@@ -74,7 +100,13 @@ class LargeObjects {
   void* AllocateMapped(const Request& request);
   bool ResizeRun(Span* span, std::uint32_t pages);
   bool ResizeMapped(Span* span, std::uint32_t pages);
-  void SetUsedPages(Span* span, std::uint32_t pages);
+  bool GrowRun(Span* span, std::uint32_t units);
+  // Of a run of `units` with `pages` in use.
+  static std::uint32_t AheadOf(std::uint32_t units, std::uint32_t pages);
+  bool MayTakeAhead(std::uint64_t units) const {
+    return ahead_units_.load(std::memory_order_relaxed) + units <=
+           kAheadUnits + bytes().value / kUnitSize / kAheadShare;
+  }
 
   vm::AddressSpace& space_;
   const HeapMetadata& metadata_;
@@ -84,6 +116,7 @@ class LargeObjects {
   std::atomic<std::uint64_t> pages_{0};
   std::atomic<std::uint64_t> mapped_pages_{0};
   std::atomic<std::uint64_t> slack_pages_{0};
+  std::atomic<std::uint64_t> ahead_units_{0};
   std::atomic<std::uint64_t> count_{0};
 };
 

@@ -194,6 +194,7 @@ class ObjectHeap {
   // As those of LargeObjects, as far as a limit can be made to allow it.
   void* AllocateLarge(unsigned home, const LargeObjects::Request& request);
   bool ResizeLarge(Span* span, std::size_t size);
+  bool GrowsAsRun(std::size_t usable, std::size_t size) const { return large_.GrowsAsRun(usable, size); }
   // See MemoryLimit, for a caller that holds no lock.
   void RelieveLimit() {
     if (ABSL_PREDICT_FALSE(options_.limit != nullptr && options_.limit->wants_relief())) options_.limit->Relieve();

@@ -1,5 +1,6 @@
 #include "allocator/page_heap.h"
 
+#include <algorithm>
 #include <bit>
 
 #include "vm/os/check.h"
@@ -134,17 +135,26 @@ PageHeap::Run PageHeap::TakeLocked(Shard& shard, ChunkRecord* chunk, unsigned fi
   return {chunk->start + first * kUnitSize, clean};
 }
 
-bool PageHeap::Extend(std::uintptr_t start, unsigned units, unsigned more) {
+unsigned PageHeap::Extend(std::uintptr_t start, unsigned units, unsigned more, unsigned most) {
   ChunkRecord* chunk = metadata_.chunks().At(start);
-  Shard& shard = shards_[chunk->shard];
   const unsigned first = UnitOf(chunk, start) + units;
-  if (first + more > kChunkUnits) return false;
+  if (first + more > kChunkUnits) return 0;
+  most = std::min(most, kChunkUnits - first);
+  {
+    const Admission admission(limit_, {most * kUnitSize});
+    if (admission.granted()) return ExtendAdmitted(chunk, first, more, most);
+  }
   const Admission admission(limit_, {more * kUnitSize});
-  if (!admission.granted()) return false;
+  return admission.granted() ? ExtendAdmitted(chunk, first, more, more) : 0;
+}
+
+unsigned PageHeap::ExtendAdmitted(ChunkRecord* chunk, unsigned first, unsigned more, unsigned most) {
+  Shard& shard = shards_[chunk->shard];
   vm::sync::SpinLockHolder holder(shard.lock);
-  if (!chunk->free.Contains(UnitSet::Of(first, more))) return false;
-  TakeLocked(shard, chunk, first, more);
-  return true;
+  const unsigned taken = std::min(chunk->free.RunAt(first), most);
+  if (taken < more) return 0;
+  TakeLocked(shard, chunk, first, taken);
+  return taken;
 }
 
 void PageHeap::Free(std::uintptr_t start, unsigned units) {

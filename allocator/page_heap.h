@@ -52,8 +52,9 @@ class PageHeap {
   // The same, where `room` units from the start of the run on are free, if there is such a place: for Extend.
   // REQUIRES: units <= room <= kChunkUnits.
   Run AllocateWithRoom(unsigned home, unsigned units, unsigned room);
-  // Takes the `more` units behind the run [start, start + units), if they are free.
-  bool Extend(std::uintptr_t start, unsigned units, unsigned more);
+  // Takes units behind the run [start, start + units): as many as are free there, up to `most`. Returns how many; none
+  // unless `more` are to be had. REQUIRES: 1 <= more <= most.
+  unsigned Extend(std::uintptr_t start, unsigned units, unsigned more, unsigned most);
   // Takes back units that were allocated together or not, within one chunk; their content does not matter.
   void Free(std::uintptr_t start, unsigned units);
 
@@ -124,6 +125,7 @@ class PageHeap {
   Run AllocateNewChunk(Shard& shard, unsigned units);
   Run TakeLocked(Shard& shard, ChunkRecord* chunk, unsigned first, unsigned units)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(shard.lock);
+  unsigned ExtendAdmitted(ChunkRecord* chunk, unsigned first, unsigned more, unsigned most);
   void AddChunkLocked(Shard& shard, ChunkRecord* chunk) ABSL_EXCLUSIVE_LOCKS_REQUIRED(shard.lock);
   void RemoveChunkLocked(Shard& shard, ChunkRecord* chunk) ABSL_EXCLUSIVE_LOCKS_REQUIRED(shard.lock);
   // Sets the chunk's sets, and brings lists and sums in line.

@@ -141,8 +141,11 @@ struct alignas(vm::kCacheLineSize) Span {
       std::uint32_t previous;
     };
     struct {
-      std::uint32_t used_pages;    // kRun, kMapped: of the object
-      std::uint32_t mapped_pages;  // kMapped: of the mapping
+      std::uint32_t used_pages;  // kRun, kMapped: of the object
+      union {
+        std::uint32_t mapped_pages;   // kMapped: of the mapping
+        std::uint32_t counted_pages;  // kRun: of the object, when it was counted last
+      };
     };
   };
   std::uint32_t units = 0;  // of the span, but for kMapped

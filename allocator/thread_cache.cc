@@ -15,10 +15,10 @@ namespace {
 
 const SizeClassInfo& InfoOf(const Span* span) { return kSizeClasses[span->size_class]; }
 
-// What a large object stays one for when it is resized.
+// What a large object stays one for when it shrinks.
 std::size_t LeastSizeOf(const Span* span) {
   const bool is_run = span->kind.load(std::memory_order_relaxed) == SpanKind::kRun;
-  return is_run ? LargeObjects::kMinRunSize : kMaxClassSize;
+  return is_run ? LargeObjects::kSmallRunSize : kMaxClassSize;
 }
 
 FreeObject* ObjectAt(const Span* span, std::uint32_t index) {
@@ -332,17 +332,19 @@ void* ThreadCache::AllocateLarge(const LargeObjects::Request& request) {
 
 void* ThreadCache::Reallocate(void* p, std::size_t size) {
   if (p == nullptr) return Allocate(size);
+  // To a profile, what grows is another object.
+  if (ABSL_PREDICT_TRUE(sampler_ == nullptr) && LargeObjects::GrowAhead(spans_.At(AddressOf(p)), p, size)) return p;
   Span* span = heap_->CheckedSpan("realloc", p);
   const bool is_large = IsLarge(span);
   const std::size_t usable = heap_->UsableSizeOf(span, p);
-  if (is_large && size > LeastSizeOf(span)) {
+  const bool grows = size > usable;
+  if (is_large && (grows || size > LeastSizeOf(span))) {
     if (ResizeLarge(span, size)) return p;
-  } else if (size <= usable && size > usable / 2) {
+  } else if (!grows && size > usable / 2) {
     return p;
   }
-  const bool grows = size > usable;
-  void* to = grows && size > LargeObjects::kMinRunSize ? AllocateLarge({.size = size, .will_grow = true})
-                                                       : Allocate(size);
+  void* to = grows && heap_->GrowsAsRun(usable, size) ? AllocateLarge({.size = size, .will_grow = true})
+                                                      : Allocate(size);
   if (to == nullptr) return grows ? nullptr : p;
   std::memcpy(to, p, std::min(size, usable));
   Free(p);

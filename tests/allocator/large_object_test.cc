@@ -1,5 +1,7 @@
 #include "allocator/large_object.h"
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -16,6 +18,19 @@ constexpr std::size_t MiB(std::size_t n) { return n << 20; }
 class LargeObjectTest : public testing::Test {
  protected:
   void SetUp() override { ASSERT_TRUE(heap_.ok() && cache_.get() != nullptr); }
+
+  // What growing objects have ahead.
+  std::uint64_t Ahead() {
+    std::uint64_t bytes = UINT64_MAX;
+    heap_->ForEachMetric(
+        [](void* context, const vm::Metric& metric) {
+          if (metric.name != "heap_large_ahead_bytes") return;
+          *static_cast<std::uint64_t*>(context) =
+              static_cast<const std::atomic<std::uint64_t>*>(metric.first)->load() * metric.scale;
+        },
+        &bytes);
+    return bytes;
+  }
 
   // One CPU, so that placement is the same every time.
   vm::os::FakeKernel kernel_{{.cpu_count = 1}};
@@ -142,6 +157,88 @@ TEST_F(LargeObjectTest, RunsGrowAndShrinkWithinTheirChunk) {
   cache_->Free(behind);
   cache_->Free(in_tail);
   EXPECT_EQ(heap_->Stats().large_objects, 0u);
+}
+
+TEST_F(LargeObjectTest, WhatGrowsStepByStepMovesTwiceAndIsCountedInTheEnd) {
+  std::size_t size = KiB(4);
+  void* p = cache_->Allocate(size);
+  Fill(p, size, 6);
+  int moves = 0;
+  while (size < MiB(1)) {
+    const std::size_t grown = std::min(MiB(1), size + size / 8);
+    void* to = cache_->Reallocate(p, grown);
+    ASSERT_NE(to, nullptr);
+    if (to != p) ++moves;
+    p = to;
+    size = grown;
+    EXPECT_GE(heap_->UsableSize(p), size);
+    EXPECT_LT(heap_->UsableSize(p), size + vm::kPageSize);
+    static_cast<char*>(p)[size - 1] = 1;
+    EXPECT_LE(heap_->Stats().large.value, size + vm::kPageSize);
+  }
+  EXPECT_LE(moves, 2);
+  EXPECT_TRUE(HasContent(p, KiB(4), 6));
+  // What came since it took units the last time passes for ahead.
+  EXPECT_GT(heap_->Stats().large.value + Ahead(), MiB(1) - kUnitSize);
+  EXPECT_LE(heap_->Stats().large.value + Ahead(), MiB(1));
+  cache_->Free(p);
+  EXPECT_EQ(heap_->Stats().large.value, 0u);
+  EXPECT_EQ(heap_->Stats().large_objects, 0u);
+}
+
+TEST_F(LargeObjectTest, WhatIsAheadIsBounded) {
+  std::vector<void*> objects;
+  const auto grow = [&](std::size_t from, std::size_t to) {
+    void* p = cache_->Reallocate(cache_->Allocate(from), to);
+    Fill(p, to, objects.size());
+    objects.push_back(p);
+  };
+  for (int i = 0; i < 200; ++i) grow(KiB(5), KiB(6));
+  // Then size classes have to do, as for what is smaller.
+  EXPECT_EQ(heap_->Stats().large_objects, LargeObjects::kAheadUnits);
+  EXPECT_EQ(Ahead(), LargeObjects::kAheadUnits * kUnitSize);
+  grow(KiB(3), KiB(6));
+  EXPECT_EQ(heap_->Stats().large_objects, LargeObjects::kAheadUnits);
+  // And runs take what they need.
+  grow(KiB(100), KiB(150));
+  void*& last = objects.back();
+  ASSERT_EQ(cache_->Reallocate(last, KiB(200)), last);
+  EXPECT_EQ(Ahead(), LargeObjects::kAheadUnits * kUnitSize);
+  for (std::size_t i = 0; i < objects.size(); ++i) {
+    EXPECT_TRUE(HasContent(objects[i], KiB(5), i)) << i;
+    cache_->Free(objects[i]);
+  }
+  EXPECT_EQ(Ahead(), 0u);
+  EXPECT_EQ(heap_->Stats().large.value, 0u);
+}
+
+TEST_F(LargeObjectTest, TheShareOfLargeObjectsThatMayBeAheadGrowsWithThem) {
+  void* large = cache_->Allocate(MiB(16) * LargeObjects::kAheadShare);
+  std::vector<void*> objects;
+  for (int i = 0; i < 600; ++i) objects.push_back(cache_->Reallocate(cache_->Allocate(KiB(5)), KiB(6)));
+  EXPECT_GE(Ahead(), (LargeObjects::kAheadUnits * kUnitSize) + MiB(16));
+  EXPECT_LE(Ahead(), (LargeObjects::kAheadUnits * kUnitSize) + MiB(17));
+  for (void* p : objects) cache_->Free(p);
+  cache_->Free(large);
+  EXPECT_EQ(Ahead(), 0u);
+}
+
+TEST_F(LargeObjectTest, RunsThatShrinkGoOnGrowingWhereTheyAre) {
+  void* p = cache_->Reallocate(cache_->Allocate(KiB(60)), KiB(70));
+  Fill(p, KiB(60), 8);
+  ASSERT_EQ(cache_->Reallocate(p, KiB(300)), p);  // takes units ahead
+  EXPECT_GT(Ahead(), 0u);
+  ASSERT_EQ(cache_->Reallocate(p, KiB(60)), p);
+  EXPECT_EQ(Ahead(), 0u);
+  EXPECT_EQ(heap_->UsableSize(p), KiB(60));
+  ASSERT_EQ(cache_->Reallocate(p, KiB(900)), p);
+  EXPECT_TRUE(HasContent(p, KiB(60), 8));
+  void* small = cache_->Reallocate(p, KiB(10));
+  EXPECT_NE(small, p);  // in its class, which takes less
+  EXPECT_TRUE(HasContent(small, KiB(10), 8));
+  EXPECT_EQ(heap_->Stats().large_objects, 0u);
+  EXPECT_EQ(Ahead(), 0u);
+  cache_->Free(small);
 }
 
 TEST_F(LargeObjectTest, BuffersAreReusedWithoutKernelCalls) {

@@ -97,10 +97,10 @@ TEST_F(PageHeapTest, RoomBehindARunIsFoundAndLeftFree) {
   heap_->Free(a, 4);
   heap_->Free(c, 2);
   EXPECT_EQ(heap_->AllocateWithRoom(0, 1, 3).start, a + kUnitSize);  // dirty before clean
-  EXPECT_TRUE(heap_->Extend(a + kUnitSize, 1, 2));
+  EXPECT_EQ(heap_->Extend(a + kUnitSize, 1, 2, 2), 2u);
   const std::uintptr_t last = heap_->AllocateWithRoom(0, 1, 3).start;  // as far from others as can be
   EXPECT_EQ(last, a + (kChunkUnits - 3) * kUnitSize);
-  EXPECT_TRUE(heap_->Extend(last, 1, 2));
+  EXPECT_EQ(heap_->Extend(last, 1, 2, 2), 2u);
   EXPECT_EQ(heap_->AllocateWithRoom(0, 2, kChunkUnits).start, c);  // nowhere is so much: as Allocate
 }
 
@@ -122,11 +122,23 @@ TEST_F(PageHeapTest, NeighboursMerge) {
 
 TEST_F(PageHeapTest, ExtendTakesWhatIsFreeBehind) {
   const std::uintptr_t start = heap_->Allocate(0, 4).start;
-  EXPECT_TRUE(heap_->Extend(start, 4, 2));
+  EXPECT_EQ(heap_->Extend(start, 4, 1, 2), 2u);
   const std::uintptr_t next = heap_->Allocate(0, 1).start;
   EXPECT_EQ(next, start + 6 * kUnitSize);
-  EXPECT_FALSE(heap_->Extend(start, 6, 1));
-  EXPECT_FALSE(heap_->Extend(next, 1, kChunkUnits));
+  EXPECT_EQ(heap_->Extend(start, 6, 1, 1), 0u);
+  EXPECT_EQ(heap_->Extend(next, 1, kChunkUnits, kChunkUnits), 0u);
+  EXPECT_EQ(heap_->GetStats().free_units, kChunkUnits - 7);
+}
+
+TEST_F(PageHeapTest, ExtendTakesLessThanTheMostButNotThanTheLeast) {
+  //   | start:4 | 3 free | next:1 | rest
+  const std::uintptr_t start = heap_->Allocate(0, 7).start;
+  const std::uintptr_t next = heap_->Allocate(0, 1).start;
+  heap_->Free(start + 4 * kUnitSize, 3);
+  EXPECT_EQ(heap_->Extend(start, 4, 4, 8), 0u);
+  EXPECT_EQ(heap_->Extend(start, 4, 2, 8), 3u);
+  EXPECT_EQ(heap_->Extend(next, 1, 1, kChunkUnits), kChunkUnits - 8);  // to the end of the chunk
+  EXPECT_EQ(heap_->GetStats().free_units, 0u);
 }
 
 TEST_F(PageHeapTest, AgeGivesBackWhatStayedFree) {
