@@ -17,6 +17,10 @@ constexpr std::uint32_t kGrowth = 4;
 std::uint32_t PagesOf(std::size_t size) { return static_cast<std::uint32_t>(vm::PagesFor({size}).value); }
 std::uint32_t UnitsOf(std::uint32_t pages) { return (pages + kUnitPages - 1) / kUnitPages; }
 
+// Mappings begin at units, so what would be left of their last ones would be of no use, and keep what is free beside it
+// from being one with what is free behind.
+std::uint32_t WholeUnits(std::uint32_t pages) { return UnitsOf(pages) * kUnitPages; }
+
 vm::PageRange RangeOf(const Span* span, std::uint32_t first_page, std::uint32_t end_page) {
   const vm::PageNumber start = vm::PageNumber::Of(reinterpret_cast<void*>(span->start));
   return {start + vm::Pages{first_page}, start + vm::Pages{end_page}};
@@ -96,10 +100,10 @@ void* LargeObjects::AllocateMapped(const Request& request) {
   const Admission admission(limit_, vm::Pages{pages}.bytes());
   if (!admission.granted()) return nullptr;
   // Room to grow as far again: it is not touched, so it costs nothing but addresses.
-  std::uint32_t mapped_pages = request.will_grow && request.size <= kMaxSize / 2 ? pages * 2 : pages;
+  std::uint32_t mapped_pages = WholeUnits(request.will_grow && request.size <= kMaxSize / 2 ? pages * 2 : pages);
   vm::Result<vm::PageRange> mapped = space_.Map({mapped_pages}, options);
-  if (!mapped.ok() && mapped_pages != pages) {
-    mapped_pages = pages;
+  if (!mapped.ok() && request.will_grow) {
+    mapped_pages = WholeUnits(pages);
     mapped = space_.Map({mapped_pages}, options);
   }
   if (!mapped.ok()) return nullptr;
@@ -117,7 +121,7 @@ void* LargeObjects::AllocateMapped(const Request& request) {
   count_.fetch_add(1, std::memory_order_relaxed);
   pages_.fetch_add(pages, std::memory_order_relaxed);
   mapped_pages_.fetch_add(mapped_pages, std::memory_order_relaxed);
-  slack_pages_.fetch_add(mapped_pages - pages, std::memory_order_relaxed);
+  slack_pages_.fetch_add(mapped_pages - WholeUnits(pages), std::memory_order_relaxed);
   return mapped->address();
 }
 
@@ -141,7 +145,7 @@ bool LargeObjects::Free(Span* span) {
   }
   pages_.fetch_sub(used, std::memory_order_relaxed);
   mapped_pages_.fetch_sub(mapped, std::memory_order_relaxed);
-  slack_pages_.fetch_sub(mapped - used, std::memory_order_relaxed);
+  slack_pages_.fetch_sub(mapped - WholeUnits(used), std::memory_order_relaxed);
   // If the address space cannot unmap for want of metadata, the memory goes back to the kernel all the same,
   // and the addresses are lost.
   if (!space_.Unmap(range).ok()) static_cast<void>(space_.Discard({&range, 1}));
@@ -191,23 +195,24 @@ std::uint32_t LargeObjects::AheadOf(std::uint32_t units, std::uint32_t pages) {
 
 bool LargeObjects::ResizeMapped(Span* span, std::uint32_t pages) {
   const std::uint32_t mapped = span->mapped_pages;
-  const std::uint32_t slack = mapped - span->used_pages;
+  const std::uint32_t slack = mapped - WholeUnits(span->used_pages);
+  const std::uint32_t needed = WholeUnits(pages);
   const Admission admission(limit_, vm::Pages{pages > span->used_pages ? pages - span->used_pages : 0}.bytes());
   if (!admission.granted()) return false;
-  if (pages > mapped) {
-    const vm::PageRange more = RangeOf(span, mapped, pages);
+  if (needed > mapped) {
+    const vm::PageRange more = RangeOf(span, mapped, needed);
     const vm::Result<vm::PageRange> grown =
         space_.Map(more.count(), {.placement = vm::Placement::kFixed,
                                   .address = more.address(),
                                   .content = vm::Content::kAnything});
     if (!grown.ok()) return false;
-    span->mapped_pages = pages;
-  } else if (pages < span->used_pages) {
-    if (!space_.Unmap(RangeOf(span, pages, mapped)).ok()) return true;  // as it was, which is large enough
-    span->mapped_pages = pages;
+    span->mapped_pages = needed;
+  } else if (pages < span->used_pages && needed < mapped) {
+    if (!space_.Unmap(RangeOf(span, needed, mapped)).ok()) return true;  // as it was, which is large enough
+    span->mapped_pages = needed;
   }
   mapped_pages_.fetch_add(std::uint64_t{span->mapped_pages} - mapped, std::memory_order_relaxed);
-  slack_pages_.fetch_add(std::uint64_t{span->mapped_pages} - pages - slack, std::memory_order_relaxed);
+  slack_pages_.fetch_add(std::uint64_t{span->mapped_pages} - needed - slack, std::memory_order_relaxed);
   pages_.fetch_add(std::uint64_t{pages} - span->used_pages, std::memory_order_relaxed);
   span->used_pages = pages;
   return true;

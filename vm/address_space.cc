@@ -374,7 +374,10 @@ Pages AddressSpace::Purge(PurgeScope scope) {
 }
 
 void AddressSpace::Tick() {
-  for (Region* region : regions()) region->RetryDeferred();
+  for (Region* region : regions()) {
+    region->RetryDeferred();
+    region->ForgetMost();
+  }
   (void)Purge(PurgeScope::kDecayed);
   clock_.store(static_cast<std::uint32_t>(kernel_->Now().value >> kClockShift), std::memory_order_relaxed);
   epochs_.Poll();

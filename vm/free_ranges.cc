@@ -34,6 +34,13 @@ int FreeRanges::BinAtOrBelow(int bin) const {
   return -1;
 }
 
+Vma* FreeRanges::SmallestLarge() const {
+  const int resident = BinAtOrAbove(static_cast<int>(kExactPages), Knowledge::kResident);
+  const int unknown = BinAtOrAbove(static_cast<int>(kExactPages), Knowledge::kUnknown);
+  if (std::min(resident, unknown) == kBinCount) return nullptr;
+  return resident < unknown ? Oldest(resident, Knowledge::kResident) : Oldest(unknown, Knowledge::kUnknown);
+}
+
 void FreeRanges::InsertOlder(List& list, Vma* vma, std::uint32_t freed_at) {
   Vma* older = nullptr;
   Vma* next = list.oldest;

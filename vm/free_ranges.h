@@ -52,6 +52,14 @@ class FreeRanges {
   // finds, or null.
   Vma* Take(RegionPage count, Knowledge knowledge, std::uint64_t alignment, std::uint64_t origin);
 
+  // Of the extents of less than `count` pages, but more than kExactPages, that may be resident: the first of a short
+  // search, large ones first, that `accepts(vma)`; or null. It stays in its bin.
+  template <typename Accepts>
+  Vma* FindSmaller(RegionPage count, const Accepts& accepts) const;
+
+  // Of the extents of more than kExactPages that may be resident, one of the smallest; null if there is none.
+  Vma* SmallestLarge() const;
+
   // Takes out the up to `most` extents of exactly `count` pages that have waited longest, the oldest first; returns how
   // many. REQUIRES: count <= kExactPages.
   std::size_t TakeOldest(RegionPage count, Knowledge knowledge, std::size_t most, Vma** out);
@@ -204,6 +212,20 @@ inline Vma* FreeRanges::Take(RegionPage count, Knowledge knowledge, std::uint64_
   if (count <= kExactPages) return TakeFrom(bin, count, knowledge, alignment, origin);
   while ((bin = BinAtOrAbove(bin, knowledge)) < kBinCount) {
     if (Vma* vma = TakeFrom(bin++, count, knowledge, alignment, origin)) return vma;
+  }
+  return nullptr;
+}
+
+template <typename Accepts>
+Vma* FreeRanges::FindSmaller(RegionPage count, const Accepts& accepts) const {
+  int left = kSearchLimit;
+  for (int bin = BinAtOrBelow(BinOf(count)); bin >= static_cast<int>(kExactPages); bin = BinAtOrBelow(bin - 1)) {
+    for (const Knowledge knowledge : {Knowledge::kResident, Knowledge::kUnknown}) {
+      for (Vma* vma = bins_[bin].lists[Index(knowledge)].newest; vma != nullptr; vma = vma->older) {
+        if (left-- == 0) return nullptr;
+        if (vma->page_count() < count && accepts(vma)) return vma;
+      }
+    }
   }
   return nullptr;
 }

@@ -12,6 +12,7 @@
 // section. Old mappings stay visible to lookups until that moment.
 #include <algorithm>
 #include <optional>
+#include <utility>
 
 #include "vm/backing.h"
 #include "vm/os/check.h"
@@ -102,6 +103,8 @@ Result<PageRange> Region::MapOnce(RegionPage count, const MapOptions& options, c
       sync::SpinLockHolder holder(tree_lock_);
       choice = ChooseLocked(count, options, left, preparation);
     }
+    // Before anybody touches what is fresh.
+    if (ABSL_PREDICT_FALSE(preparation.excess != 0)) PurgeExcess(std::exchange(preparation.excess, 0));
     switch (choice) {
       case Choice::kPublished:
         TellGeneration(options, preparation.attributes.generation);
@@ -112,6 +115,17 @@ Result<PageRange> Region::MapOnce(RegionPage count, const MapOptions& options, c
         if (held != nullptr) return Finish(preparation, *held);
         const Guard guard(range_lock_, preparation.range, Mode::kExclusive, sync::Operation::kMap);
         return Finish(preparation, guard);
+      }
+      case Choice::kCommitFirst: {
+        const PageRange range = ToAbsolute(preparation.first, count);
+        if (held != nullptr) {
+          (void)Commit(range);
+        } else {
+          const Guard guard(range_lock_, range, Mode::kExclusive, sync::Operation::kMap);
+          (void)Commit(range);
+        }
+        left.commit = false;
+        break;
       }
       case Choice::kCleanFirst:
         CleanBin(count);
@@ -133,10 +147,24 @@ Result<PageRange> Region::MapOnce(RegionPage count, const MapOptions& options, c
 Region::Choice Region::ChooseLocked(RegionPage count, const MapOptions& options, const Remedies& left,
                                     Preparation& out) {
   if (!HasMetadataLocked()) return Choice::kNoMetadata;
+  // Of a size that is cut to fit, and for somebody who takes what is resident.
+  const bool fills = is_heap() && count > FreeRanges::kExactPages && options.content == Content::kAnything;
   Vma* vma = TakeCachedLocked(count, options);
+  bool fresh = false;
+  if (vma == nullptr && fills) {
+    const Extensible cached = FindExtensibleLocked(count, options.alignment.value);
+    // It is cached as a whole later, and what is cached was mapped.
+    fresh = cached.vma != nullptr && IsCommitted(cached.first, cached.first + count);
+    if (fresh) vma = TakeExtendedLocked(cached, count);
+    if (cached.vma != nullptr && !fresh && left.commit) {
+      out.first = cached.first;
+      return Choice::kCommitFirst;
+    }
+  }
   if (vma != nullptr) {
     reuses_.Add(1);
   } else {
+    fresh = true;
     if (left.clean && WorthCleaningLocked(count)) return Choice::kCleanFirst;
     vma = CarveLocked(count, options.alignment.value);
     if (vma == nullptr) return Choice::kNoRoom;
@@ -144,6 +172,11 @@ Region::Choice Region::ChooseLocked(RegionPage count, const MapOptions& options,
       FreeLocked(vma);
       return Choice::kPurgeFirst;
     }
+  }
+  if (fills) {
+    const std::uint64_t mapped = mapped_pages_.get() + count;
+    if (mapped > most_mapped_.load(std::memory_order_relaxed)) most_mapped_.store(mapped, std::memory_order_relaxed);
+    out.excess = fresh ? ExcessLocked(count) : 0;
   }
   out.vma = vma;
   out.first = vma->first_page();
@@ -186,6 +219,58 @@ Vma* Region::TakeCachedLocked(RegionPage count, const MapOptions& options) {
     return vma;
   }
   return nullptr;
+}
+
+// Only for who takes any content: of an extent that was extended, nobody knows which part is clean.
+Region::Extensible Region::FindExtensibleLocked(RegionPage count, std::uint64_t alignment) const {
+  Extensible found;
+  // Beyond, a look at what is committed takes too long for a hold.
+  if (count >> chunk_shift_ >= kChunksPerHold) return found;
+  found.vma = free_.FindSmaller(count, [&](const Vma* cached) ABSL_NO_THREAD_SAFETY_ANALYSIS {
+    return PlaceAroundLocked(cached, count, alignment, found.first);
+  });
+  return found;
+}
+
+// The lowest place that covers all of the extent: what is free stays whole behind it.
+bool Region::PlaceAroundLocked(const Vma* cached, RegionPage count, std::uint64_t alignment, RegionPage& first) const {
+  if (!cached->is_zones_own()) return false;
+  std::uint64_t low = cached->first_page();
+  std::uint64_t high = cached->end_page();
+  VmaTree::Path path = tree_.Find(cached->first_page());
+  if (tree_.Previous(path) && path.vma()->Is(VmaState::kFree)) low = path.vma()->first_page();
+  const Vma* behind = NextLocked(cached);
+  if (behind != nullptr && behind->Is(VmaState::kFree)) high = behind->end_page();
+  if (cached->end_page() > count) low = std::max<std::uint64_t>(low, cached->end_page() - count);
+  low += range_.first.value;
+  low = ((low + alignment - 1) & ~(alignment - 1)) - range_.first.value;
+  if (low > cached->first_page() || low + count > high) return false;
+  first = static_cast<RegionPage>(low);
+  return true;
+}
+
+//   before   | mapped |  free   | cached |  free  | mapped |
+//   after    | mapped |  | pending          |free | mapped |
+//                     cached.first
+Vma* Region::TakeExtendedLocked(const Extensible& cached, RegionPage count) {
+  const RegionPage first = cached.first;
+  Vma* vma = cached.vma;
+  free_.Remove(vma);
+  SetStateLocked(vma, VmaState::kPending);
+  if (first < vma->first_page()) {
+    Vma* before = tree_.Find(first).vma();
+    if (before->first_page() < first) before = SplitLocked(before, first);
+    SetStateLocked(before, VmaState::kPending);
+    AbsorbNextLocked(before);
+    vma = before;
+  }
+  if (first + count > vma->end_page()) {
+    Vma* behind = NextLocked(vma);
+    if (first + count < behind->end_page()) SplitLocked(behind, first + count);
+    AbsorbNextLocked(vma);
+  }
+  vma->knowledge = Knowledge::kUnknown;
+  return vma;
 }
 
 Vma* Region::CarveLocked(RegionPage count, std::uint64_t alignment) {

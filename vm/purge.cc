@@ -7,6 +7,12 @@
 #include "vm/region.h"
 
 namespace freehold::vm {
+namespace {
+
+// So much may be cached however little is mapped.
+constexpr Bytes kLeastCached = MiB(8);
+
+}  // namespace
 
 void Region::TrimFree() {
   const AddressSpaceOptions& options = *shared_.options;
@@ -24,16 +30,50 @@ Pages Region::PurgeFree(std::uint32_t until, Pages keep, RegionPage largest) {
       more = CollectLocked(until, keep.value, largest, list);
     }
     if (list.size == 0) return purged;
-    SortRanges(list);
-    const bool discarded = shared_.purge_stage->Discard({list.ranges, list.range_count}).ok();
-    RestoreProtections(list);
-    const Pages cleaned = FinishPurging(list, discarded, /*keep=*/false);
+    const Pages cleaned = PurgeListed(list);
     // What the kernel refuses stays cached, and is not tried again at once.
     if (cleaned.value == 0) return purged;
     purged += cleaned;
     full = list.size == kPurgeBatch;
   }
   return purged;
+}
+
+Pages Region::PurgeListed(PurgeList& list) {
+  SortRanges(list);
+  const bool discarded = shared_.purge_stage->Discard({list.ranges, list.range_count}).ok();
+  RestoreProtections(list);
+  return FinishPurging(list, discarded, /*keep=*/false);
+}
+
+// Where extents of changing sizes are cut from each other, some always fit nothing. Without a bound, what is resident
+// grows to twice what is mapped at most, and more. A quarter is what placement needs to get along without faults.
+RegionPage Region::ExcessLocked(RegionPage count) const {
+  const std::uint64_t most = most_mapped_.load(std::memory_order_relaxed);
+  const std::uint64_t allowed = most + std::max(most / 4, PagesFor(kLeastCached).value);
+  const std::uint64_t used = mapped_pages_.get() + count + free_.dirty_pages();
+  return static_cast<RegionPage>(used - std::min(used, allowed));
+}
+
+// Small ones first, which serve least. A hold's worth: there is a next time.
+void Region::PurgeExcess(RegionPage excess) {
+  PurgeList list;
+  {
+    sync::SpinLockHolder holder(tree_lock_);
+    for (int visits = 0; excess != 0 && visits < kExtentsPerHold; ++visits) {
+      Vma* vma = free_.SmallestLarge();
+      if (vma == nullptr) break;
+      excess -= std::min(excess, vma->page_count());
+      StartPurgingLocked(vma, list);
+    }
+  }
+  if (list.size != 0) (void)PurgeListed(list);
+}
+
+void Region::ForgetMost() {
+  const std::uint64_t most = most_mapped_.load(std::memory_order_relaxed);
+  const std::uint64_t above = most - std::min(most, mapped_pages_.get());
+  if (above != 0) most_mapped_.store(most - (above + 7) / 8, std::memory_order_relaxed);
 }
 
 // Large bins first: they hold the most for the fewest ranges. Clean extents go back too, so that address

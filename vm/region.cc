@@ -198,11 +198,11 @@ void Region::MergeMappedLocked(RegionPage first, RegionPage end) {
   }
 }
 
-// Large extents serve many sizes: without merging, each use would cut them smaller until none was large.
+// Large extents serve many sizes: without merging, each use would cut them smaller until none was large. Small ones beside
+// them are what was left of such a cut, most of all, and would keep the parts from coming together again.
 Vma* Region::MergeCachedLocked(Vma* vma) {
   const auto merges = [&](const Vma* neighbour) {
-    return neighbour != nullptr && neighbour->Is(VmaState::kCached) &&
-           neighbour->page_count() > FreeRanges::kExactPages && neighbour->knowledge != Knowledge::kClean &&
+    return neighbour != nullptr && neighbour->Is(VmaState::kCached) && neighbour->knowledge != Knowledge::kClean &&
            vma->knowledge != Knowledge::kClean && neighbour->is_zones_own() && vma->is_zones_own();
   };
   const auto absorb = [&](Vma* left, Vma* cached) ABSL_NO_THREAD_SAFETY_ANALYSIS {

@@ -141,6 +141,8 @@ class alignas(kPageSize) Region {
   // Gives cached extents freed at or before `until` back, the oldest first, until at most `keep` pages of
   // possibly resident memory are left in the bins, of up to `largest` pages each. Returns the pages given back.
   Pages PurgeFree(std::uint32_t until, Pages keep, RegionPage largest = UINT32_MAX);
+  // What was mapped once counts for less, from time to time: see ExcessLocked.
+  void ForgetMost();
   // file_mapping.cc
   bool has_windows() const { return windows_ != nullptr && windows_->size() != 0; }
   // Maps the window `key` if it is there, and nobody holds its range; else kNoRoom.
@@ -244,6 +246,7 @@ class alignas(kPageSize) Region {
     bool unguard = false;  // strict unmap made it trap
     bool relock = false;   // it is not locked as asked for
     bool reset = false;    // in the mapping zone: the kernel has something of another mapping there
+    RegionPage excess = 0;  // so much of what is cached goes, since this is fresh
     bool needed() const {
       return commit || protect || zero || unguard || relock || reset || attributes.backing != nullptr;
     }
@@ -330,7 +333,7 @@ class alignas(kPageSize) Region {
   void SetStateLocked(Vma* vma, VmaState state) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // To kCached, in its bin. `vma` may become part of a neighbour.
   void CacheLocked(Vma* vma, Knowledge knowledge) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
-  // Merges a large extent, kCached but in no bin yet, with large cached neighbours; returns what it became.
+  // Merges a large extent, kCached but in no bin yet, with cached neighbours; returns what it became.
   FREEHOLD_HOLD_CODE Vma* MergeCachedLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // To kFree and kClean, merged with free neighbours.
   FREEHOLD_HOLD_CODE void FreeLocked(Vma* vma) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
@@ -358,9 +361,10 @@ class alignas(kPageSize) Region {
   }
 
   // map.cc
-  enum class Choice : std::uint8_t { kPublished, kPrepare, kCleanFirst, kPurgeFirst, kNoMetadata, kNoRoom };
+  enum class Choice : std::uint8_t { kPublished, kPrepare, kCommitFirst, kCleanFirst, kPurgeFirst, kNoMetadata, kNoRoom };
   // What a Map has not tried yet to find memory that was used before.
   struct Remedies {
+    bool commit = true;
     bool clean = true;
     bool purge = true;
   };
@@ -368,6 +372,16 @@ class alignas(kPageSize) Region {
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   Vma* TakeCachedLocked(RegionPage count, const MapOptions& options)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // A cached extent that has too few pages and enough free memory around it, and where the place that covers it begins.
+  struct Extensible {
+    Vma* vma = nullptr;
+    RegionPage first = 0;
+  };
+  Extensible FindExtensibleLocked(RegionPage count, std::uint64_t alignment) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  bool PlaceAroundLocked(const Vma* cached, RegionPage count, std::uint64_t alignment, RegionPage& first) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  Vma* TakeExtendedLocked(const Extensible& cached, RegionPage count) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   Vma* CarveLocked(RegionPage count, std::uint64_t alignment) ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Under the range lock of the whole region, so that nobody takes the extent away.
   Result<PageRange> MapUndisturbed(RegionPage count, const MapOptions& options);
@@ -481,6 +495,12 @@ class alignas(kPageSize) Region {
   bool OverFreeLimit() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
   // Back to well below the limits.
   void TrimFree();
+  // By how much too many pages are mapped or cached once `count` more are mapped. Only for who takes any content.
+  RegionPage ExcessLocked(RegionPage count) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(tree_lock_);
+  // Gives back that much, and what is left of an extent.
+  void PurgeExcess(RegionPage excess);
+  // Gives back what was collected; returns the pages.
+  Pages PurgeListed(PurgeList& list);
   // Visits up to kExtentsPerHold extents; false when there are no more.
   FREEHOLD_HOLD_CODE bool CollectLocked(std::uint32_t until, std::size_t keep_pages, RegionPage largest,
                                         PurgeList& list)
@@ -531,6 +551,9 @@ class alignas(kPageSize) Region {
   std::uint32_t forks_ ABSL_GUARDED_BY(tree_lock_) = 0;         // in how many generations of children this lives
   Vma* unfinished_ ABSL_GUARDED_BY(tree_lock_) = nullptr;  // deferred extents that no pin will finish
   std::atomic<std::uint32_t> purges_in_flight_{0};  // extents in kPurging; changed under tree_lock_
+
+  // The most pages that were mapped when something large was. Raised under tree_lock_, lowered without: a hint.
+  std::atomic<std::uint64_t> most_mapped_{0};
 
   RegionCounter changes_;  // see snapshot.cc
   RegionCounter mapped_pages_;

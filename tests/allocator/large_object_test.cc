@@ -249,5 +249,43 @@ TEST_F(LargeObjectTest, BuffersAreReusedWithoutKernelCalls) {
   cache_->Free(first);
 }
 
+TEST_F(LargeObjectTest, MappingsEndWhereUnitsEnd) {
+  const std::size_t before = heap_->Stats().mapped.value;
+  void* p = cache_->Allocate(MiB(1) + 1);
+  EXPECT_EQ(heap_->UsableSize(p), MiB(1) + vm::kPageSize);
+  EXPECT_EQ(heap_->Stats().mapped.value, before + MiB(1) + kUnitSize);
+  EXPECT_EQ(heap_->absent().value, 0u) << "who knows what is in the rest of the unit";
+  ASSERT_EQ(cache_->Reallocate(p, MiB(1) + kUnitSize), p);
+  EXPECT_EQ(heap_->Stats().mapped.value, before + MiB(1) + kUnitSize);
+  ASSERT_EQ(cache_->Reallocate(p, MiB(1) + kUnitSize + 1), p);
+  EXPECT_EQ(heap_->Stats().mapped.value, before + MiB(1) + 2 * kUnitSize);
+  ASSERT_EQ(cache_->Reallocate(p, MiB(1) + kUnitSize), p);
+  EXPECT_EQ(heap_->Stats().mapped.value, before + MiB(1) + kUnitSize);
+  cache_->Free(p);
+  EXPECT_EQ(heap_->Stats().mapped.value, before);
+  EXPECT_EQ(heap_->absent().value, 0u);
+}
+
+// As in bench/malloc_benchmark's large_buffers.
+TEST_F(LargeObjectTest, BuffersOfChangingSizesKeepLittleMoreThanTheyHadAtMost) {
+  std::vector<void*> live(4);
+  std::vector<std::size_t> sizes(4);
+  std::size_t peak = 0;
+  std::uint64_t random = 1;
+  for (int i = 0; i < 1000; ++i) {
+    const std::size_t slot = static_cast<std::size_t>(i) % live.size();
+    random = random * 6364136223846793005 + 1442695040888963407;
+    cache_->Free(live[slot]);
+    sizes[slot] = MiB(5) + (random >> 40) % MiB(20);
+    live[slot] = cache_->Allocate(sizes[slot]);
+    ASSERT_NE(live[slot], nullptr);
+    peak = std::max(peak, heap_->Stats().mapped.value);
+    const std::size_t held = heap_->Stats().mapped.value + heap_.space().Stats().free_resident.value;
+    // And what is left of the last extent that went.
+    ASSERT_LE(held, peak + std::max(peak / 4, MiB(8)) + MiB(1)) << i;
+  }
+  for (void* p : live) cache_->Free(p);
+}
+
 }  // namespace
 }  // namespace freehold::allocator

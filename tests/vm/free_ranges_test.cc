@@ -235,6 +235,47 @@ TEST(FreeRangesTest, TakesFromLargerBinsAboveTheExactOnes) {
   EXPECT_EQ(h.Take(65), huge);
 }
 
+TEST(FreeRangesTest, FindsTheLargestOfThoseThatAreTooSmall) {
+  Harness h;
+  h.Push(0, 64);                     // has a bin of its own
+  h.Push(1000, 300, kClean);         // holds nothing
+  Vma* small = h.Push(2000, 66);
+  Vma* middle = h.Push(3000, 200, kResident);
+  h.Push(4000, 500);                 // large enough
+  const auto any = [](const Vma*) { return true; };
+  EXPECT_EQ(h.bins.FindSmaller(400, any), middle);
+  EXPECT_EQ(h.bins.FindSmaller(400, [&](const Vma* vma) { return vma != middle; }), small);
+  EXPECT_EQ(h.bins.FindSmaller(66, any), nullptr);
+  EXPECT_EQ(h.bins.FindSmaller(400, [](const Vma*) { return false; }), nullptr);
+  h.bins.CheckInvariants();
+}
+
+TEST(FreeRangesTest, LooksForSmallerOnesAtAFewOnly) {
+  Harness h;
+  Vma* far = h.Push(0, 100);
+  for (RegionPage i = 1; i <= 20; ++i) h.Push(i * 1000, 200);
+  int seen = 0;
+  const auto is_far = [&](const Vma* vma) { return ++seen, vma == far; };
+  EXPECT_EQ(h.bins.FindSmaller(400, is_far), nullptr);
+  EXPECT_GT(seen, 1);
+  EXPECT_LT(seen, 20);
+}
+
+TEST(FreeRangesTest, KnowsTheSmallestLargeOne) {
+  Harness h;
+  EXPECT_EQ(h.bins.SmallestLarge(), nullptr);
+  h.Push(0, 64);
+  h.Push(100, 70, kClean);
+  EXPECT_EQ(h.bins.SmallestLarge(), nullptr);
+  Vma* large = h.Push(1000, 300, kResident);
+  EXPECT_EQ(h.bins.SmallestLarge(), large);
+  Vma* oldest = h.Push(2000, 100);
+  h.Push(3000, 100);
+  EXPECT_EQ(h.bins.SmallestLarge(), oldest);
+  Vma* smaller = h.Push(4000, 65, kResident);
+  EXPECT_EQ(h.bins.SmallestLarge(), smaller);
+}
+
 TEST(FreeRangesTest, PutsAnOldExtentInItsPlace) {
   Harness h;
   const int bin = FreeRanges::BinOf(4);

@@ -144,6 +144,94 @@ TEST_P(MapTest, SkipsGapsThatAreMisaligned) {
   EXPECT_EQ(Line(12), "A...B...C...");
 }
 
+// ---- Cached extents that are too small ----
+
+// An extent of kCached pages that were written to, between free pages and mapped ones.
+class ExtendTest : public MapTest {
+ protected:
+  static constexpr std::size_t kCached = 100;
+
+  //   0        1           1 + before            1 + before + kCached             end
+  //   | mapped |   free    |       cached        |             free               | mapped |
+  PageRange Make(std::size_t before, std::size_t behind) {
+    MustMapAt(*space_, P(0, 1));
+    MustMapAt(*space_, P(1 + before + kCached + behind, 1));
+    const PageRange cached = P(1 + before, kCached);
+    MustMapAt(*space_, cached);
+    Fill(cached, 0xaa);
+    EXPECT_TRUE(space_->Unmap(cached).ok());
+    return cached;
+  }
+  PageRange MapAnything(std::size_t pages, std::uint64_t alignment = 1) {
+    return MustMap(*space_, pages, {.alignment = {alignment}, .content = Content::kAnything});
+  }
+};
+
+TEST_P(ExtendTest, TakesWhatIsFreeBehind) {
+  const PageRange cached = Make(0, 60);
+  const PageRange range = MapAnything(150);
+  EXPECT_EQ(range, P(1, 150));
+  EXPECT_TRUE(IsFilledWith(cached, 0xaa));
+  EXPECT_EQ(space_->Stats().free_resident, Bytes{0});
+  EXPECT_EQ(MapAnything(10), P(151, 10)) << "what is left is free";
+  ASSERT_TRUE(space_->Unmap(range).ok());
+  EXPECT_TRUE(IsZero(MustMap(*space_, 150)));
+  space_->CheckInvariants();
+}
+
+TEST_P(ExtendTest, TakesWhatIsFreeBefore) {
+  const PageRange cached = Make(80, 0);
+  EXPECT_EQ(MapAnything(150), P(31, 150));
+  EXPECT_TRUE(IsFilledWith(cached, 0xaa));
+  EXPECT_EQ(MapAnything(10), P(1, 10)) << "what is left is free";
+  space_->CheckInvariants();
+}
+
+TEST_P(ExtendTest, TakesAllThereIs) {
+  Make(30, 20);
+  EXPECT_EQ(MapAnything(150), P(1, 150));
+  space_->CheckInvariants();
+}
+
+TEST_P(ExtendTest, TakesTheLowestPlaceOnBothSides) {
+  Make(80, 60);
+  EXPECT_EQ(MapAnything(150), P(31, 150));
+}
+
+TEST_P(ExtendTest, FollowsTheAlignment) {
+  Make(80, 60);
+  EXPECT_EQ(MapAnything(150, 16), P(32, 150));
+}
+
+TEST_P(ExtendTest, LeavesAloneWhatHasNoPlaceForTheAlignment) {
+  const PageRange cached = Make(80, 0);
+  const PageRange range = MapAnything(150, 16);  // would begin at page 32, and end one page too far
+  EXPECT_GT(range.first, cached.end);
+  EXPECT_EQ(space_->Stats().free_resident, Pages{kCached}.bytes());
+}
+
+TEST_P(ExtendTest, LeavesAloneWhatHasTooLittleAround) {
+  const PageRange cached = Make(20, 20);
+  EXPECT_GT(MapAnything(150).first, cached.end);
+  EXPECT_EQ(space_->Stats().free_resident, Pages{kCached}.bytes());
+}
+
+// Nobody would know what to clear.
+TEST_P(ExtendTest, IsNotForZeroedMemory) {
+  const PageRange cached = Make(80, 60);
+  const PageRange range = MustMap(*space_, 150);
+  EXPECT_GT(range.first, cached.end);
+  EXPECT_TRUE(IsZero(range));
+}
+
+TEST_P(ExtendTest, IsNotForSmallMappings) {
+  const PageRange cached = Make(0, 60);
+  const PageRange range = MapAnything(60);
+  EXPECT_FALSE(range.Overlaps(cached));
+}
+
+FREEHOLD_INSTANTIATE_POLICIES(ExtendTest);
+
 // ---- Protections and zones ----
 
 TEST_P(MapTest, ReadWriteIsPlain) {
@@ -690,6 +778,48 @@ TEST(CommitTest, GoesAheadAsFarAsTheRegionThatGotFurthest) {
   FakeKernel::SetCpu(1);
   EXPECT_EQ(step(MiB(4)), MiB(4) + GiB(1));
   FakeKernel::SetCpu(0);
+}
+
+// A cached extent where what is committed ends.
+class ExtendAtEndTest : public testing::Test {
+ protected:
+  static AddressSpaceOptions Options() {
+    AddressSpaceOptions options = SmallOptions();
+    options.reserve = GiB(4);
+    return options;
+  }
+  void SetUp() override {
+    MustMap(*space_, 1);
+    committed_ = PagesFor(space_->Stats().committed).value;
+    MustMapAt(*space_, Part(space_->reservation(), committed_ - 101, 1));
+    const PageRange cached = Part(space_->reservation(), committed_ - 100, 100);
+    MustMapAt(*space_, cached);
+    Fill(cached, 0xaa);
+    ASSERT_TRUE(space_->Unmap(cached).ok());
+    ASSERT_EQ(PagesFor(space_->Stats().committed).value, committed_);
+  }
+
+  FakeKernel kernel_;
+  TestSpace space_{kernel_, Options()};
+  std::size_t committed_ = 0;
+};
+
+TEST_F(ExtendAtEndTest, CommitsWhatIsBehind) {
+  const PageRange range = MustMap(*space_, 150, {.content = Content::kAnything});
+  EXPECT_EQ(range, Part(space_->reservation(), committed_ - 100, 150));
+  EXPECT_GT(PagesFor(space_->Stats().committed).value, committed_);
+  EXPECT_TRUE(IsFilledWith(Part(range, 0, 100), 0xaa));
+  Fill(range, 0xbb);
+}
+
+TEST_F(ExtendAtEndTest, IsElsewhereIfThatIsRefused) {
+  kernel_.FailAlways(Operation::kProtect, ENOMEM);
+  const PageRange range = MustMap(*space_, 150, {.content = Content::kAnything});
+  kernel_.StopFailing();
+  EXPECT_LT(range.end, Part(space_->reservation(), committed_ - 100, 1).first);
+  EXPECT_EQ(PagesFor(space_->Stats().committed).value, committed_);
+  EXPECT_EQ(space_->Stats().free_resident, Pages{100}.bytes());
+  EXPECT_TRUE(IsZero(range));
 }
 
 // A region with more room than it commits at first, most of which was cut into extents that no mapping of kWhole pages

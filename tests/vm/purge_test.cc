@@ -179,6 +179,99 @@ TEST_P(PurgeTest, OneExtentAboveTheLimitGoesAtOnce) {
   EXPECT_EQ(Resident(), Pages{0});
 }
 
+// ---- More than was ever mapped, and a quarter ----
+
+// Extents that nothing larger fits into, since mapped pages lie between.
+class ExcessTest : public PolicyTest {
+ protected:
+  static constexpr std::size_t kExtent = MiB(4).value / kPageSize;
+
+  static AddressSpaceOptions ExcessOptions() {
+    AddressSpaceOptions options = Options();
+    options.reserve = GiB(1);
+    return options;
+  }
+  PageRange MapLarge(std::size_t pages, Content content = Content::kAnything) {
+    const PageRange range = MustMap(*space_, pages, {.content = content});
+    MustMap(*space_, 1);
+    return range;
+  }
+  // Maps `count` of them at once and frees them.
+  void Cache(std::size_t count) {
+    std::vector<PageRange> ranges;
+    for (std::size_t i = 0; i < count; ++i) ranges.push_back(MapLarge(kExtent));
+    for (const PageRange range : ranges) {
+      Fill(range, 0xaa);
+      ASSERT_TRUE(space_->Unmap(range).ok());
+    }
+    ASSERT_EQ(Cached(), count * kExtent);
+  }
+  std::size_t Cached() const { return PagesFor(space_->Stats().free_resident).value; }
+
+  FakeKernel kernel_;
+  TestSpace space_{kernel_, ExcessOptions()};
+};
+
+TEST_P(ExcessTest, GoesWhenSomethingFreshIsMapped) {
+  Cache(10);
+  MapLarge(2 * kExtent);  // 2 mapped and 10 cached: as much as was mapped, and a quarter of that
+  EXPECT_EQ(Cached(), 10 * kExtent);
+  MapLarge(2 * kExtent);
+  EXPECT_EQ(Cached(), 8 * kExtent);
+  EXPECT_EQ(space_->Stats().purged_pages, 2 * kExtent);
+  MapLarge(kExtent / 2);  // finds a place in one of them
+  EXPECT_EQ(Cached(), 8 * kExtent - kExtent / 2);
+  space_->CheckInvariants();
+}
+
+TEST_P(ExcessTest, SmallExtentsGoFirst) {
+  Cache(10);
+  const PageRange small = MapLarge(kExtent / 2);
+  ASSERT_TRUE(space_->Unmap(small).ok());
+  const std::size_t before = Cached();
+  MapLarge(2 * kExtent);
+  MapLarge(kExtent + kExtent / 4);
+  EXPECT_LT(Cached(), before);
+  EXPECT_GE(Cached(), before - kExtent);
+}
+
+TEST_P(ExcessTest, LittleIsNotTooMuch) {
+  Cache(1);
+  MapLarge(2 * kExtent);  // 8 MiB are
+  EXPECT_EQ(Cached(), kExtent);
+  MapLarge(8 * kExtent);
+  EXPECT_EQ(Cached(), kExtent) << "so much was mapped by now";
+}
+
+TEST_P(ExcessTest, ZeroedMappingsKeepToTheLimit) {
+  Cache(10);
+  for (int i = 0; i < 4; ++i) MapLarge(2 * kExtent, Content::kZeroed);
+  EXPECT_EQ(Cached(), 10 * kExtent);
+}
+
+TEST_P(ExcessTest, WhatWasMappedLongAgoCountsForLess) {
+  Cache(10);
+  for (int i = 0; i < 40; ++i) {
+    space_->Tick();
+    EXPECT_EQ(Cached(), 10 * kExtent) << "no time has passed";
+  }
+  MapLarge(2 * kExtent);
+  EXPECT_LT(Cached(), 10 * kExtent);
+}
+
+TEST_P(ExcessTest, StaysIfTheKernelRefuses) {
+  Cache(10);
+  kernel_.FailAlways(Operation::kDiscard, ENOMEM);
+  for (int i = 0; i < 4; ++i) MapLarge(2 * kExtent);
+  EXPECT_EQ(Cached(), 10 * kExtent);
+  kernel_.StopFailing();
+  MapLarge(2 * kExtent);
+  EXPECT_LT(Cached(), 10 * kExtent);
+  space_->CheckInvariants();
+}
+
+FREEHOLD_INSTANTIATE_POLICIES(ExcessTest);
+
 // ---- Bins that nobody touches are cleaned in batches ----
 
 TEST_P(PurgeTest, MappingsThatNobodyTouchesCostFewCalls) {
