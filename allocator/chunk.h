@@ -16,6 +16,9 @@ namespace freehold::allocator {
 inline constexpr unsigned kChunkUnits = 64;
 inline constexpr unsigned kChunkShift = kUnitShift + 6;
 inline constexpr std::size_t kChunkSize = std::size_t{1} << kChunkShift;
+// What may be one huge page: a part of a chunk.
+inline constexpr unsigned kBlockUnits = vm::kHugePageSize / kUnitSize;
+inline constexpr unsigned kChunkBlocks = kChunkUnits / kBlockUnits;
 
 // A set of units of one chunk; bit i is the unit at i * kUnitSize.
 class UnitSet {
@@ -115,6 +118,10 @@ struct alignas(vm::kCacheLineSize) ChunkRecord {
   std::uint8_t dirty_run = 0;
   std::uint8_t shard = 0;
   bool idle = false;  // wholly free and clean at the last tick
+  // Bits for blocks; see PageHeap::CollapseBlocks.
+  std::uint8_t dense = 0;   // hardly anything was free at the last tick
+  std::uint8_t judged = 0;  // of `dense`: worth a huge page or not, and nobody looks again
+  std::uint8_t huge = 0;    // of `judged`: made one
 };
 static_assert(sizeof(ChunkRecord) == vm::kCacheLineSize);
 

@@ -79,7 +79,8 @@ ObjectHeap::ObjectHeap(vm::AddressSpace& space, const HeapMetadata& metadata,
       base_(AddressOf(space.reservation().address())),
       size_(space.reservation().bytes().value),
       code_(MakeSecret(space.kernel(), metadata.header()), &end_),
-      page_heap_(space, metadata_, ShardsFor(options, space.kernel()), options.limit),
+      page_heap_(space, metadata_, ShardsFor(options, space.kernel()),
+                 {.limit = options.limit, .huge_pages = options.huge_pages}),
       large_(space, metadata_, page_heap_, options.limit) {}
 
 // ---- threads ----

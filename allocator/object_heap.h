@@ -48,6 +48,8 @@ struct ObjectHeapOptions {
   std::uint32_t max_threads = 65536;
   // Independent parts of the page heap; 0: one per CPU, PageHeap::kMaxShards at most.
   unsigned shards = 0;
+  // kPrefer: what stays in use as a whole becomes huge pages, 2 MiB at a time, by who calls Tick.
+  vm::os::HugePages huge_pages = vm::os::HugePages::kAvoid;
   // Objects of one other thread that a thread gathers before it hands them over.
   vm::Bytes remote_batch = vm::KiB(32);
   // Asked for memory, and called when there is none. Must outlive the heap.

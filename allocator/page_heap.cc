@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <bit>
+#include <cerrno>
 
+#include "absl/types/span.h"
 #include "vm/os/check.h"
 #include "vm/page_range.h"
 
@@ -10,6 +12,8 @@ namespace freehold::allocator {
 namespace {
 
 constexpr vm::Pages kChunkPages = vm::PagesFor({kChunkSize});
+// MADV_COLLAPSE, which headers may be too old for.
+constexpr int kCollapse = 25;
 
 vm::PageRange RangeOf(const ChunkRecord* chunk, unsigned first, unsigned units) {
   return vm::PageRange::FromBytes(reinterpret_cast<void*>(chunk->start + first * kUnitSize),
@@ -57,8 +61,21 @@ struct PageHeap::PurgeBatch {
   }
 };
 
-PageHeap::PageHeap(vm::AddressSpace& space, const HeapMetadata& metadata, unsigned shards, MemoryLimit* limit)
-    : space_(space), metadata_(metadata), shard_count_(shards), limit_(limit) {
+struct PageHeap::Candidate {
+  ChunkRecord* chunk;
+  unsigned block;
+
+  std::uint8_t bit() const { return static_cast<std::uint8_t>(1u << block); }
+  static UnitSet Units(unsigned block) { return UnitSet::Of(block * kBlockUnits, kBlockUnits); }
+  vm::PageRange range() const { return RangeOf(chunk, block * kBlockUnits, kBlockUnits); }
+};
+
+PageHeap::PageHeap(vm::AddressSpace& space, const HeapMetadata& metadata, unsigned shards, const Options& options)
+    : space_(space),
+      metadata_(metadata),
+      shard_count_(shards),
+      limit_(options.limit),
+      collapses_(options.huge_pages == vm::os::HugePages::kPrefer) {
   FREEHOLD_CHECK(shards >= 1 && shards <= kMaxShards);
 }
 
@@ -232,7 +249,9 @@ vm::Pages PageHeap::Age() {
   vm::sync::SpinLockTryHolder holder(purge_lock_);
   if (!holder.owns()) return {0};
   purge_lock_.AssertHeld();
-  return PurgeShards(Scope::kAged);
+  const vm::Pages pages = PurgeShards(Scope::kAged);
+  if (collapses_) CollapseBlocks();
+  return pages;
 }
 
 vm::Pages PageHeap::Trim() {
@@ -281,7 +300,7 @@ vm::Pages PageHeap::PurgeShard(Shard& shard, Scope scope) {
 void PageHeap::CollectLocked(Shard& shard, Scope scope, ChunkRecord*& cursor, PurgeBatch& batch) {
   while (cursor != nullptr) {
     ChunkRecord* chunk = cursor;
-    const UnitSet due = scope == Scope::kAll ? chunk->dirty : chunk->aged;
+    const UnitSet due = ChooseDue(chunk, scope == Scope::kAll ? chunk->dirty : chunk->aged, scope);
     const UnitSet taken = batch.Add(chunk, due);
     UpdateLocked(shard, chunk, chunk->free - taken, chunk->dirty - taken);
     chunk->aged = chunk->aged - taken;
@@ -290,6 +309,82 @@ void PageHeap::CollectLocked(Shard& shard, Scope scope, ChunkRecord*& cursor, Pu
     cursor = chunk->all.next == 0 ? nullptr : metadata_.chunks().Named(chunk->all.next);
     if (batch.full()) return;
   }
+}
+
+UnitSet PageHeap::ChooseDue(ChunkRecord* chunk, UnitSet due, Scope scope) {
+  if (chunk->huge == 0) return due;
+  for (unsigned block = 0; block < kChunkBlocks; ++block) {
+    const Candidate candidate = {chunk, block};
+    const UnitSet units = Candidate::Units(block);
+    if ((chunk->huge & candidate.bit()) == 0 || !due.Overlaps(units)) continue;
+    if (scope == Scope::kAged && (chunk->free & units).count() <= kHugeFree) {
+      due = due - units;
+    } else {
+      // The kernel splits it, and it may become one again.
+      chunk->huge &= ~candidate.bit();
+      chunk->judged &= ~candidate.bit();
+      chunk->dense &= ~candidate.bit();
+    }
+  }
+  return due;
+}
+
+void PageHeap::CollapseBlocks() {
+  unsigned left = kBlocksAtOnce;
+  for (unsigned i = 0; i < shard_count_ && left != 0; ++i) {
+    Candidate candidates[kBlocksAtOnce];
+    unsigned count = 0;
+    {
+      vm::sync::SpinLockHolder holder(shards_[i].lock);
+      count = FindDenseLocked(shards_[i], candidates, left);
+    }
+    left -= count;
+    for (unsigned next = 0; next < count; ++next) {
+      // Units of it may come and go meanwhile; nobody but this thread takes pages or the chunk away.
+      if (!Collapse(candidates[next])) continue;
+      ChunkRecord* chunk = candidates[next].chunk;
+      vm::sync::SpinLockHolder holder(shards_[i].lock);
+      chunk->huge |= candidates[next].bit();
+      // All of it is resident now.
+      const UnitSet free = chunk->free & Candidate::Units(candidates[next].block);
+      UpdateLocked(shards_[i], chunk, chunk->free, chunk->dirty | free);
+    }
+  }
+}
+
+unsigned PageHeap::FindDenseLocked(Shard& shard, Candidate* candidates, unsigned capacity) {
+  unsigned count = 0;
+  for (ChunkList name = shard.all; name != 0; name = metadata_.chunks().Named(name)->all.next) {
+    ChunkRecord* chunk = metadata_.chunks().Named(name);
+    for (unsigned block = 0; block < kChunkBlocks; ++block) {
+      const Candidate candidate = {chunk, block};
+      const std::uint8_t bit = candidate.bit();
+      if ((chunk->huge & bit) != 0) continue;
+      if ((chunk->free & Candidate::Units(block)).count() > kDenseFree) {
+        chunk->dense &= ~bit;
+        chunk->judged &= ~bit;
+      } else if ((chunk->dense & bit) == 0) {
+        chunk->dense |= bit;
+      } else if ((chunk->judged & bit) == 0 && count != capacity) {
+        chunk->judged |= bit;
+        candidates[count++] = candidate;
+      }
+    }
+  }
+  return count;
+}
+
+bool PageHeap::Collapse(const Candidate& candidate) {
+  const vm::PageRange range = candidate.range();
+  std::array<std::uint8_t, vm::kPagesPerHugePage> resident;
+  if (!space_.Residency(range, absl::MakeSpan(resident)).ok()) return false;
+  const auto absent = std::count_if(resident.begin(), resident.end(), [](std::uint8_t page) { return (page & 1) == 0; });
+  if (static_cast<std::size_t>(absent) > kMostAbsentPages) return false;
+  const vm::Error error = space_.AdviseKernel(range, kCollapse, vm::AdviceEffect::kOnce);
+  // Before Linux 6.1 there is no such advice.
+  if (!error.ok() && error.sys_errno == EINVAL) collapses_ = false;
+  if (error.ok()) collapsed_blocks_.fetch_add(1, std::memory_order_relaxed);
+  return error.ok();
 }
 
 void PageHeap::UnmapIdleChunks(Shard& shard, Scope scope) {
@@ -378,6 +473,9 @@ void PageHeap::ForEachMetric(vm::MetricVisitor visit, void* context) const {
   of_shards("heap_free_dirty_bytes", "Of that, possibly resident.", &shards_[0].dirty_units, kUnitSize);
   visit(context,
         {.name = "heap_purged_pages_total", .help = "Pages given back to the kernel.", .first = &purged_pages_});
+  visit(context, {.name = "heap_collapsed_blocks_total",
+                  .help = "Blocks of 2 MiB that were made huge pages.",
+                  .first = &collapsed_blocks_});
 }
 
 PageHeap::Stats PageHeap::GetStats() const {
@@ -388,6 +486,7 @@ PageHeap::Stats PageHeap::GetStats() const {
     stats.dirty_units += shards_[i].dirty_units.load(std::memory_order_relaxed);
   }
   stats.purged_pages = purged_pages_.load(std::memory_order_relaxed);
+  stats.collapsed_blocks = collapsed_blocks_.load(std::memory_order_relaxed);
   return stats;
 }
 
@@ -406,6 +505,7 @@ void PageHeap::CheckInvariants() {
       const ChunkRecord* chunk = metadata_.chunks().Named(name);
       FREEHOLD_CHECK(chunk->shard == i);
       FREEHOLD_CHECK(chunk->free.Contains(chunk->dirty) && chunk->dirty.Contains(chunk->aged));
+      FREEHOLD_CHECK((chunk->huge & ~chunk->judged) == 0 && (chunk->judged & ~chunk->dense) == 0);
       FREEHOLD_CHECK(chunk->free_run == chunk->free.LongestRun());
       FREEHOLD_CHECK(chunk->dirty_run == chunk->dirty.LongestRun());
       ++sum.chunks;

@@ -5,6 +5,8 @@
 // memory is taken when that has much of it resident, so that it does not pile up, and when there is no room for
 // a chunk. Free units go back to the kernel by age, chunks that are free as a whole to the address space.
 //
+// If asked for, blocks of 2 MiB that stay in use become huge pages, and then keep the little that is free in them.
+//
 // Thread safety: thread-safe.
 // Lock order:    the purge lock (kHeap), then a shard's (kHeapShard), one at a time except around fork.
 // Waiting:       for these locks. Discards and mappings happen with no shard lock held.
@@ -26,6 +28,7 @@
 #include "allocator/memory_limit.h"
 #include "vm/address_space.h"
 #include "vm/metric.h"
+#include "vm/os/kernel.h"
 #include "vm/sync/spin_lock.h"
 #include "vm/units.h"
 
@@ -37,8 +40,22 @@ class PageHeap {
   // What a shard keeps for its own threads of free memory that may be resident: 64 MiB.
   static constexpr std::uint64_t kKeptDirtyUnits = 1024;
 
-  // REQUIRES: 1 <= shards <= kMaxShards. Keeps both references. `limit`: asked for what is not resident; may be null.
-  PageHeap(vm::AddressSpace& space, const HeapMetadata& metadata, unsigned shards, MemoryLimit* limit = nullptr);
+  // Of a block's units, so many may be free while it counts as dense.
+  static constexpr unsigned kDenseFree = 2;
+  // And while it stays a huge page.
+  static constexpr unsigned kHugeFree = 4;
+  // A block becomes a huge page if no more of its pages than this would have to be made resident for that.
+  static constexpr std::size_t kMostAbsentPages = vm::kPagesPerHugePage / 16;
+  // Blocks looked at closely in a call of Age: each may take the kernel milliseconds.
+  static constexpr unsigned kBlocksAtOnce = 4;
+
+  struct Options {
+    MemoryLimit* limit = nullptr;  // asked for what is not resident
+    // kPrefer: for dense blocks.
+    vm::os::HugePages huge_pages = vm::os::HugePages::kAvoid;
+  };
+  // REQUIRES: 1 <= shards <= kMaxShards. Keeps both references.
+  PageHeap(vm::AddressSpace& space, const HeapMetadata& metadata, unsigned shards, const Options& options);
   PageHeap(const PageHeap&) = delete;
   PageHeap& operator=(const PageHeap&) = delete;
 
@@ -58,8 +75,8 @@ class PageHeap {
   // Takes back units that were allocated together or not, within one chunk; their content does not matter.
   void Free(std::uintptr_t start, unsigned units);
 
-  // Gives back to the kernel what is free since before the last call of Age. Returns the pages. Does nothing
-  // while another thread gives back.
+  // Gives back to the kernel what is free since before the last call of Age, and makes blocks huge pages. Returns the
+  // pages. Does nothing while another thread gives back.
   vm::Pages Age();
   // Gives back everything that is free.
   vm::Pages Trim();
@@ -80,6 +97,7 @@ class PageHeap {
     std::uint64_t free_units = 0;
     std::uint64_t dirty_units = 0;  // of the free ones
     std::uint64_t purged_pages = 0;
+    std::uint64_t collapsed_blocks = 0;  // so far
   };
   Stats GetStats() const;
   // What is free and not resident: never more than that, while others allocate too.
@@ -145,6 +163,16 @@ class PageHeap {
   // `cursor`: where the round starts, then where the next one does; null at the end.
   void CollectLocked(Shard& shard, Scope scope, ChunkRecord*& cursor, PurgeBatch& batch)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(shard.lock);
+  // What of `due` is to go: not the little in a block that is a huge page, unless all is to go.
+  static UnitSet ChooseDue(ChunkRecord* chunk, UnitSet due, Scope scope);
+  // Blocks that were dense at two calls, and are resident.
+  void CollapseBlocks() ABSL_EXCLUSIVE_LOCKS_REQUIRED(purge_lock_);
+  struct Candidate;
+  // Notes which blocks are dense; returns how many of those that were before it put into `candidates`.
+  unsigned FindDenseLocked(Shard& shard, Candidate* candidates, unsigned capacity)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(shard.lock);
+  // Whether it is a huge page now.
+  bool Collapse(const Candidate& candidate) ABSL_EXCLUSIVE_LOCKS_REQUIRED(purge_lock_);
   void UnmapIdleChunks(Shard& shard, Scope scope) ABSL_EXCLUSIVE_LOCKS_REQUIRED(purge_lock_);
   ChunkRecord* TakeIdleChunk(Shard& shard, Scope scope) ABSL_EXCLUSIVE_LOCKS_REQUIRED(purge_lock_);
 
@@ -152,9 +180,11 @@ class PageHeap {
   const HeapMetadata& metadata_;
   const unsigned shard_count_;
   MemoryLimit* const limit_;
+  bool collapses_ ABSL_GUARDED_BY(purge_lock_);
   // One thread purges at a time, over all of its discards, and it alone removes chunks.
   vm::sync::SpinLock purge_lock_{vm::sync::LockRank::kHeap};
   std::atomic<std::uint64_t> purged_pages_{0};
+  std::atomic<std::uint64_t> collapsed_blocks_{0};
   std::array<Shard, kMaxShards> shards_;
 };
 

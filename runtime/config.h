@@ -67,6 +67,8 @@ struct Config {
   // See ProcessMemoryLimit: 0 for none, kCgroupLimit for what the process's control groups leave.
   vm::Bytes soft_limit = {0};
   vm::Bytes hard_limit = {0};
+  // See allocator::ObjectHeapOptions::huge_pages.
+  bool heap_huge_pages = false;
   // See HardeningOptions for these three.
   bool zero_on_free = false;
   bool random_placement = false;

@@ -82,6 +82,7 @@ allocator::ObjectHeapOptions HeapOptions(const Config& config, const vm::Address
   options.limit = &limit;
   // The heap gives back after one to two times its decay.
   options.decay = {config.decay.value / 2};
+  options.huge_pages = config.heap_huge_pages ? vm::os::HugePages::kPrefer : vm::os::HugePages::kAvoid;
   const std::size_t share = space.reservation().bytes().value / kSpacePerThread.value;
   options.profile = {.interval = ProfileInterval(config), .capture = CaptureStack};
   options.guards = {.interval = config.guard_pages,

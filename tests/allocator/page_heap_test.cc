@@ -1,5 +1,6 @@
 #include "allocator/page_heap.h"
 
+#include <cerrno>
 #include <cstring>
 #include <map>
 #include <optional>
@@ -21,7 +22,7 @@ class PageHeapTest : public testing::Test {
   void SetUp() override { Make(1); }
   void TearDown() override { Drop(); }
 
-  void Make(unsigned shards) {
+  void Make(unsigned shards, const PageHeap::Options& options = {}) {
     Drop();
     const auto space =
         vm::AddressSpace::Create(kernel_, {.reserve = vm::GiB(4), .min_reserve = vm::MiB(64)});
@@ -30,7 +31,7 @@ class PageHeapTest : public testing::Test {
     const auto metadata = HeapMetadata::Create(*space_, {.header_bytes = 4096, .cache_bytes = 4096});
     ASSERT_TRUE(metadata.ok());
     metadata_ = *metadata;
-    heap_.emplace(*space_, metadata_, shards);
+    heap_.emplace(*space_, metadata_, shards, options);
   }
   void Drop() {
     if (space_ == nullptr) return;
@@ -275,9 +276,9 @@ TEST_F(PageHeapTest, ForEachUsedUnitVisitsWhatIsNotFree) {
 
 // Seeded operations against a map of runs: nothing overlaps, clean means zero, sums hold.
 TEST_F(PageHeapTest, RandomOperationsKeepRunsApart) {
-  for (unsigned seed = 1; seed <= 3; ++seed) {
+  for (unsigned seed = 1; seed <= 4; ++seed) {
     SCOPED_TRACE(seed);
-    Make(seed % 3 + 1);
+    Make(seed % 3 + 1, {.huge_pages = seed % 2 == 0 ? vm::os::HugePages::kPrefer : vm::os::HugePages::kAvoid});
     std::mt19937 random(seed);
     std::map<std::uintptr_t, unsigned> runs;
     for (int step = 0; step < 4000; ++step) {
@@ -314,6 +315,139 @@ TEST_F(PageHeapTest, RandomOperationsKeepRunsApart) {
       if (step % 100 == 0) heap_->CheckInvariants();
     }
   }
+}
+
+// ---- Huge pages ----
+
+// Every unit of a few chunks in use and resident.
+class HugeBlocksTest : public PageHeapTest {
+ protected:
+  void SetUp() override { Make(1, {.huge_pages = vm::os::HugePages::kPrefer}); }
+
+  std::uintptr_t FillChunk(unsigned dirty_units = kChunkUnits) {
+    const std::uintptr_t start = heap_->Allocate(0, kChunkUnits).start;
+    Dirty(start, dirty_units);
+    return start;
+  }
+  void Age(int times) {
+    for (int i = 0; i < times; ++i) heap_->Age();
+    heap_->CheckInvariants();
+  }
+  std::size_t Collapses() const { return kernel_.CallCount(Operation::kAdvise); }
+  // Whether the kernel made any.
+  bool Works() const { return heap_->GetStats().collapsed_blocks != 0; }
+};
+
+#define FREEHOLD_NEEDS_HUGE_PAGES() \
+  if (!Works()) GTEST_SKIP() << "the kernel makes no huge pages here"
+
+TEST_F(HugeBlocksTest, StayInUseAtTwoTicks) {
+  const std::uintptr_t start = FillChunk();
+  Age(1);
+  EXPECT_EQ(Collapses(), 0u);
+  Age(1);
+  EXPECT_EQ(Collapses(), kChunkBlocks);
+  EXPECT_EQ(kernel_.Calls().back().ranges[0].count().value, vm::kPagesPerHugePage);
+  Age(3);
+  EXPECT_EQ(Collapses(), kChunkBlocks) << "once each";
+  for (std::size_t i = 0; i < kChunkSize; i += 4096) ASSERT_EQ(reinterpret_cast<unsigned char*>(start)[i], 0xab);
+  FREEHOLD_NEEDS_HUGE_PAGES();
+  EXPECT_EQ(heap_->GetStats().collapsed_blocks, kChunkBlocks);
+}
+
+TEST_F(HugeBlocksTest, AreResidentBefore) {
+  FillChunk(kBlockUnits + kBlockUnits / 2);
+  Age(4);
+  EXPECT_EQ(Collapses(), 1u);
+}
+
+TEST_F(HugeBlocksTest, HaveHardlyAnythingFree) {
+  const std::uintptr_t start = FillChunk();
+  heap_->Free(start, PageHeap::kDenseFree + 1);
+  Age(4);
+  EXPECT_EQ(Collapses(), 1u);
+  EXPECT_EQ(heap_->Allocate(0, PageHeap::kDenseFree + 1).start, start);
+  Dirty(start, PageHeap::kDenseFree + 1);
+  Age(2);
+  EXPECT_EQ(Collapses(), 2u) << "dense again";
+}
+
+// Or nobody would give it back.
+TEST_F(HugeBlocksTest, MakeWhatIsFreeInThemResident) {
+  const std::uintptr_t start = FillChunk();
+  heap_->Free(start, 1);
+  ASSERT_EQ(heap_->Trim(), vm::PagesFor({kUnitSize}));
+  EXPECT_EQ(heap_->GetStats().dirty_units, 0u);
+  Age(2);
+  FREEHOLD_NEEDS_HUGE_PAGES();
+  EXPECT_EQ(heap_->GetStats().collapsed_blocks, kChunkBlocks);
+  EXPECT_EQ(heap_->GetStats().dirty_units, 1u);
+  EXPECT_FALSE(heap_->Allocate(0, 1).clean);
+}
+
+TEST_F(HugeBlocksTest, KeepTheLittleThatIsFree) {
+  const std::uintptr_t start = FillChunk();
+  Age(2);
+  FREEHOLD_NEEDS_HUGE_PAGES();
+  heap_->Free(start, PageHeap::kHugeFree);
+  Age(4);
+  EXPECT_EQ(heap_->GetStats().dirty_units, PageHeap::kHugeFree);
+  EXPECT_EQ(heap_->GetStats().purged_pages, 0u);
+  heap_->Free(start + PageHeap::kHugeFree * kUnitSize, 1);
+  Age(2);
+  EXPECT_EQ(heap_->GetStats().dirty_units, 0u) << "that is no longer little";
+  EXPECT_EQ(heap_->Allocate(0, PageHeap::kHugeFree + 1).start, start);
+  Dirty(start, PageHeap::kHugeFree + 1);
+  Age(2);
+  EXPECT_EQ(heap_->GetStats().collapsed_blocks, kChunkBlocks + 1);
+}
+
+TEST_F(HugeBlocksTest, GiveEverythingBackWhenAsked) {
+  const std::uintptr_t start = FillChunk();
+  Age(2);
+  FREEHOLD_NEEDS_HUGE_PAGES();
+  heap_->Free(start, 1);
+  EXPECT_EQ(heap_->Trim(), vm::PagesFor({kUnitSize}));
+  EXPECT_EQ(heap_->GetStats().dirty_units, 0u);
+  heap_->Free(start + kUnitSize, kChunkUnits - 1);
+  heap_->Trim();
+  EXPECT_EQ(heap_->GetStats().chunks, 0u);
+}
+
+TEST_F(HugeBlocksTest, ComeAFewAtOnce) {
+  for (int i = 0; i < 3; ++i) FillChunk();
+  Age(2);
+  EXPECT_EQ(Collapses(), PageHeap::kBlocksAtOnce);
+  Age(1);
+  EXPECT_EQ(Collapses(), 3 * kChunkBlocks);
+}
+
+TEST_F(HugeBlocksTest, AreNotAskedForWhereTheKernelHasNone) {
+  kernel_.FailAlways(Operation::kAdvise, EINVAL);
+  for (int i = 0; i < 3; ++i) FillChunk();
+  Age(2);
+  EXPECT_EQ(Collapses(), PageHeap::kBlocksAtOnce);
+  Age(4);
+  EXPECT_EQ(Collapses(), PageHeap::kBlocksAtOnce);
+  EXPECT_EQ(heap_->GetStats().collapsed_blocks, 0u);
+}
+
+TEST_F(HugeBlocksTest, AreNotAskedForAgainWhenThereIsNoMemory) {
+  kernel_.FailNth(Operation::kAdvise, 1, ENOMEM);
+  FillChunk();
+  Age(2);
+  EXPECT_EQ(Collapses(), kChunkBlocks);
+  Age(4);
+  EXPECT_EQ(Collapses(), kChunkBlocks);
+  FREEHOLD_NEEDS_HUGE_PAGES();
+  EXPECT_EQ(heap_->GetStats().collapsed_blocks, kChunkBlocks - 1);
+}
+
+TEST_F(PageHeapTest, MakesNoHugePagesUnlessAsked) {
+  const std::uintptr_t start = heap_->Allocate(0, kChunkUnits).start;
+  Dirty(start, kChunkUnits);
+  for (int i = 0; i < 4; ++i) heap_->Age();
+  EXPECT_EQ(kernel_.CallCount(Operation::kAdvise), 0u);
 }
 
 }  // namespace

@@ -272,6 +272,7 @@ TEST(ConfigTest, EveryOptionReachesItsField) {
   expected.heap_profile_interval = vm::KiB(64);
   expected.heap_profile_signal = 12;
   expected.leak_report = true;
+  expected.heap_huge_pages = true;
   expected.stats_at_exit = true;
   expected.verbose = true;
   Problems problems;
@@ -280,7 +281,7 @@ TEST(ConfigTest, EveryOptionReachesItsField) {
              "FREEHOLD_FREE_RESIDENT_LIMIT=5M", "FREEHOLD_KEEPER=off",
              "FREEHOLD_LOCK_POLICY=coarse", "FREEHOLD_STRICT_UNMAP=on", "FREEHOLD_STATS_AT_EXIT=on",
              "FREEHOLD_HEAP_PROFILE=/x/profile", "FREEHOLD_HEAP_PROFILE_INTERVAL=64K",
-             "FREEHOLD_HEAP_PROFILE_SIGNAL=12", "FREEHOLD_LEAK_REPORT=on",
+             "FREEHOLD_HEAP_PROFILE_SIGNAL=12", "FREEHOLD_LEAK_REPORT=on", "FREEHOLD_HEAP_HUGE_PAGES=on",
              "FREEHOLD_VERBOSE=on", "FREEHOLD_LIBRARY=/x/libfreehold.so"},
             problems),
       expected);
