@@ -58,9 +58,11 @@ class LargeObjects {
   // REQUIRES: `span` is kRun or kMapped, `object` is its start. False: another thread freed it just now.
   bool Free(Span* span);
 
-  // Whether an object of `usable` bytes that grows to `size` is worth a run: Allocate it with will_grow.
+  // Whether an object of `usable` bytes that grows to `size` is worth a run: Allocate it with will_grow. Where a limit
+  // would have to make room for a small one, it is not.
   bool GrowsAsRun(std::size_t usable, std::size_t size) const {
-    return size > kSmallRunSize || (usable >= kMinRunSize && size > usable && MayTakeAhead(1));
+    if (size > kSmallRunSize) return true;
+    return usable >= kMinRunSize && size > usable && MayTakeAhead(1) && Admission(limit_, {kUnitSize}).granted();
   }
 
   // Makes the object `size` bytes large where it is, or leaves it as it is and returns false.

@@ -394,8 +394,12 @@ void* ThreadCache::Reallocate(void* p, std::size_t size) {
   } else if (!grows && size > usable / 2) {
     return p;
   }
-  void* to = grows && heap_->GrowsAsRun(usable, size) ? AllocateLarge({.size = size, .will_grow = true})
-                                                      : Allocate(size);
+  void* to = nullptr;
+  if (grows && heap_->GrowsAsRun(usable, size)) {
+    to = AllocateLarge({.size = size, .will_grow = true});
+    if (to == nullptr && size > kMaxClassSize) return nullptr;
+  }
+  if (to == nullptr) to = Allocate(size);
   if (to == nullptr) return grows ? nullptr : p;
   std::memcpy(to, p, std::min(size, usable));
   Free(p);

@@ -212,6 +212,69 @@ TEST_F(LargeObjectTest, WhatIsAheadIsBounded) {
   EXPECT_EQ(heap_->Stats().large.value, 0u);
 }
 
+// Refuses everything while it is set.
+class Refusal final : public MemoryLimit {
+ public:
+  Refusal() = default;
+  void Set(bool set) { is_set_.store(set); }
+  bool Admit(vm::Bytes) override { return false; }
+  void Settle(vm::Bytes) override {}
+  void Relieve() override {}
+  bool MakeRoom(vm::Bytes, unsigned) override { return ++asked, false; }
+
+  int asked = 0;
+};
+
+TEST(LimitedLargeObjectTest, SmallObjectsGrowInClassesWhereALimitHasNoRoomForARun) {
+  vm::os::FakeKernel kernel({.cpu_count = 1});
+  Refusal limit;
+  TestHeap heap(kernel, {.limit = &limit});
+  AttachedThread cache(*heap);
+  void* room = cache->Allocate(KiB(6));  // of the class, whose span is there
+  void* p = cache->Allocate(KiB(5));
+  Fill(p, KiB(5), 1);
+  limit.Set(true);
+  p = cache->Reallocate(p, KiB(6));
+  ASSERT_NE(p, nullptr);
+  EXPECT_TRUE(HasContent(p, KiB(5), 1));
+  EXPECT_EQ(heap->Stats().large_objects, 0u);
+  EXPECT_EQ(limit.asked, 0) << "nobody had to make room";
+  EXPECT_EQ(cache->Reallocate(p, KiB(200)), nullptr);
+  EXPECT_GT(limit.asked, 0);
+  EXPECT_TRUE(HasContent(p, KiB(5), 1));
+  limit.Set(false);
+  cache->Free(p);
+  cache->Free(room);
+}
+
+// What is ahead is not worth making room for either.
+TEST(LimitedLargeObjectTest, RunsTakeWhatTheyNeedWhereALimitHasNoRoomAhead) {
+  class AUnit final : public MemoryLimit {
+   public:
+    AUnit() { is_set_.store(true); }
+    bool Admit(vm::Bytes bytes) override { return bytes.value <= most; }
+    void Settle(vm::Bytes) override {}
+    void Relieve() override {}
+    bool MakeRoom(vm::Bytes, unsigned) override { return false; }
+
+    std::size_t most = SIZE_MAX;
+  };
+  vm::os::FakeKernel kernel({.cpu_count = 1});
+  AUnit limit;
+  TestHeap heap(kernel, {.limit = &limit});
+  AttachedThread cache(*heap);
+  void* p = cache->Reallocate(cache->Allocate(KiB(50)), KiB(60));
+  ASSERT_EQ(heap->Stats().large_objects, 1u);
+  limit.most = kUnitSize;
+  ASSERT_EQ(cache->Reallocate(p, KiB(100)), p);  // two units, not four
+  limit.most = 0;
+  EXPECT_EQ(cache->Reallocate(p, KiB(150)), nullptr);
+  EXPECT_EQ(cache->Reallocate(p, KiB(128)), p);
+  limit.most = SIZE_MAX;
+  cache->Free(p);
+  EXPECT_EQ(heap->Stats().large.value, 0u);
+}
+
 TEST_F(LargeObjectTest, TheShareOfLargeObjectsThatMayBeAheadGrowsWithThem) {
   void* large = cache_->Allocate(MiB(16) * LargeObjects::kAheadShare);
   std::vector<void*> objects;
