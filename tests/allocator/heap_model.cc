@@ -15,6 +15,7 @@ const char* ToString(ModelOperation::Kind kind) {
     case kAllocateZeroed: return "AllocateZeroed";
     case kAllocateAligned: return "AllocateAligned";
     case kReallocate: return "Reallocate";
+    case kGrow: return "Grow";
     case kFree: return "Free";
     case kFreeSized: return "FreeSized";
     case kFreeUncached: return "FreeUncached";
@@ -35,6 +36,8 @@ std::size_t RandomSize(std::mt19937_64& random) {
   if (choice < 998) return random() % (std::size_t{1} << 20);
   return random() % (std::size_t{5} << 20);
 }
+
+constexpr std::size_t kLargestGrown = std::size_t{2} << 20;
 
 // All of a small object, both ends of a large one: the model is not to spend its time in memset.
 constexpr std::size_t kChecked = 512;
@@ -57,7 +60,7 @@ bool HasEnds(const ModelObject& object, std::size_t size) {
 ModelOperation ModelOperation::Random(std::mt19937_64& random, std::size_t slots) {
   using enum Kind;
   static constexpr std::pair<unsigned, Kind> kTable[] = {
-      {300, kAllocate},    {360, kAllocateZeroed}, {400, kAllocateAligned}, {480, kReallocate},
+      {300, kAllocate},    {360, kAllocateZeroed}, {400, kAllocateAligned}, {440, kReallocate}, {480, kGrow},
       {800, kFree},        {850, kFreeSized},      {870, kFreeUncached},    {990, kExchange},
       {994, kReattach},    {995, kTrim},           {1000, kTick},
   };
@@ -112,6 +115,19 @@ std::string HeapModel::Put(ModelObject& slot, void* p, const ModelOperation& ope
   return {};
 }
 
+std::string HeapModel::Grow(ModelObject& slot, std::size_t steps) {
+  if (slot.p == nullptr) return {};
+  for (std::size_t step = 0; step < steps && slot.size < kLargestGrown; ++step) {
+    const std::size_t size = slot.size + slot.size / 4 + 64;
+    void* p = cache_->Reallocate(slot.p, size);
+    if (p == nullptr) return may_fail_ ? "" : "out of memory";
+    slot.p = p;
+    if (!HasEnds(slot, slot.size)) return "content was lost";
+    if (std::string error = Put(slot, p, {.size = size}); !error.empty()) return error;
+  }
+  return {};
+}
+
 std::string HeapModel::Perform(const ModelOperation& operation) {
   using enum ModelOperation::Kind;
   ModelObject& slot = slots_[operation.slot];
@@ -140,6 +156,8 @@ std::string HeapModel::Perform(const ModelOperation& operation) {
       if (slot.p != nullptr && !HasEnds(moved, operation.size)) return "content was lost";
       return Put(slot, p, operation);
     }
+    case kGrow:
+      return Grow(slot, operation.size % 16);
     case kFree:
       cache_->Free(std::exchange(slot.p, nullptr));
       return {};

@@ -30,6 +30,7 @@ struct ModelOperation {
     kAllocateZeroed,
     kAllocateAligned,
     kReallocate,
+    kGrow,  // a few steps of realloc, as a list that is appended to
     kFree,
     kFreeSized,
     kFreeUncached,  // as a thread without a cache
@@ -80,6 +81,7 @@ class HeapModel {
   std::string Finish();
 
  private:
+  std::string Grow(ModelObject& slot, std::size_t steps);
   std::string Put(ModelObject& slot, void* p, const ModelOperation& operation);
   std::string Check(const ModelObject& object) const;
 
