@@ -72,6 +72,9 @@ void* ThreadCache::PopCurrent(SizeClass size_class) {
     at_hand_[size_class].free = next;
     __builtin_prefetch(next);
     next = code_.end();
+    span->credits.Set(kNoEvent + span->carved.Get());
+  } else {
+    span->credits.Add(1);
   }
   span->free = next;
   return object;
@@ -300,6 +303,7 @@ Span* ThreadCache::TakeAvailableLocked(SizeClass size_class) {
     RemoveLocked(list, span);
     if (ABSL_PREDICT_TRUE(span->kind.load(std::memory_order_relaxed) != SpanKind::kSuspect)) return span;
     const std::uint32_t used = RebuildLocked(span);
+    span->credits.Set(used);
     if (used < InfoOf(span).capacity) return span;
     PlaceLocked(span, used);
   }
@@ -320,6 +324,7 @@ Span* ThreadCache::NewSpanLocked(SizeClass size_class) {
   span->reciprocal = info.reciprocal;
   span->SetLimit(0);
   span->free = code_.end();
+  span->credits.Set(0);
   span->carved.Set(0);
   span->units = info.units;
   span->size_class = size_class;
@@ -424,7 +429,6 @@ bool ThreadCache::ResizeLarge(Span* span, std::size_t size) {
 
 void* ThreadCache::AllocateCounted(ClassRequest& request) {
   const SizeClass size_class = request.size_class;
-  const Bin& bin = bins_[size_class];
   const Sampler::Due due = sampler_->Count(size_class);
   if (due && sampler_->Enter()) {
     void* sample = heap_->AllocateSample(due, size_class, request.size, request.alignment, request.zero);
@@ -433,9 +437,7 @@ void* ThreadCache::AllocateCounted(ClassRequest& request) {
   }
   void* object = PopCurrent(size_class);
   if (object == nullptr) object = AllocateFromSpans(request);
-  if (object == nullptr) return nullptr;
-  bin.current->credits.Add(1);
-  FillFront(size_class);
+  if (object != nullptr) FillFront(size_class);
   return object;
 }
 
@@ -443,7 +445,7 @@ void* ThreadCache::AllocateCounted(ClassRequest& request) {
 void ThreadCache::FillFront(SizeClass size_class) {
   Span* span = bins_[size_class].current;
   AtHand& front = at_hand_[size_class];
-  const std::uint32_t free = span->carved.Get() - (span->credits.Get() - kNoEvent);
+  const std::uint32_t free = span->carved.Get() - UsedOf(span);
   const std::uint32_t count = sampler_->CountUpTo(size_class, free);
   if (count == 0) return;
   front.free = span->free;
@@ -507,9 +509,8 @@ void ThreadCache::SetCurrentLocked(SizeClass size_class, Span* span) {
   bin.credits_seen = 0;
   if (span == &none_) return;
   span->state = SpanState::kCurrent;
-  span->credits.Set(kNoEvent);
+  span->credits.Add(kNoEvent);
   bin.held.Add(span->carved.Get());
-  if (ABSL_PREDICT_FALSE(sampler_ != nullptr)) span->credits.Add(span->carved.Get() - CountFree(span));
 }
 
 void ThreadCache::RetireCurrentLocked(SizeClass size_class, std::uint32_t used) {
@@ -583,8 +584,7 @@ void ThreadCache::HandleEventLocked(Span* span, std::uint32_t beyond) {
   Bin& bin = bins_[span->size_class];
   switch (span->state) {
     case SpanState::kCurrent:
-      span->credits.Set(kNoEvent);
-      break;
+      break;  // its credits do not end
     case SpanState::kFull:
       bin.held.Subtract(span->carved.Get());
       PlaceLocked(span, span->carved.Get() - InfoOf(span).wake - beyond);
@@ -755,20 +755,15 @@ void ThreadCache::ReleaseIdleLocked() {
     if (bin.current == &none_) continue;
     if (sampler_ != nullptr) EmptyFrontLocked(static_cast<SizeClass>(size_class));
     const std::uint32_t credits = bin.current->credits.Get();
-    const bool nothing_came_free = sampler_ == nullptr && credits == kNoEvent;
-    if (nothing_came_free || std::exchange(bin.credits_seen, credits) != credits) continue;
-    if (CountFree(bin.current) == bin.current->carved.Get()) {
-      RetireCurrentLocked(static_cast<SizeClass>(size_class), 0);
-    } else if (sampler_ == nullptr) {
-      bin.current->credits.Set(kNoEvent);
-    }
+    const bool is_idle = std::exchange(bin.credits_seen, credits) == credits;
+    if (is_idle && UsedOf(bin.current) == 0) RetireCurrentLocked(static_cast<SizeClass>(size_class), 0);
   }
 }
 
 void ThreadCache::ReleaseEmptyLocked() {
   for (unsigned size_class = 0; size_class < kSizeClassCount; ++size_class) {
     const Span* span = bins_[size_class].current;
-    if (span == &none_ || CountFree(span) != span->carved.Get()) continue;
+    if (span == &none_ || UsedOf(span) != 0) continue;
     RetireCurrentLocked(static_cast<SizeClass>(size_class), 0);
   }
 }
@@ -827,7 +822,7 @@ void ThreadCache::BecomeOrphan() {
       const Span* span = bins_[size_class].current;
       if (span == &none_) continue;
       if (sampler_ != nullptr) EmptyFrontLocked(static_cast<SizeClass>(size_class));
-      RetireCurrentLocked(static_cast<SizeClass>(size_class), span->carved.Get() - CountFree(span));
+      RetireCurrentLocked(static_cast<SizeClass>(size_class), UsedOf(span));
     }
     EmptyStashLocked();
     state_.store(State::kOrphan, std::memory_order_seq_cst);
@@ -996,8 +991,7 @@ void ThreadCache::CheckInvariants() {
     if (bin.current != &none_) {
       FREEHOLD_CHECK(bin.current->owner.load(std::memory_order_relaxed) == this);
       FREEHOLD_CHECK(bin.current->state == SpanState::kCurrent && bin.current->size_class == i);
-      const std::uint32_t free = CountFree(bin.current);
-      FREEHOLD_CHECK(sampler_ == nullptr || bin.current->credits.Get() == kNoEvent + bin.current->carved.Get() - free);
+      FREEHOLD_CHECK(UsedOf(bin.current) == bin.current->carved.Get() - CountFree(bin.current));
     }
     std::uint32_t previous = 0;
     for (std::uint32_t name = bin.available.first; name != 0; name = spans_.Named(name)->next) {

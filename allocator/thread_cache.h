@@ -8,8 +8,9 @@
 // Errors:        null when out of memory; errno is never touched. A wrong free stops the program.
 // Invariants:    C1. A span of objects that belongs to the cache is its class's current span, or in its class's
 //                    list (kAvailable), or full (kFull).
-//                C2. `credits` of an available span is the number of its objects that are not free; of a full
-//                    span, how many more must come free before it is available. What is at hand is not free.
+//                C2. `credits` of an available span is the number of its objects that are not in its free list; of the
+//                    current span, that and kNoEvent; of a full one, how many more must come free before it is
+//                    available. What is at hand is in no span's list.
 //                C3. What is at hand are objects of kObjects spans, of this cache or of others, with their tags. It is
 //                    none of others' while there are suspect spans.
 #ifndef FREEHOLD_ALLOCATOR_THREAD_CACHE_H_
@@ -141,7 +142,7 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   static constexpr std::size_t kCarvePrefetch = 4096;
   // Slow paths between looks at the clock and at forgotten batches.
   static constexpr std::uint32_t kMaintenancePeriod = 256;
-  // Credits of a current span, which is not given back however many of its objects come free.
+  // Of the credits of a current span, which is not given back however many of its objects come free.
   static constexpr std::uint32_t kNoEvent = 1u << 31;
   // Spans that came through a fork and that one allocation looks through at most.
   static constexpr int kMaxRebuilds = 8;
@@ -273,7 +274,10 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   vm::Bytes at_hand() const;
   // Of HeapLocation what concerns caches, the first of which is at `first`, made or not yet.
   static HeapLocation Locate(const ThreadCache* first);
+  // Looks at each.
   std::uint32_t CountFree(const Span* span) const;
+  // Of a current span.
+  static std::uint32_t UsedOf(const Span* current) { return current->credits.Get() - kNoEvent; }
   void CheckInvariants();
 
   // What the fast paths read; constant.

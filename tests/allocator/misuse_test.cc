@@ -198,7 +198,7 @@ TEST_F(MisuseDeathTest, WriteAfterFreeInABatch) {
           static_cast<std::uint64_t*>(p[5])[0] = 0;
           static_cast<std::uint64_t*>(p[5])[1] = 0;
         });
-        for (int i = 0; i < 100000; ++i) cache_->Allocate(5000);
+        for (int i = 0; i < 100000; ++i) cache_->Allocate(64);
       },
       "was written to after it was freed");
 }

@@ -73,7 +73,7 @@ TEST_F(ThreadCacheTest, FreedObjectIsTheNextOneAllocated) {
 }
 
 TEST_F(ThreadCacheTest, ObjectsThatWereFreedLastAreAllocatedFirst) {
-  for (const std::size_t size : {1100, 5000, 16000, 100000}) {
+  for (const std::size_t size : {1, 100, 1000, 1100, 5000, 16000, 20000, 100000}) {
     void* first = cache_->Allocate(size);
     void* second = cache_->Allocate(size);
     cache_->Free(first);
@@ -306,27 +306,53 @@ TEST_F(ThreadCacheTest, ObjectsFreedElsewhereComeBackToTheirThread) {
   EXPECT_LE(Spans(128), 3 * 10000 * 128 / kUnitSize);
 }
 
-// Whoever frees an object of more than 1 KiB may have it again; when its thread ends, it goes home.
+// Whoever frees an object may have it again; when its thread ends, it goes home.
 TEST_F(ThreadCacheTest, ObjectsOfOthersAreKeptAtHandAndGoHome) {
-  std::set<void*> objects;
-  while (objects.size() < 100) objects.insert(cache_->Allocate(5000));
-  const std::uint64_t spans = Spans(5120);
-  std::thread([&] {
-    AttachedThread other(*heap_);
-    void* own = other->Allocate(5000);  // what a thread never asks for it does not keep
-    const std::vector<void*> some(objects.begin(), std::next(objects.begin(), 10));
-    for (void* p : some) other->Free(p);
-    void* again = other->Allocate(5000);
-    EXPECT_EQ(again, some.back());
-    other->Free(again);
-    for (auto p = std::next(objects.begin(), 10); p != objects.end(); ++p) other->Free(*p);
-    other->Free(own);
-  }).join();
+  for (const std::size_t size : {48, 1000, 5000, 40000}) {
+    const std::size_t object_size = kSizeClasses[ClassOf(size)].size;
+    std::set<void*> objects;
+    while (objects.size() < 100) objects.insert(cache_->Allocate(size));
+    const std::uint64_t spans = Spans(object_size);
+    std::thread([&] {
+      AttachedThread other(*heap_);
+      void* own = other->Allocate(size);  // what a thread never asks for it does not keep
+      const std::vector<void*> some(objects.begin(), std::next(objects.begin(), 5));
+      for (void* p : some) other->Free(p);
+      void* again = other->Allocate(size);
+      EXPECT_EQ(again, some.back());
+      other->Free(again);
+      for (auto p = std::next(objects.begin(), 5); p != objects.end(); ++p) other->Free(*p);
+      other->Free(own);
+    }).join();
+    heap_->CheckInvariants();
+    std::set<void*> all;
+    while (all.size() < 100) EXPECT_TRUE(all.insert(cache_->Allocate(size)).second);
+    EXPECT_LE(Spans(object_size), spans + 1) << size;
+    for (void* p : all) cache_->Free(p);
+  }
+}
+
+// Two threads that hand objects to and fro: after a while nothing goes home, and nobody waits for the other's inbox.
+TEST_F(ThreadCacheTest, WhatGoesToAndFroStaysWithWhoeverFreesIt) {
+  AttachedThread other(*heap_);
+  std::set<void*> seen;
+  const auto round = [&] {
+    void* to[10];
+    void* fro[10];
+    for (int i = 0; i < 10; ++i) {
+      seen.insert(to[i] = cache_->Allocate(200));
+      seen.insert(fro[i] = other->Allocate(200));
+    }
+    for (int i = 0; i < 10; ++i) {
+      other->Free(to[i]);
+      cache_->Free(fro[i]);
+    }
+  };
+  round();
+  const std::size_t objects = seen.size();
+  for (int i = 0; i < 1000; ++i) round();
+  EXPECT_EQ(seen.size(), objects);
   heap_->CheckInvariants();
-  std::set<void*> all;
-  while (all.size() < 100) EXPECT_TRUE(all.insert(cache_->Allocate(5000)).second);
-  EXPECT_LE(Spans(5120), spans + 1);
-  for (void* p : all) cache_->Free(p);
 }
 
 TEST_F(ThreadCacheTest, BatchesOfOtherThreadsAreBounded) {
