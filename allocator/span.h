@@ -55,8 +55,8 @@ class LinkCode {
   FreeObject* end() const { return end_; }
   std::uint64_t Tag(const void* p) const { return AddressOf(p) ^ secret_; }
   bool IsTagged(const void* p) const { return static_cast<const FreeObject*>(p)->tag == Tag(p); }
-  // Takes the tag of `p` away; false, and what was there is lost, if it was another word. So nobody makes an object of
-  // what is none.
+  // Mixes the tag of `p` into what should be the tag: nothing is left then. False if it was another word; so nobody makes
+  // an object of what is none.
   bool TakeTag(FreeObject* p) const {
     std::uint64_t tag = Tag(p);
 #if defined(FREEHOLD_WORKS_IN_MEMORY)

@@ -121,11 +121,13 @@ void ThreadCache::FreeWithoutRoom(Span* span, FreeObject* object) {
   const SizeClass size_class = span->size_class;
   AtHand& at_hand = at_hand_[size_class];
   const std::uint32_t keep = std::exchange(at_hand.full_before, true) ? 0 : at_hand.room / 2;
-  PutBack(size_class, keep);
   if (keep == 0) {
+    PutBack(size_class);
     Close(size_class);
   } else {
-    at_hand.left.Set(at_hand.room - keep);
+    const std::uint32_t back = at_hand.room - keep;
+    PutBack(size_class, keep, back);
+    at_hand.left.Set(back);
   }
   FreeToSpan(span, object);
 }
@@ -138,7 +140,7 @@ void ThreadCache::FreeToSpan(Span* span, FreeObject* object) {
   }
 }
 
-void ThreadCache::PutBack(SizeClass size_class, std::uint32_t keep) {
+void ThreadCache::PutBack(SizeClass size_class, std::uint32_t keep, std::uint32_t most) {
   AtHand& at_hand = at_hand_[size_class];
   FreeObject* last = nullptr;
   FreeObject* object = at_hand.free;
@@ -146,32 +148,34 @@ void ThreadCache::PutBack(SizeClass size_class, std::uint32_t keep) {
     last = object;
     object = NextAtHand(object);
   }
-  if (last == nullptr) {
-    at_hand.free = code_.end();
-  } else {
-    code_.Link(last, code_.end());
-  }
-  while (object != code_.end()) {
+  while (most != 0 && object != code_.end()) {
     Span* span = heap_->SpanOf(object);
     if (span->owner.load(std::memory_order_relaxed) == this) {
-      object = PutRunBack(span, object);
+      object = PutRunBack(span, object, most);
       continue;
     }
     FreeObject* next = NextAtHand(object);
     object->tag = 0;  // RemoteFrees sets it again
     remote_frees_.Add(span, object);
     object = next;
+    --most;
+  }
+  if (last == nullptr) {
+    at_hand.free = object;
+  } else {
+    code_.Link(last, object);
   }
 }
 
-FreeObject* ThreadCache::PutRunBack(Span* span, FreeObject* object) {
+FreeObject* ThreadCache::PutRunBack(Span* span, FreeObject* object, std::uint32_t& most) {
   FreeObject* last = object;
   FreeObject* next = NextAtHand(last);
   std::uint32_t count = 1;
-  for (; next != code_.end() && AddressOf(next) - span->start < span->units * kUnitSize; ++count) {
+  for (; count < most && next != code_.end() && AddressOf(next) - span->start < span->units * kUnitSize; ++count) {
     last = next;
     next = NextAtHand(last);
   }
+  most -= count;
   code_.Link(last, span->free);
   span->free = object;
   const std::uint32_t credits = span->credits.Get();
@@ -186,7 +190,7 @@ FreeObject* ThreadCache::PutRunBack(Span* span, FreeObject* object) {
 void ThreadCache::PutAllBack() {
   if (sampler_ != nullptr) return;
   for (unsigned i = 0; i < kSizeClassCount; ++i) {
-    PutBack(static_cast<SizeClass>(i), 0);
+    PutBack(static_cast<SizeClass>(i));
     Close(static_cast<SizeClass>(i));
   }
 }
@@ -197,7 +201,7 @@ void ThreadCache::PutIdleBack() {
     AtHand& at_hand = at_hand_[i];
     const Seen before = std::exchange(seen_[i], {at_hand.free, at_hand.left.Get()});
     if (at_hand.free == code_.end() || before.free != at_hand.free || before.left != at_hand.left.Get()) continue;
-    PutBack(static_cast<SizeClass>(i), 0);
+    PutBack(static_cast<SizeClass>(i));
     Close(static_cast<SizeClass>(i));
   }
 }

@@ -173,13 +173,14 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   void Close(SizeClass size_class);
   // There is no room for `object`, which is not tagged.
   void FreeWithoutRoom(Span* span, FreeObject* object);
-  // Frees what is at hand to where it belongs, but for the `keep` objects that come first.
-  void PutBack(SizeClass size_class, std::uint32_t keep);
+  // Frees what is at hand to where it belongs: after the first `keep` objects, at most `most`.
+  void PutBack(SizeClass size_class, std::uint32_t keep = 0, std::uint32_t most = ~std::uint32_t{0});
   void PutAllBack();
   // What was not used since the last time.
   void PutIdleBack();
-  // Puts the objects from `object` on that are of one own span in its free list, and returns what follows them.
-  FreeObject* PutRunBack(Span* span, FreeObject* object);
+  // Puts the objects from `object` on that are of the own span `span` in its free list, at most `most`, which it takes
+  // them from. Returns what follows them.
+  FreeObject* PutRunBack(Span* span, FreeObject* object, std::uint32_t& most);
   // Frees `object` to where it belongs. REQUIRES: it is not tagged, as far as can be known without looking at others'.
   void FreeToSpan(Span* span, FreeObject* object);
   // In the child of a fork: what is not free by its tag alone stays.
@@ -320,7 +321,10 @@ inline void* ThreadCache::Pop(AtHand& at_hand) const {
   FreeObject* object = at_hand.free;
   const std::uint64_t distance = code_.Distance(object);
   if (ABSL_PREDICT_FALSE(distance >= reach_)) return nullptr;
-  if (ABSL_PREDICT_FALSE(!code_.TakeTag(object))) return nullptr;
+  if (ABSL_PREDICT_FALSE(!code_.TakeTag(object))) {
+    object->tag ^= code_.Tag(object);  // as it was: whoever tries again finds the same
+    return nullptr;
+  }
   FreeObject* next = reinterpret_cast<FreeObject*>(AddressOf(object) ^ distance);
   at_hand.free = next;
   at_hand.left.CountUp();
