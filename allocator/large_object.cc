@@ -31,7 +31,7 @@ vm::PageRange RangeOf(const Span* span, std::uint32_t first_page, std::uint32_t 
 void LargeObjects::ForEachMetric(vm::MetricVisitor visit, void* context) const {
   using Kind = vm::Metric::Kind;
   visit(context, {.name = "heap_large_objects",
-                  .help = "Objects that are ranges of pages: all above 128 KiB.",
+                  .help = "Objects that are ranges of pages: all above 128 KiB, and those that grow.",
                   .kind = Kind::kGauge,
                   .first = &count_});
   visit(context, {.name = "heap_large_bytes",
