@@ -106,13 +106,15 @@ class ProgramsTest(unittest.TestCase):
         self.assertEqual(self.programs("--scale=0").returncode, 2)
 
     def test_result_that_cannot_be_written(self):
-        self.fails("no/file.json: No such file", "--table", self.write(a_round(0)), f"--out={self.path('no/file.json')}")
+        out = self.path("no/file.json")
+        self.fails("no/file.json: No such file", "--table", self.write(a_round(0)), f"--out={out}")
 
     def test_programs_that_fail(self):
         module = load()
         allocator = module.Allocator("glibc", "libc.so.6", {})
         with self.assertRaisesRegex(module.ProgramError, "exit status 1: .*no such table"):
-            module.Command("sqlite3", ["-bail", ":memory:", "SELECT * FROM absent"]).measure(allocator, self.folder.name)
+            absent = module.Command("sqlite3", ["-bail", ":memory:", "SELECT * FROM absent"])
+            absent.measure(allocator, self.folder.name)
         with self.assertRaisesRegex(module.ProgramError, "absent-program: not found"):
             module.Command("absent-program", []).measure(allocator, self.folder.name)
         with self.assertRaisesRegex(module.ProgramError, "prints something else"):
