@@ -44,7 +44,7 @@ struct CacheStats {
   std::uint64_t spans = 0;
   vm::Bytes capacity = {0};   // of the spans' objects
   vm::Bytes allocated = {0};  // see HeapStats::allocated
-  vm::Bytes at_hand = {0};    // in objects of any span that its thread freed and keeps; counted as held
+  vm::Bytes at_hand = {0};    // at most, in objects of any span that its thread freed and keeps; counted as held
 };
 
 // Where a reader outside the process finds what its heap counts by size and by thread. Addresses and sizes are the
@@ -53,14 +53,14 @@ struct HeapLocation {
   std::uint64_t caches = 0;       // the first; 0: there is no heap
   std::uint64_t cache_bytes = 0;  // from one to the next
   std::uint64_t cache_count = 0;  // address of a number of 32 bits
-  // From the start of a cache: a byte, 0 if it is attached; a number of 32 bits; counts of objects at hand, of 32 bits
-  // each, every `hot_bytes`, of `hot_classes` size classes from `first_hot_class` on.
+  // From the start of a cache: a byte, 0 if it is attached; a number of 32 bits; by size class, `at_hand_bytes` each, what
+  // tells of objects at hand: for how many there is room (16 bits), and how many more may come (32), from its start.
   std::uint64_t detached = 0;
   std::uint64_t thread = 0;
-  std::uint64_t hot = 0;
-  std::uint64_t hot_bytes = 0;
-  std::uint64_t hot_classes = 0;
-  std::uint64_t first_hot_class = 0;
+  std::uint64_t at_hand = 0;
+  std::uint64_t at_hand_bytes = 0;
+  std::uint64_t at_hand_room = 0;
+  std::uint64_t at_hand_left = 0;
   // The records of spans, in steps of `step_bytes` of which the bit in the words at `writable` says whether it may hold
   // any: from first_step on, counted from `records`.
   std::uint64_t records = 0;

@@ -171,8 +171,14 @@ class ObjectHeap {
     return metadata_.spans().At(AddressOf(p) - std::size_t{span->units} * kUnitSize);
   }
   // Whether `p` is the start of an object of `span`, a span of objects, that was made.
-  static bool IsObject(Span* span, const void* p) {
-    return (AddressOf(p) - span->start) * span->reciprocal < span->ReadLimit();
+  static bool IsObject(const Span* span, const void* p) {
+    if (ABSL_PREDICT_TRUE(span->HasObjectAt(p))) return true;
+    // Of a suspect span, the limit is 0. It may become one, and be one no more, while this looks: each writes first what
+    // is read last here.
+    std::atomic_thread_fence(std::memory_order_acquire);
+    if (ABSL_PREDICT_TRUE(span->kind.load(std::memory_order_acquire) != SpanKind::kSuspect)) return span->HasObjectAt(p);
+    return (AddressOf(p) - span->start) * span->reciprocal <
+           span->carved.Get() * kSizeClasses[span->size_class].excess;
   }
   // The record of the span of objects whose object `p` is, if it is one, not suspect and not free; else null.
   static Span* ObjectSpan(const SpanTable& spans, const LinkCode& code, const void* p) {

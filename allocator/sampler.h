@@ -23,7 +23,6 @@
 #include <utility>
 
 #include "allocator/size_class.h"
-#include "allocator/span.h"
 #include "vm/units.h"
 
 namespace freehold::allocator {
@@ -38,9 +37,6 @@ class Sampler {
   Sampler(const Intervals& intervals, std::uint64_t seed);
   Sampler(const Sampler&) = delete;
   Sampler& operator=(const Sampler&) = delete;
-
-  // Stands in for a span in the fast path: only its free list means anything.
-  Span& front(SizeClass size_class) { return fronts_[size_class]; }
 
   // What an object is a sample for.
   struct Due {
@@ -84,7 +80,6 @@ class Sampler {
   bool entered_ = false;
   Process profile_;
   Process guard_;
-  std::array<Span, kSizeClassCount> fronts_;
 };
 
 }  // namespace freehold::allocator

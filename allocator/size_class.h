@@ -22,7 +22,7 @@ inline constexpr std::size_t kUnitSize = std::size_t{1} << kUnitShift;
 
 inline constexpr std::size_t kMinAlignment = 16;
 // Requests up to this size find their class in a table indexed by size.
-inline constexpr std::size_t kMaxDirectSize = 1024;
+inline constexpr std::size_t kMaxDirectSize = std::size_t{16} << 10;
 // Larger ones are large objects, which are ranges of pages.
 inline constexpr std::size_t kMaxClassSize = std::size_t{128} << 10;
 

@@ -27,6 +27,10 @@
 #include "allocator/size_class.h"
 #include "vm/units.h"
 
+#if defined(__x86_64__) && !defined(__SANITIZE_THREAD__) && !defined(FREEHOLD_TSAN)
+#define FREEHOLD_WORKS_IN_MEMORY
+#endif
+
 namespace freehold::allocator {
 
 class ThreadCache;
@@ -51,6 +55,19 @@ class LinkCode {
   FreeObject* end() const { return end_; }
   std::uint64_t Tag(const void* p) const { return AddressOf(p) ^ secret_; }
   bool IsTagged(const void* p) const { return static_cast<const FreeObject*>(p)->tag == Tag(p); }
+  // Takes the tag of `p` away; false, and what was there is lost, if it was another word. So nobody makes an object of
+  // what is none.
+  bool TakeTag(FreeObject* p) const {
+    std::uint64_t tag = Tag(p);
+#if defined(FREEHOLD_WORKS_IN_MEMORY)
+    // One instruction to take it away and to compare.
+    bool other;
+    asm("xorq %2, %0" : "+m"(p->tag), "=@ccnz"(other) : "r"(tag));
+    return !other;
+#else
+    return (p->tag ^= tag) == 0;
+#endif
+  }
   // The object that follows `p`. The next allocation waits for this: one step after the link is there. The exclusive
   // or of both addresses is the distance between them, which for end() is huge.
   FreeObject* Next(const FreeObject* p) const {
@@ -83,15 +100,32 @@ class OwnerCounter {
   void Subtract(std::uint32_t n) { Set(Get() - n); }
   // Takes one; whether none is left.
   bool CountDown() {
-#if defined(__x86_64__) && !defined(__SANITIZE_THREAD__) && !defined(FREEHOLD_TSAN)
+#if defined(FREEHOLD_WORKS_IN_MEMORY)
     // One instruction, which a compiler would not make of a relaxed load and a relaxed store.
     bool zero;
     asm volatile("subl $1, %0" : "+m"(value_), "=@ccz"(zero));
     return zero;
 #else
-    const std::uint32_t value = Get() - 1;
-    Set(value);
-    return value == 0;
+    Set(Get() - 1);
+    return Get() == 0;
+#endif
+  }
+  // Takes one; whether there was none: then it is negative, as a signed number.
+  bool CountBelowZero() {
+#if defined(FREEHOLD_WORKS_IN_MEMORY)
+    bool negative;
+    asm volatile("subl $1, %0" : "+m"(value_), "=@ccs"(negative));
+    return negative;
+#else
+    Set(Get() - 1);
+    return static_cast<std::int32_t>(Get()) < 0;
+#endif
+  }
+  void CountUp() {
+#if defined(FREEHOLD_WORKS_IN_MEMORY)
+    asm volatile("addl $1, %0" : "+m"(value_));
+#else
+    Add(1);
 #endif
   }
 
@@ -126,14 +160,16 @@ struct alignas(vm::kCacheLineSize) Span {
   // kObjects: constant while the span lasts.
   std::uintptr_t start = 0;      // of every kind of span
   std::uint64_t reciprocal = 0;  // SizeClassInfo::reciprocal
+  // carved * SizeClassInfo::excess, and 0 unless kObjects: nothing else is an object to the fast path. The owner's; read
+  // by everybody.
+  std::atomic<std::uint64_t> limit{0};
   // kObjects: the owner's.
-  std::uint64_t limit = 0;     // carved * SizeClassInfo::excess. Others read it by ReadLimit.
   union {
     FreeObject* free = nullptr;  // kObjects: never null: LinkCode::end() when there is none
     AllocationSite* site;        // kRun, kMapped: if the object is a sample of the heap profile; else null
   };
   OwnerCounter credits;        // frees until an event, see ThreadCache::HandleEvent
-  std::uint32_t carved = 0;    // objects made
+  OwnerCounter carved;         // objects made
 
   union {
     struct {
@@ -151,11 +187,12 @@ struct alignas(vm::kCacheLineSize) Span {
   SpanState state = SpanState::kCurrent;
   bool clean = false;  // what is not carved reads as zero
 
-  void SetLimit(std::uint64_t value) {
-    std::atomic_ref<std::uint64_t>(limit).store(value, std::memory_order_relaxed);
+  // Release: see ObjectHeap::IsObject.
+  void SetLimit(std::uint64_t value) { limit.store(value, std::memory_order_release); }
+  // Whether `p` is the start of an object that was made: of all that were when the caller was given `p`.
+  bool HasObjectAt(const void* p) const {
+    return (AddressOf(p) - start) * reciprocal < limit.load(std::memory_order_relaxed);
   }
-  // At least what it was when an object that the caller holds was handed out.
-  std::uint64_t ReadLimit() { return std::atomic_ref<std::uint64_t>(limit).load(std::memory_order_relaxed); }
 };
 static_assert(sizeof(Span) == vm::kCacheLineSize);
 

@@ -38,9 +38,13 @@ ThreadCache::ThreadCache(ObjectHeap& heap, std::uint32_t id, Sampler* sampler)
       inbox_(heap.code_.end()) {
   none_.free = code_.end();
   none_.credits.Set(kNoEvent);
-  none_.carved = kSizeClasses[0].capacity;  // of class 0: nothing to carve
-  direct_.fill(&none_);
-  for (Bin& bin : bins_) bin.current = bin.source = &none_;
+  none_.carved.Set(kSizeClasses[0].capacity);  // of class 0: nothing to carve
+  for (std::size_t i = 0; i < kDirectCount; ++i) classes_[i] = ClassOf(i * kMinAlignment);
+  for (Bin& bin : bins_) bin.current = &none_;
+  for (AtHand& at_hand : at_hand_) {
+    at_hand.free = code_.end();
+    at_hand.left.Set(kClosed);
+  }
 }
 
 // Fork: PrepareFork closes the gate (IsForking), then takes and releases each cache's lock, so that whoever
@@ -58,139 +62,188 @@ auto ThreadCache::InSlowPath(Work work) {
 
 // ---- allocation ----
 
-// Every failure of Pop, told apart: no free object, the last one, and a link that the program overwrote.
-void* ThreadCache::PopAny(Span* source, const Span* span) const {
-  FreeObject* object = source->free;
+void* ThreadCache::PopCurrent(SizeClass size_class) {
+  Span* span = bins_[size_class].current;
+  FreeObject* object = span->free;
   if (object == code_.end()) return nullptr;
-  source->free = NextIn(span, object);
+  FreeObject* next = NextIn(span, object);
   object->tag = 0;
+  if (ABSL_PREDICT_TRUE(sampler_ == nullptr)) {
+    at_hand_[size_class].free = next;
+    __builtin_prefetch(next);
+    next = code_.end();
+  }
+  span->free = next;
   return object;
 }
 
-FreeObject* ThreadCache::NextIn(const Span* span, const FreeObject* object) const {
+FreeObject* ThreadCache::NextAtHand(const FreeObject* object) const {
   FreeObject* next = code_.Next(object);
-  const bool next_is_fine = next == code_.end() || IsObject(span, next);
+  const bool next_is_fine = next == code_.end() || heap_->Owns(next);
   if (ABSL_PREDICT_FALSE(!code_.IsTagged(object) || !next_is_fine)) heap_->StopOnCorruption(object);
   return next;
 }
 
-inline void* ThreadCache::PopHot(SizeClass size_class) {
-  HotObjects& hot = hot_[size_class - kFirstHotClass];
-  hot.asked = true;
-  const std::uint32_t count = hot.count.Get();
-  if (count == 0) {
-    if (ABSL_PREDICT_FALSE(hot.room == 0)) OpenHot(size_class);
-    return nullptr;
+FreeObject* ThreadCache::NextIn(const Span* span, const FreeObject* object) const {
+  FreeObject* next = code_.Next(object);
+  const bool next_is_fine = next == code_.end() || span->HasObjectAt(next);
+  if (ABSL_PREDICT_FALSE(!code_.IsTagged(object) || !next_is_fine)) heap_->StopOnCorruption(object);
+  return next;
+}
+
+// ---- at hand ----
+
+void ThreadCache::Open(SizeClass size_class) {
+  AtHand& at_hand = at_hand_[size_class];
+  const bool looks_at_frees = sampler_ != nullptr || heap_->samples_ != nullptr || heap_->HasSuspects();
+  if (at_hand.room == 0 && !looks_at_frees) {
+    const std::uint32_t size = kSizeClasses[size_class].size;
+    at_hand.room =
+        static_cast<std::uint16_t>(std::min(MostRoom(size_class), (kMaxAllRoomBytes - room_bytes_) / size));
+    room_bytes_ += at_hand.room * size;
   }
-  hot.count.Set(count - 1);
-  FreeObject* object = hot.objects[count - 1];
-  if (ABSL_PREDICT_FALSE(!code_.IsTagged(object))) heap_->StopOnCorruption(object);
-  object->tag = 0;
-  return object;
+  at_hand.left.Set(at_hand.room == 0 ? kClosed : at_hand.room);
+  at_hand.full_before = false;
 }
 
-// REQUIRES: `object` is not tagged.
-void ThreadCache::PushHot(Span* span, FreeObject* object) {
-  // An object of a suspect span is free by its tag alone: RebuildLocked would hand it out a second time. Other caches'
-  // spans are not suspect here (FreeOther).
-  // A profile counts what comes from spans.
-  if (ABSL_PREDICT_FALSE(span->kind.load(std::memory_order_relaxed) != SpanKind::kObjects || sampler_ != nullptr)) {
-    if (Push(span, object)) HandleEvent(span);
-    return;
+void ThreadCache::Close(SizeClass size_class) {
+  AtHand& at_hand = at_hand_[size_class];
+  room_bytes_ -= at_hand.room * kSizeClasses[size_class].size;
+  at_hand.room = 0;
+  at_hand.left.Set(kClosed);
+}
+
+// What is asked for now and then keeps a part, but what has not been empty since it was full is only freed to.
+void ThreadCache::FreeWithoutRoom(Span* span, FreeObject* object) {
+  const SizeClass size_class = span->size_class;
+  AtHand& at_hand = at_hand_[size_class];
+  const std::uint32_t keep = std::exchange(at_hand.full_before, true) ? 0 : at_hand.room / 2;
+  PutBack(size_class, keep);
+  if (keep == 0) {
+    Close(size_class);
+  } else {
+    at_hand.left.Set(at_hand.room - keep);
   }
-  HotObjects& hot = hot_[span->size_class - kFirstHotClass];
-  const std::uint32_t count = hot.count.Get();
-  if (ABSL_PREDICT_FALSE(count == hot.room)) return PushHotFull(hot, span, object);
-  object->tag = code_.Tag(object);
-  hot.objects[count] = object;
-  hot.count.Set(count + 1);
+  FreeToSpan(span, object);
 }
 
-void ThreadCache::PushHotFull(HotObjects& hot, Span* span, FreeObject* object) {
-  if (hot.room == 0) return FreeCold(span, object);
-  if (!std::exchange(hot.asked, false)) {
-    CoolDown(hot, hot.count.Get());
-    CloseHot(span->size_class);
-    return FreeCold(span, object);
-  }
-  CoolDown(hot, (hot.count.Get() + 1) / 2);
-  object->tag = code_.Tag(object);
-  hot.objects[hot.count.Get()] = object;
-  hot.count.Add(1);
-}
-
-void ThreadCache::OpenHot(SizeClass size_class) {
-  const std::uint32_t size = kSizeClasses[size_class].size;
-  const std::uint32_t left = kMaxAllHotBytes - hot_room_bytes_;
-  if (left < size) return;
-  HotObjects& hot = hot_[size_class - kFirstHotClass];
-  hot.room = std::min<std::uint32_t>(kHotCapacity[size_class - kFirstHotClass], left / size);
-  hot_room_bytes_ += hot.room * size;
-}
-
-void ThreadCache::CloseHot(SizeClass size_class) {
-  HotObjects& hot = hot_[size_class - kFirstHotClass];
-  hot_room_bytes_ -= hot.room * kSizeClasses[size_class].size;
-  hot.room = 0;
-}
-
-void ThreadCache::FreeCold(Span* span, FreeObject* object) {
+void ThreadCache::FreeToSpan(Span* span, FreeObject* object) {
   if (span->owner.load(std::memory_order_relaxed) == this) {
-    if (Push(span, object)) HandleEvent(span);
+    if (Push(span, object)) HandleEvent(span, 0);
   } else {
     remote_frees_.Add(span, object);
   }
 }
 
-void ThreadCache::CoolDown(HotObjects& hot, std::uint32_t count) {
-  for (std::uint32_t i = 0; i < count; ++i) {
-    FreeObject* object = hot.objects[i];
-    if (ABSL_PREDICT_FALSE(!code_.IsTagged(object))) heap_->StopOnCorruption(object);
-    object->tag = 0;  // Push and RemoteFrees set it again
-    FreeCold(heap_->SpanOf(object), object);
+void ThreadCache::PutBack(SizeClass size_class, std::uint32_t keep) {
+  AtHand& at_hand = at_hand_[size_class];
+  FreeObject* last = nullptr;
+  FreeObject* object = at_hand.free;
+  for (; keep != 0 && object != code_.end(); --keep) {
+    last = object;
+    object = NextAtHand(object);
   }
-  std::copy(hot.objects.begin() + count, hot.objects.begin() + hot.count.Get(), hot.objects.begin());
-  hot.count.Subtract(count);
-}
-
-// What was not asked for since the last time makes room for other classes.
-void ThreadCache::CoolDownAll() {
-  for (unsigned i = 0; i < kHotClasses; ++i) {
-    CoolDown(hot_[i], hot_[i].count.Get());
-    if (!std::exchange(hot_[i].asked, false)) CloseHot(static_cast<SizeClass>(kFirstHotClass + i));
+  if (last == nullptr) {
+    at_hand.free = code_.end();
+  } else {
+    code_.Link(last, code_.end());
+  }
+  while (object != code_.end()) {
+    Span* span = heap_->SpanOf(object);
+    if (span->owner.load(std::memory_order_relaxed) == this) {
+      object = PutRunBack(span, object);
+      continue;
+    }
+    FreeObject* next = NextAtHand(object);
+    object->tag = 0;  // RemoteFrees sets it again
+    remote_frees_.Add(span, object);
+    object = next;
   }
 }
 
-void* ThreadCache::AllocateAboveDirect(std::size_t size) {
-  if (size > kMaxClassSize) return AllocateLarge({.size = size});
-  return AllocateClass(ClassOf(size), size, kMinAlignment);
-}
-
-// Inlined, and the slow path's arguments in registers: what they are for costs the fast path nothing.
-ABSL_ATTRIBUTE_ALWAYS_INLINE inline void* ThreadCache::AllocateClass(SizeClass size_class, std::size_t size,
-                                                                     std::size_t alignment) {
-  if (size_class >= kFirstHotClass) {
-    if (void* object = PopHot(size_class)) return object;
+FreeObject* ThreadCache::PutRunBack(Span* span, FreeObject* object) {
+  FreeObject* last = object;
+  FreeObject* next = NextAtHand(last);
+  std::uint32_t count = 1;
+  for (; next != code_.end() && AddressOf(next) - span->start < span->units * kUnitSize; ++count) {
+    last = next;
+    next = NextAtHand(last);
   }
-  void* object = Pop(bins_[size_class].source, kChunkReach);
-  return ABSL_PREDICT_TRUE(object != nullptr) ? object : AllocateClassSlow(size_class, size, alignment);
+  code_.Link(last, span->free);
+  span->free = object;
+  const std::uint32_t credits = span->credits.Get();
+  if (credits > count) {
+    span->credits.Set(credits - count);
+  } else {
+    HandleEvent(span, count - credits);
+  }
+  return next;
 }
 
-void* ThreadCache::AllocateSlow(std::size_t size) { return AllocateClassSlow(ClassOf(size), size, kMinAlignment); }
+void ThreadCache::PutAllBack() {
+  if (sampler_ != nullptr) return;
+  for (unsigned i = 0; i < kSizeClassCount; ++i) {
+    PutBack(static_cast<SizeClass>(i), 0);
+    Close(static_cast<SizeClass>(i));
+  }
+}
 
-void* ThreadCache::AllocateClassSlow(SizeClass size_class, std::size_t size, std::size_t alignment) {
+void ThreadCache::PutIdleBack() {
+  if (sampler_ != nullptr) return;
+  for (unsigned i = 0; i < kSizeClassCount; ++i) {
+    AtHand& at_hand = at_hand_[i];
+    const Seen before = std::exchange(seen_[i], {at_hand.free, at_hand.left.Get()});
+    if (at_hand.free == code_.end() || before.free != at_hand.free || before.left != at_hand.left.Get()) continue;
+    PutBack(static_cast<SizeClass>(i), 0);
+    Close(static_cast<SizeClass>(i));
+  }
+}
+
+void ThreadCache::KeepOwnAtHand() {
+  if (sampler_ != nullptr) return;
+  for (unsigned i = 0; i < kSizeClassCount; ++i) {
+    AtHand& at_hand = at_hand_[i];
+    FreeObject* object = std::exchange(at_hand.free, code_.end());
+    while (object != code_.end()) {
+      FreeObject* next = NextAtHand(object);
+      if (heap_->SpanOf(object)->owner.load(std::memory_order_relaxed) == this) {
+        code_.Link(object, at_hand.free);
+        at_hand.free = object;
+      }
+      object = next;
+    }
+    Close(static_cast<SizeClass>(i));
+  }
+}
+
+inline void* ThreadCache::AllocateClass(SizeClass size_class, std::size_t size, std::size_t alignment) {
+  void* object = Pop(at_hand_[size_class]);
+  if (ABSL_PREDICT_TRUE(object != nullptr)) return object;
   ClassRequest request{.size_class = size_class, .size = size, .alignment = alignment};
   return AllocateClassSlow(request);
 }
 
+void* ThreadCache::AllocateSlow(std::size_t size) {
+  if (size > kMaxClassSize) return AllocateLarge({.size = size});
+  if (size > kMaxDirectSize) return AllocateClass(ClassOf(size), size, kMinAlignment);
+  ClassRequest request{.size_class = ClassOf(size), .size = size};
+  return AllocateClassSlow(request);
+}
+
+// REQUIRES: Pop found nothing.
 void* ThreadCache::AllocateClassSlow(ClassRequest& request) {
-  Bin& bin = bins_[request.size_class];
+  const SizeClass size_class = request.size_class;
+  AtHand& at_hand = at_hand_[size_class];
+  if (ABSL_PREDICT_FALSE(at_hand.free != code_.end())) heap_->StopOnCorruption(at_hand.free);
+  Open(size_class);
   for (unsigned attempt = 0;; ++attempt) {
-    if (void* object = PopAny(bin.source, bin.current)) return object;
+    if (ABSL_PREDICT_TRUE(sampler_ == nullptr)) {
+      if (void* object = PopCurrent(size_class)) return object;
+    }
     if (++slow_paths_ % kMaintenancePeriod == 0) Maintain();
     void* object = ABSL_PREDICT_TRUE(sampler_ == nullptr) ? AllocateFromSpans(request) : AllocateCounted(request);
     if (ABSL_PREDICT_TRUE(object != nullptr)) return object;
-    const std::size_t bytes = kSizeClasses[request.size_class].units * kUnitSize;
+    const std::size_t bytes = kSizeClasses[size_class].units * kUnitSize;
     if (!heap_->MakeRoom(bytes, attempt)) return nullptr;
   }
 }
@@ -213,10 +266,10 @@ void* ThreadCache::RefillLocked(ClassRequest& request) {
   Bin& bin = bins_[request.size_class];
   if (inbox_.load(std::memory_order_relaxed) != code_.end()) {
     DrainLocked();
-    if (void* object = PopAny(bin.current, bin.current)) return object;
+    if (void* object = PopCurrent(request.size_class)) return object;
   }
   if (!FindSpanLocked(request.size_class)) return nullptr;
-  if (void* object = PopAny(bin.current, bin.current)) return object;
+  if (void* object = PopCurrent(request.size_class)) return object;
   return PopCarved(bin.current, request);
 }
 
@@ -234,7 +287,7 @@ bool ThreadCache::FindSpanLocked(SizeClass size_class) {
   }
   if (span == nullptr) span = NewSpanLocked(size_class);
   if (span == nullptr) return false;
-  if (bin.current != &none_) RetireCurrentLocked(size_class, bin.current->carved);
+  if (bin.current != &none_) RetireCurrentLocked(size_class, bin.current->carved.Get());
   SetCurrentLocked(size_class, span);
   return true;
 }
@@ -267,7 +320,7 @@ Span* ThreadCache::NewSpanLocked(SizeClass size_class) {
   span->reciprocal = info.reciprocal;
   span->SetLimit(0);
   span->free = code_.end();
-  span->carved = 0;
+  span->carved.Set(0);
   span->units = info.units;
   span->size_class = size_class;
   span->clean = run.clean;
@@ -282,7 +335,7 @@ Span* ThreadCache::NewSpanLocked(SizeClass size_class) {
 void* ThreadCache::PopCarved(Span* span, ClassRequest& request) {
   request.zero = span->clean;
   const SizeClassInfo& info = InfoOf(span);
-  const std::uint32_t first = span->carved;
+  const std::uint32_t first = span->carved.Get();
   // The more objects of a span are in use, the more are made at a time.
   const std::uint32_t wanted = std::clamp(first, info.carve, kMaxCarves * info.carve);
   const std::uint32_t end = std::min(first + wanted, info.capacity);
@@ -296,22 +349,20 @@ void* ThreadCache::PopCarved(Span* span, ClassRequest& request) {
     object = next;
   }
   code_.Link(object, code_.end());
-  span->carved = end;
+  span->carved.Set(end);
   span->SetLimit(end * info.excess);
   bins_[span->size_class].held.Add(end - first);
-  return PopAny(span, span);
+  return PopCurrent(span->size_class);
 }
 
 void* ThreadCache::AllocateZeroed(std::size_t size) {
   if (size > kMaxClassSize) return AllocateLarge({.size = size, .zeroed = true});
-  if (size <= kMaxDirectSize) {
+  if (size <= kMaxAlwaysZeroed) {
     void* object = Allocate(size);
     return object == nullptr ? nullptr : std::memset(object, 0, size);
   }
-  const SizeClass size_class = ClassOf(size);
-  ClassRequest request{.size_class = size_class, .size = size};
-  void* object = PopHot(size_class);
-  if (object == nullptr) object = Pop(bins_[size_class].source, kChunkReach);
+  ClassRequest request{.size_class = ClassOf(size), .size = size};
+  void* object = Pop(at_hand_[request.size_class]);
   if (object == nullptr) object = AllocateClassSlow(request);
   return object == nullptr ? nullptr : std::memset(object, 0, request.zero ? kMinAlignment : size);
 }
@@ -374,7 +425,7 @@ void* ThreadCache::AllocateCounted(ClassRequest& request) {
     sampler_->Leave();
     if (sample != nullptr) return sample;
   }
-  void* object = PopAny(bin.current, bin.current);
+  void* object = PopCurrent(size_class);
   if (object == nullptr) object = AllocateFromSpans(request);
   if (object == nullptr) return nullptr;
   bin.current->credits.Add(1);
@@ -385,8 +436,8 @@ void* ThreadCache::AllocateCounted(ClassRequest& request) {
 // REQUIRES: the front is empty.
 void ThreadCache::FillFront(SizeClass size_class) {
   Span* span = bins_[size_class].current;
-  Span& front = sampler_->front(size_class);
-  const std::uint32_t free = span->carved - (span->credits.Get() - kNoEvent);
+  AtHand& front = at_hand_[size_class];
+  const std::uint32_t free = span->carved.Get() - (span->credits.Get() - kNoEvent);
   const std::uint32_t count = sampler_->CountUpTo(size_class, free);
   if (count == 0) return;
   front.free = span->free;
@@ -404,7 +455,7 @@ void ThreadCache::FillFront(SizeClass size_class) {
 void ThreadCache::EmptyFrontLocked(SizeClass size_class) {
   Span* span = bins_[size_class].current;
   if (span == &none_) return;
-  FreeObject*& front = sampler_->front(size_class).free;
+  FreeObject*& front = at_hand_[size_class].free;
   std::uint32_t count = 0;
   FreeObject* last = nullptr;
   for (FreeObject* object = front; object != code_.end(); object = NextIn(span, object)) {
@@ -429,7 +480,7 @@ void ThreadCache::CountLarge(Span* span) {
 
 unsigned ThreadCache::Home() const { return heap_->space_.kernel().CurrentCpu(); }
 
-bool ThreadCache::IsCarved(const Span* span) { return span->carved == InfoOf(span).capacity; }
+bool ThreadCache::IsCarved(const Span* span) { return span->carved.Get() == InfoOf(span).capacity; }
 
 void ThreadCache::PlaceLocked(Span* span, std::uint32_t used) {
   Bin& bin = bins_[span->size_class];
@@ -447,28 +498,18 @@ void ThreadCache::PlaceLocked(Span* span, std::uint32_t used) {
 void ThreadCache::SetCurrentLocked(SizeClass size_class, Span* span) {
   Bin& bin = bins_[size_class];
   bin.current = span;
-  bin.source = span;
   bin.credits_seen = 0;
-  if (span != &none_) {
-    span->state = SpanState::kCurrent;
-    span->credits.Set(kNoEvent);
-    bin.held.Add(span->carved);
-    if (ABSL_PREDICT_FALSE(sampler_ != nullptr)) {
-      span->credits.Add(span->carved - CountFree(span));
-      bin.source = &sampler_->front(size_class);
-      bin.source->free = code_.end();
-    }
-  }
-  const std::size_t size = kSizeClasses[size_class].size;
-  if (size > kMaxDirectSize) return;
-  const std::size_t below = size_class == 0 ? 0 : kSizeClasses[size_class - 1].size + kMinAlignment;
-  for (std::size_t i = below / kMinAlignment; i <= size / kMinAlignment; ++i) direct_[i] = bin.source;
+  if (span == &none_) return;
+  span->state = SpanState::kCurrent;
+  span->credits.Set(kNoEvent);
+  bin.held.Add(span->carved.Get());
+  if (ABSL_PREDICT_FALSE(sampler_ != nullptr)) span->credits.Add(span->carved.Get() - CountFree(span));
 }
 
 void ThreadCache::RetireCurrentLocked(SizeClass size_class, std::uint32_t used) {
   Bin& bin = bins_[size_class];
   Span* span = bin.current;
-  bin.held.Subtract(span->carved);
+  bin.held.Subtract(span->carved.Get());
   SetCurrentLocked(size_class, &none_);
   PlaceLocked(span, used);
 }
@@ -476,6 +517,7 @@ void ThreadCache::RetireCurrentLocked(SizeClass size_class, std::uint32_t used) 
 // Spans of one unit are kept at hand: a class that comes empty and is needed again takes no shared lock.
 void ThreadCache::ReleaseLocked(Span* span) {
   --bins_[span->size_class].spans;
+  span->SetLimit(0);
   span->owner.store(nullptr, std::memory_order_relaxed);
   span->kind.store(SpanKind::kNone, std::memory_order_relaxed);
   const bool keep = span->units == 1 && stash_size_ < kStash &&
@@ -494,18 +536,19 @@ void ThreadCache::EmptyStashLocked() {
 // Of what the span's thread wrote without a lock, `carved` and the tags count. It may have been stopped before it wrote
 // the limit of what it had carved, and what is not carved it may have used.
 std::uint32_t ThreadCache::RebuildLocked(Span* span) {
-  std::uint32_t used = span->carved;
+  std::uint32_t used = span->carved.Get();
   span->SetLimit(used * InfoOf(span).excess);
   span->clean = false;
   span->free = code_.end();
-  for (std::uint32_t i = span->carved; i > 0; --i) {
+  for (std::uint32_t i = span->carved.Get(); i > 0; --i) {
     FreeObject* object = ObjectAt(span, i - 1);
     if (!code_.IsTagged(object)) continue;
     code_.Link(object, span->free);
     span->free = object;
     --used;
   }
-  span->kind.store(SpanKind::kObjects, std::memory_order_relaxed);
+  // Pairs with the acquire in ObjectHeap::IsObject.
+  span->kind.store(SpanKind::kObjects, std::memory_order_release);
   return used;
 }
 
@@ -523,10 +566,10 @@ void ThreadCache::RemoveLocked(SpanList& list, Span* span) {
   (span->next == 0 ? list.last : spans_.Named(span->next)->previous) = span->previous;
 }
 
-void ThreadCache::HandleEvent(Span* span) {
+void ThreadCache::HandleEvent(Span* span, std::uint32_t beyond) {
   InSlowPath([&] {
     lock_.AssertHeld();
-    HandleEventLocked(span, 0);
+    HandleEventLocked(span, beyond);
   });
 }
 
@@ -537,8 +580,8 @@ void ThreadCache::HandleEventLocked(Span* span, std::uint32_t beyond) {
       span->credits.Set(kNoEvent);
       break;
     case SpanState::kFull:
-      bin.held.Subtract(span->carved);
-      PlaceLocked(span, span->carved - InfoOf(span).wake - beyond);
+      bin.held.Subtract(span->carved.Get());
+      PlaceLocked(span, span->carved.Get() - InfoOf(span).wake - beyond);
       break;
     case SpanState::kAvailable:
       RemoveLocked(bin.available, span);
@@ -551,19 +594,37 @@ void ThreadCache::HandleEventLocked(Span* span, std::uint32_t beyond) {
 
 // ---- other threads ----
 
-// Whatever is not an own object that is found by its span's first unit.
-void ThreadCache::FreeSlow(void* p) {
-  Span* span = heap_->SpanOf(p);
-  const ThreadCache* owner = span->owner.load(std::memory_order_relaxed);
-  if (ABSL_PREDICT_TRUE(owner != nullptr && heap_->IsObject(span, p) && !heap_->HasSuspects())) {
-    // The profile frees its samples through their cache.
-    if (owner != this && ABSL_PREDICT_FALSE(owner == heap_->samples_)) return heap_->profile_->Free(span, p);
-    if (owner != this) return FreeOther(span, static_cast<FreeObject*>(p));
-    if (IsHot(span) && !code_.IsTagged(p)) return PushHot(span, static_cast<FreeObject*>(p));
+// Of a closed class, as in a program that frees what it has allocated at once, this is the usual way.
+void ThreadCache::FreeFull(Span* span, void* p) {
+  AtHand& at_hand = at_hand_[span->size_class];
+  if (ABSL_PREDICT_FALSE(at_hand.room != 0) ||
+      ABSL_PREDICT_FALSE(span->owner.load(std::memory_order_relaxed) != this)) {
+    return FreeFullOrOther(span, p);
   }
-  FreeChecked(p);
+  if (ABSL_PREDICT_FALSE(code_.IsTagged(p))) return FreeChecked(p);
+  at_hand.left.Set(kClosed);
+  if (ABSL_PREDICT_FALSE(Push(span, static_cast<FreeObject*>(p)))) HandleEvent(span, 0);
 }
 
+void ThreadCache::FreeFullOrOther(Span* span, void* p) {
+  AtHand& at_hand = at_hand_[span->size_class];
+  const bool is_own = span->owner.load(std::memory_order_relaxed) == this;
+  at_hand.left.Set(at_hand.room == 0 ? kClosed : 0);
+  if (ABSL_PREDICT_FALSE(!is_own && (heap_->HasSuspects() || heap_->IsSample(span)))) return FreeChecked(p);
+  auto* object = static_cast<FreeObject*>(p);
+  // Whether it is tagged is looked at later: it is likely to be in another core's cache.
+  if (at_hand.room == 0) return remote_frees_.Add(span, object);
+  if (ABSL_PREDICT_FALSE(code_.IsTagged(object))) heap_->StopOnDoubleFree("free", object, span);
+  FreeWithoutRoom(span, object);
+}
+
+// Whatever is no object that is found by its span's first unit.
+void ThreadCache::FreeSlow(void* p) {
+  Span* span = heap_->SpanOf(p);
+  span->HasObjectAt(p) ? FreeObjectOf(span, p) : FreeChecked(p);
+}
+
+// What is no small object, and what has to be looked at.
 void ThreadCache::FreeChecked(void* p) {
   if (p == nullptr) return;
   Span* span = heap_->CheckedSpan("free", p);
@@ -573,19 +634,12 @@ void ThreadCache::FreeChecked(void* p) {
   } else if (ABSL_PREDICT_FALSE(ObjectHeap::IsGuardSlot(span))) {
     heap_->guards_->Free("free", p);
   } else if (span->owner.load(std::memory_order_relaxed) == this) {
-    if (IsHot(span)) return PushHot(span, object);
-    if (Push(span, object)) HandleEvent(span);
+    if (Push(span, object)) HandleEvent(span, 0);
   } else if (heap_->IsSample(span)) {
     heap_->profile_->Free(span, p);
   } else if (!heap_->HasSuspects() || !heap_->FreeSuspect(span, object)) {
-    FreeOther(span, object);
+    remote_frees_.Add(span, object);
   }
-}
-
-void ThreadCache::FreeOther(Span* span, FreeObject* object) {
-  if (!IsHot(span) || sampler_ != nullptr) return remote_frees_.Add(span, object);
-  if (ABSL_PREDICT_FALSE(code_.IsTagged(object))) heap_->StopOnDoubleFree("free", object, span);
-  PushHot(span, object);
 }
 
 void ThreadCache::FreeSizedSlow(void* p, std::size_t size) {
@@ -678,7 +732,7 @@ void ThreadCache::ForwardStrays() {
 
 void ThreadCache::Maintain() {
   heap_->Tick(heap_->space_.kernel().Now());
-  CoolDownAll();
+  PutIdleBack();
   remote_frees_.HandOverAll();
   ForwardStrays();
   InSlowPath([&] {
@@ -697,7 +751,7 @@ void ThreadCache::ReleaseIdleLocked() {
     const std::uint32_t credits = bin.current->credits.Get();
     const bool nothing_came_free = sampler_ == nullptr && credits == kNoEvent;
     if (nothing_came_free || std::exchange(bin.credits_seen, credits) != credits) continue;
-    if (CountFree(bin.current) == bin.current->carved) {
+    if (CountFree(bin.current) == bin.current->carved.Get()) {
       RetireCurrentLocked(static_cast<SizeClass>(size_class), 0);
     } else if (sampler_ == nullptr) {
       bin.current->credits.Set(kNoEvent);
@@ -708,7 +762,7 @@ void ThreadCache::ReleaseIdleLocked() {
 void ThreadCache::ReleaseEmptyLocked() {
   for (unsigned size_class = 0; size_class < kSizeClassCount; ++size_class) {
     const Span* span = bins_[size_class].current;
-    if (span == &none_ || CountFree(span) != span->carved) continue;
+    if (span == &none_ || CountFree(span) != span->carved.Get()) continue;
     RetireCurrentLocked(static_cast<SizeClass>(size_class), 0);
   }
 }
@@ -728,7 +782,7 @@ void ThreadCache::RebuildAllLocked() {
 // ---- for ObjectHeap ----
 
 void ThreadCache::Trim() {
-  CoolDownAll();
+  PutAllBack();
   remote_frees_.HandOverAll();
   InSlowPath([&] {
     lock_.AssertHeld();
@@ -758,7 +812,7 @@ void ThreadCache::TrimOrphan() {
 }
 
 void ThreadCache::BecomeOrphan() {
-  CoolDownAll();
+  PutAllBack();
   remote_frees_.HandOverAll();
   InSlowPath([&] {
     lock_.AssertHeld();
@@ -767,7 +821,7 @@ void ThreadCache::BecomeOrphan() {
       const Span* span = bins_[size_class].current;
       if (span == &none_) continue;
       if (sampler_ != nullptr) EmptyFrontLocked(static_cast<SizeClass>(size_class));
-      RetireCurrentLocked(static_cast<SizeClass>(size_class), span->carved - CountFree(span));
+      RetireCurrentLocked(static_cast<SizeClass>(size_class), span->carved.Get() - CountFree(span));
     }
     EmptyStashLocked();
     state_.store(State::kOrphan, std::memory_order_seq_cst);
@@ -791,12 +845,12 @@ void ThreadCache::BecomeAttached() {
 void ThreadCache::ThawLocked() {
   remote_frees_.Forget();
   if (sampler_ != nullptr) sampler_->Leave();
-  for (HotObjects& hot : hot_) {
-    hot.count.Set(0);
-    hot.room = 0;
-    hot.asked = false;
+  for (AtHand& at_hand : at_hand_) {
+    at_hand.free = code_.end();
+    at_hand.room = 0;
+    at_hand.left.Set(kClosed);
   }
-  hot_room_bytes_ = 0;
+  room_bytes_ = 0;
   strays_ = code_.end();
   inbox_.store(code_.end(), std::memory_order_relaxed);
   for (unsigned size_class = 0; size_class < kSizeClassCount; ++size_class) {
@@ -813,6 +867,7 @@ void ThreadCache::ThawLocked() {
         Span* span = self->spans_.At(unit);
         if (span->owner.load(std::memory_order_relaxed) != self) return;
         span->kind.store(SpanKind::kSuspect, std::memory_order_relaxed);
+        span->SetLimit(0);
         span->free = self->code_.end();
         span->credits.Set(1);
         Bin& bin = self->bins_[span->size_class];
@@ -849,13 +904,7 @@ void ThreadCache::ForgetOthers() {
   inbox_.store(code_.end(), std::memory_order_relaxed);
   strays_ = code_.end();
   remote_frees_.Forget();
-  for (HotObjects& hot : hot_) {
-    const auto foreign = [this](FreeObject* object) {
-      return heap_->SpanOf(object)->owner.load(std::memory_order_relaxed) != this;
-    };
-    const auto end = std::remove_if(hot.objects.begin(), hot.objects.begin() + hot.count.Get(), foreign);
-    hot.count.Set(static_cast<std::uint32_t>(end - hot.objects.begin()));
-  }
+  KeepOwnAtHand();
 }
 
 void ThreadCache::UpdateOrphanClassesLocked() {
@@ -901,30 +950,34 @@ void ThreadCache::AddStats(std::array<SizeClassStats, kSizeClassCount>& stats) {
 
 vm::Bytes ThreadCache::at_hand() const {
   std::size_t bytes = 0;
-  for (unsigned i = 0; i < kHotClasses; ++i) bytes += hot_[i].count.Get() * kSizeClasses[kFirstHotClass + i].size;
+  for (unsigned i = 0; i < kSizeClassCount; ++i) {
+    const std::uint32_t room = at_hand_[i].room;
+    const std::uint32_t left = at_hand_[i].left.Get();
+    if (left < room) bytes += (room - left) * kSizeClasses[i].size;
+  }
   return {bytes};
 }
 
 HeapLocation ThreadCache::Locate(const ThreadCache* first) {
   const auto offset_of = [&](const void* member) { return AddressOf(member) - AddressOf(first); };
   static_assert(static_cast<int>(State::kAttached) == 0 && sizeof(first->state_) == 1 &&
-                sizeof(HotObjects::count) == sizeof(std::uint32_t));
+                sizeof(AtHand::room) == sizeof(std::uint16_t) && sizeof(AtHand::left) == sizeof(std::uint32_t));
   return {.caches = AddressOf(first),
           .cache_bytes = sizeof(ThreadCache),
           .detached = offset_of(&first->state_),
           .thread = offset_of(&first->thread_),
-          .hot = offset_of(&first->hot_[0].count),
-          .hot_bytes = sizeof(HotObjects),
-          .hot_classes = kHotClasses,
-          .first_hot_class = kFirstHotClass};
+          .at_hand = offset_of(&first->at_hand_[0]),
+          .at_hand_bytes = sizeof(AtHand),
+          .at_hand_room = offset_of(&first->at_hand_[0].room) - offset_of(&first->at_hand_[0]),
+          .at_hand_left = offset_of(&first->at_hand_[0].left) - offset_of(&first->at_hand_[0])};
 }
 
 std::uint32_t ThreadCache::CountFree(const Span* span) const {
   std::uint32_t count = 0;
   for (const FreeObject* object = span->free; object != code_.end(); object = code_.Next(object)) {
     const FreeObject* next = code_.Next(object);
-    const bool next_is_fine = next == code_.end() || IsObject(span, next);
-    if (!code_.IsTagged(object) || !next_is_fine || ++count > span->carved) heap_->StopOnCorruption(object);
+    const bool next_is_fine = next == code_.end() || span->HasObjectAt(next);
+    if (!code_.IsTagged(object) || !next_is_fine || ++count > span->carved.Get()) heap_->StopOnCorruption(object);
   }
   return count;
 }
@@ -938,7 +991,7 @@ void ThreadCache::CheckInvariants() {
       FREEHOLD_CHECK(bin.current->owner.load(std::memory_order_relaxed) == this);
       FREEHOLD_CHECK(bin.current->state == SpanState::kCurrent && bin.current->size_class == i);
       const std::uint32_t free = CountFree(bin.current);
-      FREEHOLD_CHECK(sampler_ == nullptr || bin.current->credits.Get() == kNoEvent + bin.current->carved - free);
+      FREEHOLD_CHECK(sampler_ == nullptr || bin.current->credits.Get() == kNoEvent + bin.current->carved.Get() - free);
     }
     std::uint32_t previous = 0;
     for (std::uint32_t name = bin.available.first; name != 0; name = spans_.Named(name)->next) {
@@ -947,21 +1000,23 @@ void ThreadCache::CheckInvariants() {
       FREEHOLD_CHECK(span->state == SpanState::kAvailable && span->size_class == i);
       FREEHOLD_CHECK(span->previous == previous);
       if (span->kind.load(std::memory_order_relaxed) == SpanKind::kObjects) {
-        FREEHOLD_CHECK(span->credits.Get() == span->carved - CountFree(span));
+        FREEHOLD_CHECK(span->credits.Get() == span->carved.Get() - CountFree(span));
       }
       previous = name;
     }
     FREEHOLD_CHECK(bin.available.last == previous);
   }
   std::uint32_t room_bytes = 0;
-  for (unsigned i = 0; i < kHotClasses; ++i) {
-    room_bytes += hot_[i].room * kSizeClasses[kFirstHotClass + i].size;
-    FREEHOLD_CHECK(hot_[i].count.Get() <= hot_[i].room && hot_[i].room <= kHotCapacity[i]);
-    for (std::uint32_t object = 0; object < hot_[i].count.Get(); ++object) {
-      FREEHOLD_CHECK(code_.IsTagged(hot_[i].objects[object]));
+  for (unsigned i = 0; i < kSizeClassCount; ++i) {
+    const AtHand& at_hand = at_hand_[i];
+    room_bytes += at_hand.room * kSizeClasses[i].size;
+    FREEHOLD_CHECK(at_hand.room <= MostRoom(static_cast<SizeClass>(i)));
+    FREEHOLD_CHECK((at_hand.room == 0) == (static_cast<std::int32_t>(at_hand.left.Get()) < 0));
+    for (const FreeObject* object = at_hand.free; object != code_.end(); object = NextAtHand(object)) {
+      FREEHOLD_CHECK(heap_->SpanOf(object)->size_class == i);
     }
   }
-  FREEHOLD_CHECK(room_bytes == hot_room_bytes_ && room_bytes <= kMaxAllHotBytes);
+  FREEHOLD_CHECK(room_bytes == room_bytes_ && room_bytes <= kMaxAllRoomBytes);
 }
 
 }  // namespace freehold::allocator

@@ -9,8 +9,9 @@
 // Invariants:    C1. A span of objects that belongs to the cache is its class's current span, or in its class's
 //                    list (kAvailable), or full (kFull).
 //                C2. `credits` of an available span is the number of its objects that are not free; of a full
-//                    span, how many more must come free before it is available. Objects in `hot_` are not free.
-//                C3. What is in `hot_` are objects of kObjects spans, of this cache or of others, with their tags.
+//                    span, how many more must come free before it is available. What is at hand is not free.
+//                C3. What is at hand are objects of kObjects spans, of this cache or of others, with their tags. It is
+//                    none of others' while there are suspect spans.
 #ifndef FREEHOLD_ALLOCATOR_THREAD_CACHE_H_
 #define FREEHOLD_ALLOCATOR_THREAD_CACHE_H_
 
@@ -88,7 +89,6 @@ class alignas(vm::kCacheLineSize) ThreadCache {
 
   struct Bin {
     Span* current = nullptr;  // `none_` when there is none
-    Span* source = nullptr;   // whose free list objects are taken from: `current`, or the sampler's front of the class
     SpanList available;
     std::uint32_t spans = 0;  // that belong to the cache
     OwnerCounter held;        // objects made in its current and full spans
@@ -102,29 +102,36 @@ class alignas(vm::kCacheLineSize) ThreadCache {
     bool zero = false;  // out: the object reads as zero, but for its first kMinAlignment bytes
   };
 
-  // Of classes that are not in `direct_`, whose objects fill cache lines and pages of their own, the thread keeps those
-  // that it freed last at hand, whosever spans they are of: what it allocates next is then in its core's cache, and
-  // shares no line with another thread's.
-  static constexpr unsigned kFirstHotClass = ClassOf(kMaxDirectSize) + 1;
-  static constexpr unsigned kHotClasses = kSizeClassCount - kFirstHotClass;
-  static constexpr std::uint32_t kMaxHot = 32;
-  static constexpr std::uint32_t kMaxHotBytes = 256 << 10;  // of a class
-  static constexpr std::uint32_t kMaxAllHotBytes = 8 << 20;  // of all that have room
-  // None of a class that the thread only frees: they would keep their spans from going back, and are not asked for.
-  struct HotObjects {
-    OwnerCounter count;
-    std::uint32_t room = 0;  // 0 until the class is allocated from, and again when it is only freed to
-    bool asked = false;      // allocated from since there was no room the last time
-    std::array<FreeObject*, kMaxHot> objects;  // the one that was freed last at the end
+  // What the thread allocates next of a class: a list of free objects, of whatever spans. What it frees comes first; at
+  // the end is what a current span's free list was when nothing else was left.
+  //
+  //     freed  -->  | o | o | ... | o | o | o | ... |  <-- the current span's free list, what was carved, as a whole
+  //     allocated <-'     at most `room` more than    `-- many, or not asked for: back to their spans, each its own
+  //                       were taken since then
+  //
+  // With a sampler frees go to their spans, and what is at hand is the sampler's front of the class.
+  struct AtHand {
+    FreeObject* free = nullptr;  // never null: LinkCode::end()
+    // How many more may be freed to it; allocations add to it. Negative while closed: every free has to be looked at, or
+    // the class is only freed to; then its objects would keep their spans from going back, and nobody asks for them.
+    OwnerCounter left;
+    std::uint16_t room = 0;    // 0: closed
+    bool full_before = false;  // and not empty since
   };
-  static constexpr std::array<std::uint8_t, kHotClasses> kHotCapacity = [] {
-    std::array<std::uint8_t, kHotClasses> capacity = {};
-    for (unsigned i = 0; i < kHotClasses; ++i) {
-      const std::uint32_t fit = kMaxHotBytes / kSizeClasses[kFirstHotClass + i].size;
-      capacity[i] = static_cast<std::uint8_t>(fit < kMaxHot ? fit : kMaxHot);
-    }
-    return capacity;
-  }();
+  static_assert(sizeof(AtHand) == 16);
+  // What PutIdleBack saw the last time.
+  struct Seen {
+    const FreeObject* free = nullptr;
+    std::uint32_t left = 0;
+  };
+  static constexpr std::uint32_t kMaxRoom = 32;
+  static constexpr std::uint32_t kMaxRoomBytes = 256 << 10;    // of a class
+  static constexpr std::uint32_t kMaxAllRoomBytes = 8 << 20;  // of all that are open
+  static constexpr std::uint32_t kClosed = 3u << 30;  // as far from zero as can be
+  static constexpr std::uint32_t MostRoom(SizeClass size_class) {
+    const std::uint32_t fit = kMaxRoomBytes / kSizeClasses[size_class].size;
+    return fit < kMaxRoom ? fit : kMaxRoom;
+  }
 
   static constexpr std::size_t kDirectCount = kMaxDirectSize / kMinAlignment + 1;
   static constexpr std::size_t kStash = 4;
@@ -138,9 +145,8 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   static constexpr std::uint32_t kNoEvent = 1u << 31;
   // Spans that came through a fork and that one allocation looks through at most.
   static constexpr int kMaxRebuilds = 8;
-  // How far apart objects of one span are at most: for spans of one unit, and for others.
-  static constexpr std::uint64_t kUnitReach = kUnitSize;
-  static constexpr std::uint64_t kChunkReach = kChunkSize;
+  // What is larger may be known to be zero.
+  static constexpr std::size_t kMaxAlwaysZeroed = 1024;
 
   // `sampler`: null if no object is to be a sample of a heap profile.
   ThreadCache(ObjectHeap& heap, std::uint32_t id, Sampler* sampler);
@@ -149,43 +155,40 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   template <typename Work>
   auto InSlowPath(Work work);
 
-  // Whether `p` is the start of an object of `span` that was made; for the owner.
-  static bool IsObject(const Span* span, const void* p) {
-    return (AddressOf(p) - span->start) * span->reciprocal < span->limit;
-  }
-  // Takes the first object of the free list. Null when there is none or it is the last one, and when the link
-  // leads out of the span: PopAny knows.
-  void* Pop(Span* span, std::uint64_t reach) const;
-  // From the free list of `source`, whose objects are `span`'s.
-  void* PopAny(Span* source, const Span* span) const;
+  // Takes the first object at hand. Null when there is none, and when it was written to: the slow path knows.
+  void* Pop(AtHand& at_hand) const;
+  // Makes the current span's free list what is at hand, and takes the first of it; null when it is empty. REQUIRES:
+  // nothing is at hand.
+  void* PopCurrent(SizeClass size_class);
+  // The object that follows `object` at hand. Stops the program if either was written to.
+  FreeObject* NextAtHand(const FreeObject* object) const;
   // The object that follows `object` in a free list of `span`; null at its end. Stops the program if either was written
   // to.
   FreeObject* NextIn(const Span* span, const FreeObject* object) const;
   // Puts `object` in the free list. True: that was the span's last credit.
   bool Push(Span* span, FreeObject* object) const;
-  static bool IsHot(const Span* span) { return span->size_class >= kFirstHotClass; }
-  // The same for a class that has hot objects. REQUIRES: at least kFirstHotClass.
-  void* PopHot(SizeClass size_class);
-  ABSL_ATTRIBUTE_NOINLINE void PushHot(Span* span, FreeObject* object);
-  // Gives a class that has none as much room as is left for it, and takes it away again. REQUIRES: no object is in it.
-  ABSL_ATTRIBUTE_NOINLINE void OpenHot(SizeClass size_class);
-  void CloseHot(SizeClass size_class);
-  // There is no room for `object`: makes some, or frees it to where it belongs.
-  ABSL_ATTRIBUTE_NOINLINE void PushHotFull(HotObjects& hot, Span* span, FreeObject* object);
-  void FreeOther(Span* span, FreeObject* object);
-  // Frees `object` to where it belongs. REQUIRES: it is not tagged.
-  void FreeCold(Span* span, FreeObject* object);
-  // The same for the `count` oldest.
-  void CoolDown(HotObjects& hot, std::uint32_t count);
-  void CoolDownAll();
+  // Lets a class have what room there is, or nothing.
+  void Open(SizeClass size_class);
+  void Close(SizeClass size_class);
+  // There is no room for `object`, which is not tagged.
+  void FreeWithoutRoom(Span* span, FreeObject* object);
+  // Frees what is at hand to where it belongs, but for the `keep` objects that come first.
+  void PutBack(SizeClass size_class, std::uint32_t keep);
+  void PutAllBack();
+  // What was not used since the last time.
+  void PutIdleBack();
+  // Puts the objects from `object` on that are of one own span in its free list, and returns what follows them.
+  FreeObject* PutRunBack(Span* span, FreeObject* object);
+  // Frees `object` to where it belongs. REQUIRES: it is not tagged, as far as can be known without looking at others'.
+  void FreeToSpan(Span* span, FreeObject* object);
+  // In the child of a fork: what is not free by its tag alone stays.
+  void KeepOwnAtHand();
 
   // ---- allocation ----
   // `size`, `alignment`: what the program asked for.
   void* AllocateClass(SizeClass size_class, std::size_t size, std::size_t alignment);
-  ABSL_ATTRIBUTE_NOINLINE void* AllocateAboveDirect(std::size_t size);
   ABSL_ATTRIBUTE_NOINLINE void* AllocateSlow(std::size_t size);
   void* AllocateClassSlow(ClassRequest& request);
-  ABSL_ATTRIBUTE_NOINLINE void* AllocateClassSlow(SizeClass size_class, std::size_t size, std::size_t alignment);
   // REQUIRES: the class's current span has no free object.
   void* AllocateFromSpans(ClassRequest& request);
   void* AllocateLarge(const LargeObjects::Request& request);
@@ -227,13 +230,18 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   void AppendLocked(SpanList& list, Span* span) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
   void RemoveLocked(SpanList& list, Span* span) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
   // `span` has no credits left: it is full no more, or empty. `beyond`: objects that came free after that.
-  ABSL_ATTRIBUTE_NOINLINE void HandleEvent(Span* span);
+  ABSL_ATTRIBUTE_NOINLINE void HandleEvent(Span* span, std::uint32_t beyond);
   void HandleEventLocked(Span* span, std::uint32_t beyond) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
 
   // ---- other threads ----
   ABSL_ATTRIBUTE_NOINLINE void FreeSlow(void* p);
+  ABSL_ATTRIBUTE_NOINLINE void FreeChecked(void* p);
+  // REQUIRES: `p` is an object of `span`, free or not.
+  void FreeObjectOf(Span* span, void* p);
+  // `p` is an object of `span`, and there is no room at hand, one too few of which is counted.
+  ABSL_ATTRIBUTE_NOINLINE void FreeFull(Span* span, void* p);
+  ABSL_ATTRIBUTE_NOINLINE void FreeFullOrOther(Span* span, void* p);
   ABSL_ATTRIBUTE_NOINLINE void FreeSizedSlow(void* p, std::size_t size);
-  void FreeChecked(void* p);
   bool NeedsLockToFree(const Span* span) const;
   // Marks an object of a span that came through a fork as free, from any thread. False: meanwhile the span went to
   // another cache, or its free list was rebuilt.
@@ -274,13 +282,15 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   ObjectHeap* const heap_;
   const std::uint32_t id_;
   Sampler* const sampler_;  // the thread's; null if there is no heap profile
-  // By size: (size + 15) / 16. Written in slow paths.
-  std::array<Span*, kDirectCount> direct_;
+  const std::uint64_t reach_ = std::uint64_t{1} << 47;  // how far apart any two objects are at most; in memory: see Pop
+  // By size: (size + 15) / 16.
+  std::array<SizeClass, kDirectCount> classes_;
+  std::array<AtHand, kSizeClassCount> at_hand_;  // the thread's
 
   // Changed under lock_, but for what is in the current span; the thread may read it without.
   std::array<Bin, kSizeClassCount> bins_;
-  std::array<HotObjects, kHotClasses> hot_;  // the thread's
-  std::uint32_t hot_room_bytes_ = 0;         // the thread's: that there is room for in all of them
+  std::array<Seen, kSizeClassCount> seen_;  // the thread's
+  std::uint32_t room_bytes_ = 0;            // the thread's: of all classes that are open
   std::uint32_t slow_paths_ = 0;             // the thread's
   RemoteFrees remote_frees_;                 // the thread's
   // Stands in for a span where there is none: it never has a free object.
@@ -302,13 +312,14 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   alignas(vm::kCacheLineSize) std::atomic<FreeObject*> inbox_;
 };
 
-inline void* ThreadCache::Pop(Span* span, std::uint64_t reach) const {
-  FreeObject* object = span->free;
+inline void* ThreadCache::Pop(AtHand& at_hand) const {
+  FreeObject* object = at_hand.free;
   const std::uint64_t distance = code_.Distance(object);
-  if (ABSL_PREDICT_FALSE(distance >= reach)) return nullptr;
+  if (ABSL_PREDICT_FALSE(distance >= reach_)) return nullptr;
+  if (ABSL_PREDICT_FALSE(!code_.TakeTag(object))) return nullptr;
   FreeObject* next = reinterpret_cast<FreeObject*>(AddressOf(object) ^ distance);
-  span->free = next;
-  object->tag = 0;
+  at_hand.free = next;
+  at_hand.left.CountUp();
   __builtin_prefetch(next);  // the next allocation of the class reads its link
   return object;
 }
@@ -321,29 +332,32 @@ inline bool ThreadCache::Push(Span* span, FreeObject* object) const {
 
 inline void* ThreadCache::TryAllocate(std::size_t size) {
   if (ABSL_PREDICT_FALSE(size > kMaxDirectSize)) return nullptr;
-  return Pop(direct_[(size + kMinAlignment - 1) / kMinAlignment], kUnitReach);
+  return Pop(at_hand_[classes_[(size + kMinAlignment - 1) / kMinAlignment]]);
 }
 
 inline void* ThreadCache::Allocate(std::size_t size) {
-  if (ABSL_PREDICT_FALSE(size > kMaxDirectSize)) return AllocateAboveDirect(size);
-  void* object = Pop(direct_[(size + kMinAlignment - 1) / kMinAlignment], kUnitReach);
+  void* object = TryAllocate(size);
   return ABSL_PREDICT_TRUE(object != nullptr) ? object : AllocateSlow(size);
 }
 
 inline void ThreadCache::Free(void* p) {
   Span* span = spans_.At(AddressOf(p));
-  if (ABSL_PREDICT_FALSE(span->owner.load(std::memory_order_relaxed) != this) ||
-      ABSL_PREDICT_FALSE(!IsObject(span, p)) || ABSL_PREDICT_FALSE(code_.IsTagged(p))) {
-    return FreeSlow(p);
-  }
-  if (ABSL_PREDICT_FALSE(IsHot(span))) return PushHot(span, static_cast<FreeObject*>(p));
-  if (ABSL_PREDICT_FALSE(Push(span, static_cast<FreeObject*>(p)))) HandleEvent(span);
+  if (ABSL_PREDICT_FALSE(!span->HasObjectAt(p))) return FreeSlow(p);
+  FreeObjectOf(span, p);
+}
+
+inline void ThreadCache::FreeObjectOf(Span* span, void* p) {
+  AtHand& at_hand = at_hand_[span->size_class];
+  if (ABSL_PREDICT_FALSE(at_hand.left.CountBelowZero())) return FreeFull(span, p);
+  if (ABSL_PREDICT_FALSE(code_.IsTagged(p))) return FreeChecked(p);
+  auto* object = static_cast<FreeObject*>(p);
+  code_.Link(object, at_hand.free);
+  at_hand.free = object;
 }
 
 inline void ThreadCache::FreeSized(void* p, std::size_t size) {
   Span* span = spans_.At(AddressOf(p));
-  if (ABSL_PREDICT_FALSE(span->owner.load(std::memory_order_relaxed) != this) ||
-      ABSL_PREDICT_FALSE(size > kSizeClasses[span->size_class].size)) {
+  if (ABSL_PREDICT_FALSE(!span->HasObjectAt(p)) || ABSL_PREDICT_FALSE(size > kSizeClasses[span->size_class].size)) {
     return FreeSizedSlow(p, size);
   }
   Free(p);

@@ -40,10 +40,10 @@ bool IsSound(const HeapLocation& location) {
     return offset <= kMaxCacheBytes && bytes <= kMaxCacheBytes && offset + bytes <= location.cache_bytes;
   };
   return location.cache_bytes != 0 && location.cache_bytes <= kMaxCacheBytes && within(location.detached, 1) &&
-         within(location.thread, sizeof(std::uint32_t)) && location.hot_bytes >= sizeof(std::uint32_t) &&
-         location.hot_bytes <= kMaxCacheBytes && location.hot_classes <= kSizeClassCount &&
-         location.first_hot_class <= kSizeClassCount - location.hot_classes &&
-         within(location.hot, location.hot_bytes * location.hot_classes) && location.step_bytes <= kMaxStepBytes &&
+         within(location.thread, sizeof(std::uint32_t)) && within(location.at_hand, location.at_hand_bytes * kSizeClassCount) &&
+         location.at_hand_bytes >= sizeof(std::uint32_t) && location.at_hand_bytes <= kMaxCacheBytes &&
+         location.at_hand_room <= location.at_hand_bytes - sizeof(std::uint16_t) &&
+         location.at_hand_left <= location.at_hand_bytes - sizeof(std::uint32_t) && location.step_bytes <= kMaxStepBytes &&
          location.step_bytes != 0 && location.step_bytes % sizeof(Span) == 0 && location.first_step <= location.end_step &&
          location.end_step <= kMaxSteps;
 }
@@ -79,25 +79,29 @@ class HeapReader {
     struct Bytes {
       std::uint8_t detached = 0;
       std::uint32_t thread = 0;
-      std::vector<std::byte> hot;
+      std::vector<std::byte> at_hand;
     };
     std::vector<Bytes> caches(count);
     std::vector<ProcessView::Piece> pieces;
     for (std::uint32_t id = 0; id < count; ++id) {
       Bytes& cache = caches[id];
-      cache.hot.resize(location_.hot_bytes * location_.hot_classes);
+      cache.at_hand.resize(location_.at_hand_bytes * kSizeClassCount);
       const std::uint64_t address = location_.caches + id * location_.cache_bytes;
       pieces.push_back({address + location_.detached, &cache.detached, sizeof(cache.detached)});
       pieces.push_back({address + location_.thread, &cache.thread, sizeof(cache.thread)});
-      pieces.push_back({address + location_.hot, cache.hot.data(), cache.hot.size()});
+      pieces.push_back({address + location_.at_hand, cache.at_hand.data(), cache.at_hand.size()});
     }
     if (const absl::Status status = process_.ReadEach(pieces); !status.ok()) return status;
     for (std::uint32_t id = 0; id < count; ++id) {
       CacheStats stats = {.id = id, .attached = caches[id].detached == 0, .thread = caches[id].thread};
-      for (std::uint64_t i = 0; i < location_.hot_classes; ++i) {
-        std::uint32_t objects;
-        std::memcpy(&objects, caches[id].hot.data() + i * location_.hot_bytes, sizeof(objects));
-        stats.at_hand.value += std::size_t{objects} * kSizeClasses[location_.first_hot_class + i].size;
+      for (unsigned i = 0; i < kSizeClassCount; ++i) {
+        const std::byte* of_class = caches[id].at_hand.data() + i * location_.at_hand_bytes;
+        std::uint16_t room;
+        std::uint32_t left;
+        std::memcpy(&room, of_class + location_.at_hand_room, sizeof(room));
+        std::memcpy(&left, of_class + location_.at_hand_left, sizeof(left));
+        // They may be of different moments; and a class without room has none.
+        if (left < room) stats.at_hand.value += std::size_t{room - left} * kSizeClasses[i].size;
       }
       caches_.push_back(stats);
     }
@@ -146,7 +150,7 @@ class HeapReader {
     const std::uint64_t id = offset / location_.cache_bytes;
     if (id >= caches_.size() || span.size_class >= kSizeClassCount) return;
     const auto& info = kSizeClasses[span.size_class];
-    const std::uint32_t used = span.state == SpanState::kAvailable ? span.credits.Get() : span.carved;
+    const std::uint32_t used = span.state == SpanState::kAvailable ? span.credits.Get() : span.carved.Get();
     const std::uint64_t held = std::min(used, info.capacity);
     SizeClassStats& of_class = classes_[span.size_class];
     ++of_class.spans;

@@ -538,10 +538,11 @@ TEST_P(TelemetryTest, HeapsThatCannotBeRead) {
   expect("many bytes", overwritten, [](Location& heap) { heap.cache_bytes = ~std::uint64_t{0}; });
   expect("state", overwritten, [](Location& heap) { heap.detached = heap.cache_bytes; });
   expect("thread", overwritten, [](Location& heap) { heap.thread = heap.cache_bytes - 3; });
-  expect("far", overwritten, [](Location& heap) { heap.hot = ~std::uint64_t{0} - 8; });
-  expect("classes", overwritten, [](Location& heap) { heap.hot_classes = 1'000'000; });
-  expect("first class", overwritten, [](Location& heap) { heap.first_hot_class = allocator::kSizeClassCount; });
-  expect("counts", overwritten, [](Location& heap) { heap.hot_bytes = 2; });
+  expect("far", overwritten, [](Location& heap) { heap.at_hand = ~std::uint64_t{0} - 8; });
+  expect("counts", overwritten, [](Location& heap) { heap.at_hand_bytes = 2; });
+  expect("counts that are far from each other", overwritten, [](Location& heap) { heap.at_hand_bytes = 100'000; });
+  expect("room", overwritten, [](Location& heap) { heap.at_hand_room = heap.at_hand_bytes; });
+  expect("left", overwritten, [](Location& heap) { heap.at_hand_left = heap.at_hand_bytes - 2; });
   expect("steps", overwritten, [](Location& heap) { heap.end_step = std::uint64_t{1} << 40; });
   expect("backwards", overwritten, [](Location& heap) { heap.first_step = heap.end_step + 1; });
   expect("no step", overwritten, [](Location& heap) { heap.step_bytes = 0; });
