@@ -183,9 +183,7 @@ class ObjectHeap {
   // The record of the span of objects whose object `p` is, if it is one, not suspect and not free; else null.
   static Span* ObjectSpan(const SpanTable& spans, const LinkCode& code, const void* p) {
     Span* span = spans.At(AddressOf(p));
-    const bool is_object = span->kind.load(std::memory_order_relaxed) == SpanKind::kObjects && IsObject(span, p) &&
-                           !code.IsTagged(p);
-    return ABSL_PREDICT_TRUE(is_object) ? span : nullptr;
+    return ABSL_PREDICT_TRUE(span->HasObjectAt(p) && !code.IsTagged(p)) ? span : nullptr;
   }
   // The record of the span whose object `p` is. Stops the program if there is none or it is free, naming
   // `call`.
