@@ -75,10 +75,10 @@ ObjectHeap::ObjectHeap(vm::AddressSpace& space, const HeapMetadata& metadata,
                        const ObjectHeapOptions& options)
     : space_(space),
       metadata_(metadata),
+      code_(MakeSecret(space.kernel(), metadata.header()), &end_),
       options_(options),
       base_(AddressOf(space.reservation().address())),
       size_(space.reservation().bytes().value),
-      code_(MakeSecret(space.kernel(), metadata.header()), &end_),
       page_heap_(space, metadata_, ShardsFor(options, space.kernel()),
                  {.limit = options.limit, .huge_pages = options.huge_pages}),
       large_(space, metadata_, page_heap_, options.limit) {}
@@ -154,7 +154,7 @@ Span* ObjectHeap::InheritSpan(SizeClass size_class, ThreadCache* heir) {
 
 // ---- pointers ----
 
-Span* ObjectHeap::CheckedSpan(const char* call, const void* p) const {
+Span* ObjectHeap::CheckedSpanSlow(const char* call, const void* p) const {
   if (ABSL_PREDICT_FALSE(!Owns(p))) {
     StopProgram({.what = Misuse::kForeign, .call = call, .address = p});
   }
@@ -260,12 +260,12 @@ void ObjectHeap::Release(void* p, bool intact) const {
   object->tag = 0;
 }
 
-std::size_t ObjectHeap::UsableSizeOf(const Span* span, const void* p) const {
+std::size_t ObjectHeap::UsableSizeOfSlow(const Span* span, const void* p) const {
   if (IsLarge(span)) return LargeObjects::UsableSize(span);
-  return ABSL_PREDICT_FALSE(IsGuardSlot(span)) ? guards_->SizeOf("free", p) : kSizeClasses[span->size_class].size;
+  return ABSL_PREDICT_FALSE(IsGuardSlot(span)) ? guards_->SizeOf("free", p) : kClassSizes[span->size_class];
 }
 
-std::size_t ObjectHeap::UsableSize(const void* p) const {
+std::size_t ObjectHeap::UsableSizeSlow(const void* p) const {
   return p == nullptr ? 0 : UsableSizeOf(CheckedSpan("malloc_usable_size", p), p);
 }
 

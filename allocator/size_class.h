@@ -102,6 +102,13 @@ constexpr std::array<SizeClassInfo, kSizeClassCount> MakeSizeClasses() {
 inline constexpr std::array<SizeClassInfo, kSizeClassCount> kSizeClasses = internal::MakeSizeClasses();
 inline constexpr std::size_t kMaxSpanUnits = 8;
 
+// SizeClassInfo::size alone: few cache lines, for who asks for many classes' in turn.
+inline constexpr std::array<std::uint32_t, kSizeClassCount> kClassSizes = [] {
+  std::array<std::uint32_t, kSizeClassCount> sizes;
+  for (unsigned i = 0; i < kSizeClassCount; ++i) sizes[i] = kSizeClasses[i].size;
+  return sizes;
+}();
+
 // The class of the smallest objects that hold `size` bytes at multiples of `alignment`. REQUIRES: alignment
 // is a power of two, at most kUnitSize; size rounded up to a multiple of it is at most kMaxClassSize.
 constexpr SizeClass AlignedClassOf(std::size_t alignment, std::size_t size) {

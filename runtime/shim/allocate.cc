@@ -136,7 +136,7 @@ void FreeSizedCold(void* p, std::size_t size, const void* caller) {
   NoticeFree(p, caller);
 }
 
-std::size_t UsableSize(const void* p) {
+std::size_t UsableSizeCold(const void* p) {
   if (p == nullptr) return 0;
   if (!LibcServes()) return process_runtime.heap().UsableSize(p);
   const LibcMalloc* libc = LibcMalloc::Get();

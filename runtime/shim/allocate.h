@@ -15,6 +15,7 @@
 
 #include "absl/base/attributes.h"
 #include "absl/base/optimization.h"
+#include "allocator/object_heap.h"
 #include "allocator/size_class.h"
 #include "allocator/thread_cache.h"
 #include "runtime/thread.h"
@@ -33,8 +34,7 @@ void FreeSizedCold(void* p, std::size_t size, const void* caller);
 void* AllocateLarge(allocator::ThreadCache& cache, std::size_t size, const void* caller);
 // Nudges the keeper after the other allocations of large objects.
 void NoticeLarge(const void* caller);
-
-std::size_t UsableSize(const void* p);
+std::size_t UsableSizeCold(const void* p);
 
 inline bool IsLarge(std::size_t size) { return size > allocator::kMaxClassSize; }
 
@@ -96,6 +96,12 @@ ABSL_ATTRIBUTE_ALWAYS_INLINE inline void FreeSized(void* p, std::size_t size) {
     return FreeSizedCold(p, size, __builtin_return_address(0));
   }
   cache->FreeSized(p, size);
+}
+
+inline std::size_t UsableSize(const void* p) {
+  const allocator::ThreadCache* cache = FastThreadCache();
+  if (ABSL_PREDICT_FALSE(cache == nullptr)) return UsableSizeCold(p);
+  return allocator::ObjectHeap::UsableSize(*cache, p);
 }
 
 }  // namespace freehold::runtime::shim

@@ -122,6 +122,7 @@ TEST_F(MisuseDeathTest, ForeignPointerWithTheRecordOfAnObject) {
   for (const unsigned log2 : {36, 40, 44, 46}) {
     const std::uintptr_t alias = AddressOf(p) ^ std::uintptr_t{1} << log2;
     EXPECT_DEATH(cache_->Free(reinterpret_cast<void*>(alias)), "not from this heap");
+    EXPECT_DEATH(heap_->UsableSize(reinterpret_cast<void*>(alias)), "malloc_usable_size.*not from this heap");
   }
 }
 
@@ -156,6 +157,11 @@ TEST_F(MisuseDeathTest, Reallocate) {
 TEST_F(MisuseDeathTest, UsableSize) {
   void* p = cache_->Allocate(64);
   EXPECT_DEATH(heap_->UsableSize(At(p, 8)), "malloc_usable_size\\(0x[0-9a-f]+\\): interior pointer");
+  cache_->Free(p);
+  EXPECT_DEATH(heap_->UsableSize(p), "malloc_usable_size\\(0x[0-9a-f]+\\): double free of a 64-byte object");
+  EXPECT_DEATH(heap_->UsableSize(At(p, 32768)), "malloc_usable_size\\(0x[0-9a-f]+\\): not an object");
+  int local = 0;
+  EXPECT_DEATH(heap_->UsableSize(&local), "not from this heap");
 }
 
 TEST_F(MisuseDeathTest, FreeSizedOfALargerSize) {

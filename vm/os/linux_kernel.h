@@ -103,6 +103,8 @@ class LinuxKernel final : public Kernel {
   // fallback.
   void Forget(Feature feature) const;
 
+  // Whether there are vectors to zero `range` with, and it is zeroed.
+  bool ClearNonZero(PageRange range);
   Error DiscardMany(absl::Span<const PageRange> ranges);
   Error DiscardVector(const iovec* stretches, std::size_t count);
 
@@ -112,6 +114,8 @@ class LinuxKernel final : public Kernel {
   mutable std::atomic<std::uint32_t> tried_{0};
   // 0: not counted yet. Written by any thread that counts; all find the same.
   std::atomic<unsigned> cpu_count_{0};
+  // Of the widest vectors, in bytes, and 1 of none; 0: not asked yet. Written by any thread that asks; all find the same.
+  std::atomic<unsigned> vector_width_{0};
   // On lines that nobody else reads.
   alignas(kCacheLineSize) std::array<std::atomic<std::uint64_t>, kCalls> calls_ = {};
 };
