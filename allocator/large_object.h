@@ -86,8 +86,6 @@ class LargeObjects {
   vm::Bytes bytes() const { return vm::Pages{pages_.load(std::memory_order_relaxed)}.bytes(); }
   // Of bytes(): in mappings of their own, at the mappings' size.
   vm::Bytes mapped_bytes() const { return vm::Pages{mapped_pages_.load(std::memory_order_relaxed)}.bytes(); }
-  // Of runs: taken before they were needed.
-  vm::Bytes ahead() const { return {ahead_units_.load(std::memory_order_relaxed) * kUnitSize}; }
   // Of mapped_bytes(): kept to grow into, and not resident.
   vm::Bytes slack() const { return vm::Pages{slack_pages_.load(std::memory_order_relaxed)}.bytes(); }
   std::uint64_t count() const { return count_.load(std::memory_order_relaxed); }

@@ -442,7 +442,9 @@ void ObjectHeap::ChildAfterFork(ThreadCache* own) {
   for (std::uint32_t id = 0; id < cache_count(); ++id) {
     ThreadCache* cache = CacheOf(id);
     // The profile's is as consistent as its lock made it.
-    if (cache != own && cache != samples_) {
+    if (cache == own || cache == samples_) {
+      cache->ForgetOthers();
+    } else {
       ++others;
       cache->Freeze();
       cache->next_orphan_ = orphans_;
@@ -450,10 +452,6 @@ void ObjectHeap::ChildAfterFork(ThreadCache* own) {
     }
   }
   has_suspects_.store(others != 0, std::memory_order_relaxed);
-  for (std::uint32_t id = 0; id < cache_count(); ++id) {
-    ThreadCache* cache = CacheOf(id);
-    if (cache == own || cache == samples_) cache->ForgetOthers();
-  }
   attached_.store(own == nullptr ? 0 : 1, std::memory_order_relaxed);
   orphan_count_.store(others, std::memory_order_relaxed);
   registry_lock_.UnlockAfterFork();

@@ -80,18 +80,20 @@ void* ThreadCache::PopCurrent(SizeClass size_class) {
   return object;
 }
 
-FreeObject* ThreadCache::NextAtHand(const FreeObject* object) const {
+template <typename MayFollow>
+FreeObject* ThreadCache::CheckedNext(const FreeObject* object, MayFollow may_follow) const {
   FreeObject* next = code_.Next(object);
-  const bool next_is_fine = next == code_.end() || heap_->Owns(next);
+  const bool next_is_fine = next == code_.end() || may_follow(next);
   if (ABSL_PREDICT_FALSE(!code_.IsTagged(object) || !next_is_fine)) heap_->StopOnCorruption(object);
   return next;
 }
 
+FreeObject* ThreadCache::NextAtHand(const FreeObject* object) const {
+  return CheckedNext(object, [this](const FreeObject* next) { return heap_->Owns(next); });
+}
+
 FreeObject* ThreadCache::NextIn(const Span* span, const FreeObject* object) const {
-  FreeObject* next = code_.Next(object);
-  const bool next_is_fine = next == code_.end() || span->HasObjectAt(next);
-  if (ABSL_PREDICT_FALSE(!code_.IsTagged(object) || !next_is_fine)) heap_->StopOnCorruption(object);
-  return next;
+  return CheckedNext(object, [span](const FreeObject* next) { return span->HasObjectAt(next); });
 }
 
 // ---- at hand ----
@@ -979,10 +981,8 @@ HeapLocation ThreadCache::Locate(const ThreadCache* first) {
 
 std::uint32_t ThreadCache::CountFree(const Span* span) const {
   std::uint32_t count = 0;
-  for (const FreeObject* object = span->free; object != code_.end(); object = code_.Next(object)) {
-    const FreeObject* next = code_.Next(object);
-    const bool next_is_fine = next == code_.end() || span->HasObjectAt(next);
-    if (!code_.IsTagged(object) || !next_is_fine || ++count > span->carved.Get()) heap_->StopOnCorruption(object);
+  for (const FreeObject* object = span->free; object != code_.end(); object = NextIn(span, object)) {
+    if (++count > span->carved.Get()) heap_->StopOnCorruption(object);
   }
   return count;
 }

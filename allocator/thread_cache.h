@@ -161,6 +161,10 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   // Makes the current span's free list what is at hand, and takes the first of it; null when it is empty. REQUIRES:
   // nothing is at hand.
   void* PopCurrent(SizeClass size_class);
+  // The object that follows `object`, which is the end of the list or one that `may_follow`. Stops the program if either
+  // was written to.
+  template <typename MayFollow>
+  FreeObject* CheckedNext(const FreeObject* object, MayFollow may_follow) const;
   // The object that follows `object` at hand. Stops the program if either was written to.
   FreeObject* NextAtHand(const FreeObject* object) const;
   // The object that follows `object` in a free list of `span`; null at its end. Stops the program if either was written

@@ -179,8 +179,9 @@ bool Region::WorthCleaningLocked(RegionPage count) const {
 }
 
 // Mappings of changing sizes, or unmapped in parts, leave small extents that nobody asks for at their size. Given back,
-// they merge into room for anything. (Large ones merge while they are cached, and serve any size.) A quarter of what the region has: so much was unmapped since the last time that giving
-// it back costs each of these pages no more than an unmap of the kernel's, and a region that is in use grows by that.
+// they merge into room for anything. (Large ones merge while they are cached, and serve any size.) A quarter of what the
+// region has: so much was unmapped since the last time that giving it back costs each of these pages no more than an
+// unmap of the kernel's, and a region that is in use grows by that.
 bool Region::WorthPurgingLocked(const Vma& carved) const {
   if (!is_heap() || IsCommitted(carved.end_page() - 1, carved.end_page())) return false;
   return free_.small_pages() >= committed_pages_.load(std::memory_order_relaxed) / 4;
