@@ -72,6 +72,7 @@ void* ThreadCache::PopCurrent(SizeClass size_class) {
     at_hand_[size_class].free = next;
     __builtin_prefetch(next);
     next = code_.end();
+    use_[size_class].taken += span->carved.Get() - UsedOf(span);
     span->credits.Set(kNoEvent + span->carved.Get());
   } else {
     span->credits.Add(1);
@@ -103,9 +104,10 @@ void ThreadCache::Open(SizeClass size_class) {
   const bool looks_at_frees = sampler_ != nullptr || heap_->samples_ != nullptr || heap_->HasSuspects();
   if (at_hand.room == 0 && !looks_at_frees) {
     const std::uint32_t size = kSizeClasses[size_class].size;
-    at_hand.room =
-        static_cast<std::uint16_t>(std::min(MostRoom(size_class), (kMaxAllRoomBytes - room_bytes_) / size));
+    const std::uint32_t bytes = std::min({kFirstRoom * size, kMaxRoomBytes, kMaxAllRoomBytes - room_bytes_});
+    at_hand.room = static_cast<std::uint16_t>(bytes / size);
     room_bytes_ += at_hand.room * size;
+    use_[size_class].taken = 0;
   }
   at_hand.left.Set(at_hand.room == 0 ? kClosed : at_hand.room);
   at_hand.full_before = false;
@@ -118,10 +120,25 @@ void ThreadCache::Close(SizeClass size_class) {
   at_hand.left.Set(kClosed);
 }
 
+bool ThreadCache::GrowRoom(SizeClass size_class) {
+  AtHand& at_hand = at_hand_[size_class];
+  const std::uint32_t size = kSizeClasses[size_class].size;
+  const std::uint64_t more = std::exchange(use_[size_class].taken, 0);
+  const bool again = std::exchange(use_[size_class].was_full, true);
+  if (!again || more == 0 || (at_hand.room + more) * size > kMaxRoomBytes || room_bytes_ + more * size > kMaxAllRoomBytes) {
+    return false;
+  }
+  room_bytes_ += static_cast<std::uint32_t>(more) * size;
+  at_hand.room = static_cast<std::uint16_t>(at_hand.room + more);
+  at_hand.left.Set(static_cast<std::uint32_t>(more));
+  return true;
+}
+
 // What is asked for now and then keeps a part, but what has not been empty since it was full is only freed to.
 void ThreadCache::FreeWithoutRoom(Span* span, FreeObject* object) {
   const SizeClass size_class = span->size_class;
   AtHand& at_hand = at_hand_[size_class];
+  if (GrowRoom(size_class)) return FreeObjectOf(span, object);
   const std::uint32_t keep = std::exchange(at_hand.full_before, true) ? 0 : at_hand.room / 2;
   if (keep == 0) {
     PutBack(size_class);
@@ -194,6 +211,7 @@ void ThreadCache::PutAllBack() {
   for (unsigned i = 0; i < kSizeClassCount; ++i) {
     PutBack(static_cast<SizeClass>(i));
     Close(static_cast<SizeClass>(i));
+    use_[i].was_full = false;
   }
 }
 
@@ -201,8 +219,11 @@ void ThreadCache::PutIdleBack() {
   if (sampler_ != nullptr) return;
   for (unsigned i = 0; i < kSizeClassCount; ++i) {
     AtHand& at_hand = at_hand_[i];
-    const Seen before = std::exchange(seen_[i], {at_hand.free, at_hand.left.Get()});
-    if (at_hand.free == code_.end() || before.free != at_hand.free || before.left != at_hand.left.Get()) continue;
+    Use& use = use_[i];
+    const bool changed = use.free_seen != at_hand.free || use.left_seen != at_hand.left.Get();
+    use.free_seen = at_hand.free;
+    use.left_seen = at_hand.left.Get();
+    if (at_hand.free == code_.end() || changed) continue;
     PutBack(static_cast<SizeClass>(i));
     Close(static_cast<SizeClass>(i));
   }
@@ -614,8 +635,9 @@ void ThreadCache::FreeFull(Span* span, void* p) {
     return FreeFullOrOther(span, p);
   }
   if (ABSL_PREDICT_FALSE(code_.IsTagged(p))) return FreeChecked(p);
-  at_hand.left.Set(kClosed);
-  if (ABSL_PREDICT_FALSE(Push(span, static_cast<FreeObject*>(p)))) HandleEvent(span, 0);
+  const bool event = Push(span, static_cast<FreeObject*>(p));
+  at_hand.left.Set(kClosed);  // last, or the compiler would read the secret again
+  if (ABSL_PREDICT_FALSE(event)) HandleEvent(span, 0);
 }
 
 void ThreadCache::FreeFullOrOther(Span* span, void* p) {
@@ -1014,7 +1036,7 @@ void ThreadCache::CheckInvariants() {
   for (unsigned i = 0; i < kSizeClassCount; ++i) {
     const AtHand& at_hand = at_hand_[i];
     room_bytes += at_hand.room * kSizeClasses[i].size;
-    FREEHOLD_CHECK(at_hand.room <= MostRoom(static_cast<SizeClass>(i)));
+    FREEHOLD_CHECK(at_hand.room * kSizeClasses[i].size <= kMaxRoomBytes);
     FREEHOLD_CHECK((at_hand.room == 0) == (static_cast<std::int32_t>(at_hand.left.Get()) < 0));
     for (const FreeObject* object = at_hand.free; object != code_.end(); object = NextAtHand(object)) {
       FREEHOLD_CHECK(heap_->SpanOf(object)->size_class == i);

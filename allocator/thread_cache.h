@@ -20,6 +20,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 #include "absl/base/attributes.h"
 #include "absl/base/optimization.h"
@@ -110,6 +111,9 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   //     allocated <-'     at most `room` more than    `-- many, or not asked for: back to their spans, each its own
   //                       were taken since then
   //
+  // Room is for a few objects at first. When it has ended again, and since the last time objects had to come from spans,
+  // there is room for as many more: what a program allocates in one phase and frees in another stays at hand.
+  //
   // With a sampler frees go to their spans, and what is at hand is the sampler's front of the class.
   struct AtHand {
     FreeObject* free = nullptr;  // never null: LinkCode::end()
@@ -120,19 +124,19 @@ class alignas(vm::kCacheLineSize) ThreadCache {
     bool full_before = false;  // and not empty since
   };
   static_assert(sizeof(AtHand) == 16);
-  // What PutIdleBack saw the last time.
-  struct Seen {
-    const FreeObject* free = nullptr;
-    std::uint32_t left = 0;
+  // What slow paths note of a class at hand.
+  struct Use {
+    // What PutIdleBack saw the last time.
+    const FreeObject* free_seen = nullptr;
+    std::uint32_t left_seen = 0;
+    std::uint32_t taken = 0;  // from spans since the class was opened or full
+    bool was_full = false;
   };
-  static constexpr std::uint32_t kMaxRoom = 32;
-  static constexpr std::uint32_t kMaxRoomBytes = 256 << 10;    // of a class
+  static constexpr std::uint32_t kFirstRoom = 32;
+  static constexpr std::uint32_t kMaxRoomBytes = 512 << 10;  // of a class
   static constexpr std::uint32_t kMaxAllRoomBytes = 8 << 20;  // of all that are open
   static constexpr std::uint32_t kClosed = 3u << 30;  // as far from zero as can be
-  static constexpr std::uint32_t MostRoom(SizeClass size_class) {
-    const std::uint32_t fit = kMaxRoomBytes / kSizeClasses[size_class].size;
-    return fit < kMaxRoom ? fit : kMaxRoom;
-  }
+  static_assert(kMaxRoomBytes / kMinAlignment <= std::numeric_limits<std::uint16_t>::max());
 
   static constexpr std::size_t kDirectCount = kMaxDirectSize / kMinAlignment + 1;
   static constexpr std::size_t kStash = 4;
@@ -172,9 +176,11 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   FreeObject* NextIn(const Span* span, const FreeObject* object) const;
   // Puts `object` in the free list. True: that was the span's last credit.
   bool Push(Span* span, FreeObject* object) const;
-  // Lets a class have what room there is, or nothing.
+  // Lets a class have room to begin with, or none.
   void Open(SizeClass size_class);
   void Close(SizeClass size_class);
+  // Whether the class has room for what it needed from spans since it was full the last time, too.
+  bool GrowRoom(SizeClass size_class);
   // There is no room for `object`, which is not tagged.
   void FreeWithoutRoom(Span* span, FreeObject* object);
   // Frees what is at hand to where it belongs: after the first `keep` objects, at most `most`.
@@ -298,7 +304,7 @@ class alignas(vm::kCacheLineSize) ThreadCache {
 
   // Changed under lock_, but for what is in the current span; the thread may read it without.
   std::array<Bin, kSizeClassCount> bins_;
-  std::array<Seen, kSizeClassCount> seen_;  // the thread's
+  std::array<Use, kSizeClassCount> use_;    // the thread's
   std::uint32_t room_bytes_ = 0;            // the thread's: of all classes that are open
   std::uint32_t slow_paths_ = 0;             // the thread's
   RemoteFrees remote_frees_;                 // the thread's

@@ -30,6 +30,14 @@ class ThreadCacheTest : public testing::Test {
     return query.spans;
   }
 
+  // Bytes, of all threads.
+  std::uint64_t AtHand() {
+    std::uint64_t bytes = 0;
+    heap_->ForEachCache([](void* sum, const CacheStats& stats) { *static_cast<std::uint64_t*>(sum) += stats.at_hand.value; },
+                        &bytes);
+    return bytes;
+  }
+
   TestHeap heap_;
   AttachedThread cache_{*heap_};
 };
@@ -144,6 +152,50 @@ TEST_F(ThreadCacheTest, WhatIsAskedForIsKeptAtHandAgain) {
   EXPECT_EQ(cache_->Allocate(8192), second);
   cache_->Free(first);
   cache_->Free(second);
+}
+
+// What one phase allocates and the next one frees is more than there is room for at first.
+TEST_F(ThreadCacheTest, WhatPhasesNeedIsKeptAtHand) {
+  constexpr std::size_t kCount = 4000;
+  std::set<void*> before;
+  for (int round = 0; round < 6; ++round) {
+    std::set<void*> objects;
+    for (std::size_t i = 0; i < kCount; ++i) objects.insert(cache_->Allocate(48));
+    ASSERT_EQ(objects.size(), kCount);
+    if (round >= 4) {
+      EXPECT_EQ(objects, before);
+    }
+    for (void* p : objects) cache_->Free(p);
+    if (round >= 3) {
+      EXPECT_GE(AtHand(), kCount * 48 * 3 / 4);
+    }
+    heap_->CheckInvariants();
+    before = std::move(objects);
+  }
+  // Once it is only freed to, nothing is.
+  std::vector<void*> many;
+  for (int i = 0; i < 50000; ++i) many.push_back(cache_->Allocate(48));
+  for (void* p : many) cache_->Free(p);
+  EXPECT_EQ(AtHand(), 0u);
+  EXPECT_LE(Spans(48), 1u);
+}
+
+TEST_F(ThreadCacheTest, RoomThatGrowsIsBounded) {
+  for (int round = 0; round < 4; ++round) {
+    for (SizeClass size_class = 0; size_class < kSizeClassCount; ++size_class) {
+      const std::size_t size = kSizeClasses[size_class].size;
+      for (const std::size_t bytes : {100 << 10, 300 << 10, 500 << 10, 600 << 10}) {
+        std::vector<void*> objects;
+        for (std::size_t i = 0; i < bytes / size; ++i) objects.push_back(cache_->Allocate(size));
+        for (void* p : objects) cache_->Free(p);
+      }
+    }
+    heap_->CheckInvariants();  // of a class, too
+    EXPECT_LE(AtHand(), 8u << 20);
+  }
+  heap_->Trim(cache_.get());
+  EXPECT_EQ(AtHand(), 0u);
+  EXPECT_EQ(heap_->Stats().allocated.value, 0u);
 }
 
 TEST_F(ThreadCacheTest, ReallocationsThatGoOnSeldomMove) {
@@ -284,9 +336,9 @@ TEST_F(ThreadCacheTest, ClassesThatAreIdleGiveTheirSpanBack) {
   for (int i = 0; i < 50; ++i) objects.push_back(cache_->Allocate(40000));
   for (void* p : objects) cache_->Free(p);
   EXPECT_GE(Spans(40960), 1u);
-  for (int i = 0; i < 2000; ++i) {  // slow paths of another class
-    for (int k = 0; k < 20; ++k) objects[k] = cache_->Allocate(30000);
-    for (int k = 0; k < 20; ++k) cache_->Free(objects[k]);
+  for (int i = 0; i < 2000; ++i) {  // slow paths of another class: it needs more than there is room for at hand
+    for (int k = 0; k < 50; ++k) objects[k] = cache_->Allocate(30000);
+    for (int k = 0; k < 50; ++k) cache_->Free(objects[k]);
   }
   EXPECT_EQ(Spans(40960), 0u);
 }
