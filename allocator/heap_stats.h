@@ -54,13 +54,13 @@ struct HeapLocation {
   std::uint64_t cache_bytes = 0;  // from one to the next
   std::uint64_t cache_count = 0;  // address of a number of 32 bits
   // From the start of a cache: a byte, 0 if it is attached; a number of 32 bits; by size class, `at_hand_bytes` each, what
-  // tells of objects at hand: for how many there is room (16 bits), and how many more may come (32), from its start.
+  // tells of objects at hand: for how many there is room (16 bits), and how many more may come and one (32), from its start.
   std::uint64_t detached = 0;
   std::uint64_t thread = 0;
   std::uint64_t at_hand = 0;
   std::uint64_t at_hand_bytes = 0;
   std::uint64_t at_hand_room = 0;
-  std::uint64_t at_hand_left = 0;
+  std::uint64_t at_hand_credits = 0;
   // The records of spans, in steps of `step_bytes` of which the bit in the words at `writable` says whether it may hold
   // any: from first_step on, counted from `records`.
   std::uint64_t records = 0;

@@ -98,27 +98,16 @@ class OwnerCounter {
   std::uint32_t Get() const { return value_.load(std::memory_order_relaxed); }
   void Add(std::uint32_t n) { Set(Get() + n); }
   void Subtract(std::uint32_t n) { Set(Get() - n); }
-  // Takes one; whether none is left.
+  // Takes one; whether none is left, as a signed number.
   bool CountDown() {
 #if defined(FREEHOLD_WORKS_IN_MEMORY)
     // One instruction, which a compiler would not make of a relaxed load and a relaxed store.
-    bool zero;
-    asm volatile("subl $1, %0" : "+m"(value_), "=@ccz"(zero));
-    return zero;
+    bool none;
+    asm volatile("subl $1, %0" : "+m"(value_), "=@ccle"(none));
+    return none;
 #else
     Set(Get() - 1);
-    return Get() == 0;
-#endif
-  }
-  // Takes one; whether there was none: then it is negative, as a signed number.
-  bool CountBelowZero() {
-#if defined(FREEHOLD_WORKS_IN_MEMORY)
-    bool negative;
-    asm volatile("subl $1, %0" : "+m"(value_), "=@ccs"(negative));
-    return negative;
-#else
-    Set(Get() - 1);
-    return static_cast<std::int32_t>(Get()) < 0;
+    return static_cast<std::int32_t>(Get()) <= 0;
 #endif
   }
   void CountUp() {
@@ -131,6 +120,12 @@ class OwnerCounter {
 
  private:
   std::atomic<std::uint32_t> value_{0};
+};
+
+// What a free object is linked into: how a `Span` begins, and ThreadCache's objects at hand.
+struct [[gnu::may_alias]] FreeList {
+  FreeObject* free;      // never null: LinkCode::end() when there is none
+  OwnerCounter credits;  // frees until an event
 };
 
 // What begins at, or covers, a unit.
@@ -153,6 +148,14 @@ enum class SpanState : std::uint8_t {
 
 // The record of a unit. For the first unit of a span it describes the span.
 struct alignas(vm::kCacheLineSize) Span {
+  // kObjects: a FreeList, and the owner's.
+  union {
+    FreeObject* free = nullptr;
+    AllocationSite* site;        // kRun, kMapped: if the object is a sample of the heap profile; else null
+  };
+  OwnerCounter credits;        // see ThreadCache::HandleEvent
+  OwnerCounter carved;         // objects made
+
   // Of what is read without a lock or by others than the owner; each field stands for itself, and whoever
   // holds an object of the span may read the constant ones, since the object was handed to it.
   std::atomic<ThreadCache*> owner{nullptr};  // whose thread may use the free list; null: no span of objects
@@ -163,13 +166,6 @@ struct alignas(vm::kCacheLineSize) Span {
   // carved * SizeClassInfo::excess, and 0 unless kObjects: nothing else is an object to the fast path. The owner's; read
   // by everybody.
   std::atomic<std::uint64_t> limit{0};
-  // kObjects: the owner's.
-  union {
-    FreeObject* free = nullptr;  // kObjects: never null: LinkCode::end() when there is none
-    AllocationSite* site;        // kRun, kMapped: if the object is a sample of the heap profile; else null
-  };
-  OwnerCounter credits;        // frees until an event, see ThreadCache::HandleEvent
-  OwnerCounter carved;         // objects made
 
   union {
     struct {
@@ -184,7 +180,8 @@ struct alignas(vm::kCacheLineSize) Span {
       };
     };
   };
-  std::uint32_t units = 0;  // of the span, but for kMapped
+  std::uint16_t units = 0;    // of the span, but for kMapped
+  std::uint16_t at_hand = 0;  // kObjects: where a cache has the class's objects at hand, see ThreadCache::AtHandAt
   SizeClass size_class = 0;
   std::atomic<SpanKind> kind{SpanKind::kNone};
   SpanState state = SpanState::kCurrent;
@@ -194,10 +191,18 @@ struct alignas(vm::kCacheLineSize) Span {
   void SetLimit(std::uint64_t value) { limit.store(value, std::memory_order_release); }
   // Whether `p` is the start of an object that was made: of all that were when the caller was given `p`.
   bool HasObjectAt(const void* p) const {
-    return (AddressOf(p) - start) * reciprocal < limit.load(std::memory_order_relaxed);
+    const std::uint64_t scaled = (AddressOf(p) - start) * reciprocal;
+#if defined(FREEHOLD_WORKS_IN_MEMORY)
+    bool below;
+    asm("cmpq %2, %1" : "=@ccb"(below) : "r"(scaled), "m"(limit));
+    return below;
+#else
+    return scaled < limit.load(std::memory_order_relaxed);
+#endif
   }
 };
 static_assert(sizeof(Span) == vm::kCacheLineSize);
+static_assert(offsetof(Span, free) == offsetof(FreeList, free) && offsetof(Span, credits) == offsetof(FreeList, credits));
 
 inline bool IsLarge(SpanKind kind) { return kind == SpanKind::kRun || kind == SpanKind::kMapped; }
 inline bool IsLarge(const Span* span) { return IsLarge(span->kind.load(std::memory_order_relaxed)); }

@@ -39,12 +39,13 @@ ThreadCache::ThreadCache(ObjectHeap& heap, std::uint32_t id, Sampler* sampler)
   none_.free = code_.end();
   none_.credits.Set(kNoEvent);
   none_.carved.Set(kSizeClasses[0].capacity);  // of class 0: nothing to carve
-  for (std::size_t i = 0; i < kDirectCount; ++i) classes_[i] = ClassOf(i * kMinAlignment);
+  for (std::size_t i = 0; i < kDirectCount; ++i) at_hand_of_[i] = AtHandOffset(ClassOf(i * kMinAlignment));
   for (Bin& bin : bins_) bin.current = &none_;
   for (AtHand& at_hand : at_hand_) {
     at_hand.free = code_.end();
-    at_hand.left.Set(kClosed);
+    at_hand.credits.Set(kClosed);
   }
+  direct_.fill(this);
 }
 
 // Fork: PrepareFork closes the gate (IsForking), then takes and releases each cache's lock, so that whoever
@@ -109,7 +110,8 @@ void ThreadCache::Open(SizeClass size_class) {
     room_bytes_ += at_hand.room * size;
     use_[size_class].taken = 0;
   }
-  at_hand.left.Set(at_hand.room == 0 ? kClosed : at_hand.room);
+  at_hand.credits.Set(at_hand.room == 0 ? kClosed : at_hand.room + 1);
+  direct_[size_class] = at_hand.room == 0 ? this : nullptr;
   at_hand.full_before = false;
 }
 
@@ -117,20 +119,21 @@ void ThreadCache::Close(SizeClass size_class) {
   AtHand& at_hand = at_hand_[size_class];
   room_bytes_ -= at_hand.room * kSizeClasses[size_class].size;
   at_hand.room = 0;
-  at_hand.left.Set(kClosed);
+  at_hand.credits.Set(kClosed);
+  direct_[size_class] = this;
 }
 
 bool ThreadCache::GrowRoom(SizeClass size_class) {
   AtHand& at_hand = at_hand_[size_class];
-  const std::uint32_t size = kSizeClasses[size_class].size;
-  const std::uint64_t more = std::exchange(use_[size_class].taken, 0);
-  const bool again = std::exchange(use_[size_class].was_full, true);
-  if (!again || more == 0 || (at_hand.room + more) * size > kMaxRoomBytes || room_bytes_ + more * size > kMaxAllRoomBytes) {
-    return false;
-  }
-  room_bytes_ += static_cast<std::uint32_t>(more) * size;
+  Use& use = use_[size_class];
+  const std::uint64_t size = kSizeClasses[size_class].size;
+  const std::uint64_t more = std::exchange(use.taken, 0);
+  const bool again = std::exchange(use.was_full, true);
+  if (!again || more == 0) return false;
+  if ((at_hand.room + more) * size > kMaxRoomBytes || room_bytes_ + more * size > kMaxAllRoomBytes) return false;
+  room_bytes_ += static_cast<std::uint32_t>(more * size);
   at_hand.room = static_cast<std::uint16_t>(at_hand.room + more);
-  at_hand.left.Set(static_cast<std::uint32_t>(more));
+  at_hand.credits.Set(static_cast<std::uint32_t>(more) + 1);
   return true;
 }
 
@@ -146,14 +149,14 @@ void ThreadCache::FreeWithoutRoom(Span* span, FreeObject* object) {
   } else {
     const std::uint32_t back = at_hand.room - keep;
     PutBack(size_class, keep, back);
-    at_hand.left.Set(back);
+    at_hand.credits.Set(back + 1);
   }
   FreeToSpan(span, object);
 }
 
 void ThreadCache::FreeToSpan(Span* span, FreeObject* object) {
   if (span->owner.load(std::memory_order_relaxed) == this) {
-    if (Push(span, object)) HandleEvent(span, 0);
+    if (Push(span, object)) HandleEvent(span);
   } else {
     remote_frees_.Add(span, object);
   }
@@ -220,9 +223,9 @@ void ThreadCache::PutIdleBack() {
   for (unsigned i = 0; i < kSizeClassCount; ++i) {
     AtHand& at_hand = at_hand_[i];
     Use& use = use_[i];
-    const bool changed = use.free_seen != at_hand.free || use.left_seen != at_hand.left.Get();
+    const bool changed = use.free_seen != at_hand.free || use.credits_seen != at_hand.credits.Get();
     use.free_seen = at_hand.free;
-    use.left_seen = at_hand.left.Get();
+    use.credits_seen = at_hand.credits.Get();
     if (at_hand.free == code_.end() || changed) continue;
     PutBack(static_cast<SizeClass>(i));
     Close(static_cast<SizeClass>(i));
@@ -355,6 +358,7 @@ Span* ThreadCache::NewSpanLocked(SizeClass size_class) {
   span->carved.Set(0);
   span->units = info.units;
   span->size_class = size_class;
+  span->at_hand = AtHandOffset(size_class);
   span->clean = run.clean;
   MarkInterior(spans_, span, 1, info.units);
   span->kind.store(SpanKind::kObjects, std::memory_order_relaxed);
@@ -627,27 +631,40 @@ void ThreadCache::HandleEventLocked(Span* span, std::uint32_t beyond) {
 
 // ---- other threads ----
 
-// Of a closed class, as in a program that frees what it has allocated at once, this is the usual way.
-void ThreadCache::FreeFull(Span* span, void* p) {
-  AtHand& at_hand = at_hand_[span->size_class];
-  if (ABSL_PREDICT_FALSE(at_hand.room != 0) ||
-      ABSL_PREDICT_FALSE(span->owner.load(std::memory_order_relaxed) != this)) {
-    return FreeFullOrOther(span, p);
-  }
-  if (ABSL_PREDICT_FALSE(code_.IsTagged(p))) return FreeChecked(p);
-  const bool event = Push(span, static_cast<FreeObject*>(p));
-  at_hand.left.Set(kClosed);  // last, or the compiler would read the secret again
-  if (ABSL_PREDICT_FALSE(event)) HandleEvent(span, 0);
+// To the span's own list or to what is at hand, without a branch: while some classes are closed and others are not, which
+// of them it is cannot be foreseen. Where all are open this would make allocations wait for the address of the list.
+void ThreadCache::FreeDirectly(Span* span, void* p) {
+  --direct_frees_;
+  AtHand& at_hand = AtHandAt(span->at_hand);
+  FreeList* list = reinterpret_cast<FreeList*>(&at_hand);
+#if defined(FREEHOLD_WORKS_IN_MEMORY)
+  asm("cmpq %2, %1\n\tcmoveq %3, %0" : "+r"(list) : "m"(span->owner), "r"(direct_[span->size_class]), "r"(span) : "cc");
+#else
+  if (span->owner.load(std::memory_order_relaxed) == direct_[span->size_class]) list = reinterpret_cast<FreeList*>(span);
+#endif
+  FreeTo(list, span, p);
 }
 
-void ThreadCache::FreeFullOrOther(Span* span, void* p) {
+void ThreadCache::FreeEvent(Span* span, void* p) {
   AtHand& at_hand = at_hand_[span->size_class];
-  const bool is_own = span->owner.load(std::memory_order_relaxed) == this;
-  at_hand.left.Set(at_hand.room == 0 ? kClosed : 0);
-  if (ABSL_PREDICT_FALSE(!is_own && (heap_->HasSuspects() || heap_->IsSample(span)))) return FreeChecked(p);
   auto* object = static_cast<FreeObject*>(p);
+  const bool is_own = span->owner.load(std::memory_order_relaxed) == this;
+  const bool is_closed = at_hand.room == 0;
+  if (is_closed && is_own) {
+    if (ABSL_PREDICT_FALSE(code_.IsTagged(p))) return FreeChecked(p);
+    if (span->credits.Get() == 0) {  // those that have ended
+      code_.Link(object, span->free);
+      span->free = object;
+      return HandleEvent(span);
+    }
+    at_hand.credits.Set(kClosed);
+    direct_frees_ = kDirectFrees;
+    return FreeToSpan(span, object);
+  }
+  at_hand.credits.Set(is_closed ? kClosed : 1);
+  if (ABSL_PREDICT_FALSE(!is_own && (heap_->HasSuspects() || heap_->IsSample(span)))) return FreeChecked(p);
   // Whether it is tagged is looked at later: it is likely to be in another core's cache.
-  if (at_hand.room == 0) return remote_frees_.Add(span, object);
+  if (is_closed) return remote_frees_.Add(span, object);
   if (ABSL_PREDICT_FALSE(code_.IsTagged(object))) heap_->StopOnDoubleFree("free", object, span);
   FreeWithoutRoom(span, object);
 }
@@ -668,7 +685,7 @@ void ThreadCache::FreeChecked(void* p) {
   } else if (ABSL_PREDICT_FALSE(ObjectHeap::IsGuardSlot(span))) {
     heap_->guards_->Free("free", p);
   } else if (span->owner.load(std::memory_order_relaxed) == this) {
-    if (Push(span, object)) HandleEvent(span, 0);
+    if (Push(span, object)) HandleEvent(span);
   } else if (heap_->IsSample(span)) {
     heap_->profile_->Free(span, p);
   } else if (!heap_->HasSuspects() || !heap_->FreeSuspect(span, object)) {
@@ -877,8 +894,9 @@ void ThreadCache::ThawLocked() {
   for (AtHand& at_hand : at_hand_) {
     at_hand.free = code_.end();
     at_hand.room = 0;
-    at_hand.left.Set(kClosed);
+    at_hand.credits.Set(kClosed);
   }
+  direct_.fill(this);
   room_bytes_ = 0;
   strays_ = code_.end();
   inbox_.store(code_.end(), std::memory_order_relaxed);
@@ -981,8 +999,8 @@ vm::Bytes ThreadCache::at_hand() const {
   std::size_t bytes = 0;
   for (unsigned i = 0; i < kSizeClassCount; ++i) {
     const std::uint32_t room = at_hand_[i].room;
-    const std::uint32_t left = at_hand_[i].left.Get();
-    if (left < room) bytes += (room - left) * kSizeClasses[i].size;
+    const std::uint32_t credits = at_hand_[i].credits.Get();
+    if (credits <= room) bytes += (room + 1 - credits) * kSizeClasses[i].size;
   }
   return {bytes};
 }
@@ -990,7 +1008,7 @@ vm::Bytes ThreadCache::at_hand() const {
 HeapLocation ThreadCache::Locate(const ThreadCache* first) {
   const auto offset_of = [&](const void* member) { return AddressOf(member) - AddressOf(first); };
   static_assert(static_cast<int>(State::kAttached) == 0 && sizeof(first->state_) == 1 &&
-                sizeof(AtHand::room) == sizeof(std::uint16_t) && sizeof(AtHand::left) == sizeof(std::uint32_t));
+                sizeof(AtHand::room) == sizeof(std::uint16_t) && sizeof(AtHand::credits) == sizeof(std::uint32_t));
   return {.caches = AddressOf(first),
           .cache_bytes = sizeof(ThreadCache),
           .detached = offset_of(&first->state_),
@@ -998,7 +1016,7 @@ HeapLocation ThreadCache::Locate(const ThreadCache* first) {
           .at_hand = offset_of(&first->at_hand_[0]),
           .at_hand_bytes = sizeof(AtHand),
           .at_hand_room = offset_of(&first->at_hand_[0].room) - offset_of(&first->at_hand_[0]),
-          .at_hand_left = offset_of(&first->at_hand_[0].left) - offset_of(&first->at_hand_[0])};
+          .at_hand_credits = offset_of(&first->at_hand_[0].credits) - offset_of(&first->at_hand_[0])};
 }
 
 std::uint32_t ThreadCache::CountFree(const Span* span) const {
@@ -1037,7 +1055,8 @@ void ThreadCache::CheckInvariants() {
     const AtHand& at_hand = at_hand_[i];
     room_bytes += at_hand.room * kSizeClasses[i].size;
     FREEHOLD_CHECK(at_hand.room * kSizeClasses[i].size <= kMaxRoomBytes);
-    FREEHOLD_CHECK((at_hand.room == 0) == (static_cast<std::int32_t>(at_hand.left.Get()) < 0));
+    FREEHOLD_CHECK((at_hand.room == 0) == (static_cast<std::int32_t>(at_hand.credits.Get()) < 0));
+    FREEHOLD_CHECK((at_hand.room == 0) == (direct_[i] == this));
     for (const FreeObject* object = at_hand.free; object != code_.end(); object = NextAtHand(object)) {
       FREEHOLD_CHECK(heap_->SpanOf(object)->size_class == i);
     }

@@ -115,26 +115,29 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   // there is room for as many more: what a program allocates in one phase and frees in another stays at hand.
   //
   // With a sampler frees go to their spans, and what is at hand is the sampler's front of the class.
+  //
+  // Of a closed class nothing is kept: every free has to be looked at, or the class is only freed to; then its objects
+  // would keep their spans from going back, and nobody asks for them. What is freed goes to its span, if that is own.
   struct AtHand {
-    FreeObject* free = nullptr;  // never null: LinkCode::end()
-    // How many more may be freed to it; allocations add to it. Negative while closed: every free has to be looked at, or
-    // the class is only freed to; then its objects would keep their spans from going back, and nobody asks for them.
-    OwnerCounter left;
-    std::uint16_t room = 0;    // 0: closed
-    bool full_before = false;  // and not empty since
+    FreeObject* free = nullptr;  // a FreeList
+    OwnerCounter credits;        // frees until there is no room for one, and allocations add to it; negative while closed
+    std::uint16_t room = 0;      // 0: closed
+    bool full_before = false;    // and not empty since
   };
-  static_assert(sizeof(AtHand) == 16);
+  static_assert(sizeof(AtHand) == 16 && offsetof(AtHand, free) == offsetof(FreeList, free) &&
+                offsetof(AtHand, credits) == offsetof(FreeList, credits));
   // What slow paths note of a class at hand.
   struct Use {
     // What PutIdleBack saw the last time.
     const FreeObject* free_seen = nullptr;
-    std::uint32_t left_seen = 0;
+    std::uint32_t credits_seen = 0;
     std::uint32_t taken = 0;  // from spans since the class was opened or full
     bool was_full = false;
   };
   static constexpr std::uint32_t kFirstRoom = 32;
   static constexpr std::uint32_t kMaxRoomBytes = 512 << 10;  // of a class
   static constexpr std::uint32_t kMaxAllRoomBytes = 8 << 20;  // of all that are open
+  static constexpr std::uint8_t kDirectFrees = 128;
   static constexpr std::uint32_t kClosed = 3u << 30;  // as far from zero as can be
   static_assert(kMaxRoomBytes / kMinAlignment <= std::numeric_limits<std::uint16_t>::max());
 
@@ -147,7 +150,7 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   // Slow paths between looks at the clock and at forgotten batches.
   static constexpr std::uint32_t kMaintenancePeriod = 256;
   // Of the credits of a current span, which is not given back however many of its objects come free.
-  static constexpr std::uint32_t kNoEvent = 1u << 31;
+  static constexpr std::uint32_t kNoEvent = 1u << 30;
   // Spans that came through a fork and that one allocation looks through at most.
   static constexpr int kMaxRebuilds = 8;
   // What is larger may be known to be zero.
@@ -160,6 +163,13 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   template <typename Work>
   auto InSlowPath(Work work);
 
+  // Of the class that Span::at_hand or at_hand_of_ tells.
+  AtHand& AtHandAt(std::uint16_t offset) {
+    return *reinterpret_cast<AtHand*>(reinterpret_cast<char*>(at_hand_.data()) + offset);
+  }
+  static std::uint16_t AtHandOffset(SizeClass size_class) {
+    return static_cast<std::uint16_t>(size_class * sizeof(AtHand));
+  }
   // Takes the first object at hand. Null when there is none, and when it was written to: the slow path knows.
   void* Pop(AtHand& at_hand) const;
   // Makes the current span's free list what is at hand, and takes the first of it; null when it is empty. REQUIRES:
@@ -242,7 +252,7 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   void AppendLocked(SpanList& list, Span* span) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
   void RemoveLocked(SpanList& list, Span* span) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
   // `span` has no credits left: it is full no more, or empty. `beyond`: objects that came free after that.
-  ABSL_ATTRIBUTE_NOINLINE void HandleEvent(Span* span, std::uint32_t beyond);
+  ABSL_ATTRIBUTE_NOINLINE void HandleEvent(Span* span, std::uint32_t beyond = 0);
   void HandleEventLocked(Span* span, std::uint32_t beyond) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
 
   // ---- other threads ----
@@ -250,9 +260,11 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   ABSL_ATTRIBUTE_NOINLINE void FreeChecked(void* p);
   // REQUIRES: `p` is an object of `span`, free or not.
   void FreeObjectOf(Span* span, void* p);
-  // `p` is an object of `span`, and there is no room at hand, one too few of which is counted.
-  ABSL_ATTRIBUTE_NOINLINE void FreeFull(Span* span, void* p);
-  ABSL_ATTRIBUTE_NOINLINE void FreeFullOrOther(Span* span, void* p);
+  // The same while objects of closed classes are freed.
+  ABSL_ATTRIBUTE_NOINLINE void FreeDirectly(Span* span, void* p);
+  void FreeTo(FreeList* list, Span* span, void* p);
+  // `p` is an object of `span`, which is counted as freed, and the credits of where it should go have ended.
+  ABSL_ATTRIBUTE_NOINLINE void FreeEvent(Span* span, void* p);
   ABSL_ATTRIBUTE_NOINLINE void FreeSizedSlow(void* p, std::size_t size);
   bool NeedsLockToFree(const Span* span) const;
   // Marks an object of a span that came through a fork as free, from any thread. False: meanwhile the span went to
@@ -297,10 +309,14 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   ObjectHeap* const heap_;
   const std::uint32_t id_;
   Sampler* const sampler_;  // the thread's; null if there is no heap profile
+  // So many frees from now on ask whether their class is closed, since an object of a closed one was freed of late. The
+  // thread's.
+  std::uint8_t direct_frees_ = 0;
   const std::uint64_t reach_ = std::uint64_t{1} << 47;  // how far apart any two objects are at most; in memory: see Pop
-  // By size: (size + 15) / 16.
-  std::array<SizeClass, kDirectCount> classes_;
-  std::array<AtHand, kSizeClassCount> at_hand_;  // the thread's
+  std::array<std::uint16_t, kDirectCount> at_hand_of_;  // AtHandOffset by size: (size + 15) / 16
+  alignas(vm::kCacheLineSize) std::array<AtHand, kSizeClassCount> at_hand_;  // the thread's
+  // Whose spans a free goes to directly: this cache if the class is closed; else null. The thread's.
+  std::array<const ThreadCache*, kSizeClassCount> direct_;
 
   // Changed under lock_, but for what is in the current span; the thread may read it without.
   std::array<Bin, kSizeClassCount> bins_;
@@ -337,7 +353,7 @@ inline void* ThreadCache::Pop(AtHand& at_hand) const {
   }
   FreeObject* next = reinterpret_cast<FreeObject*>(AddressOf(object) ^ distance);
   at_hand.free = next;
-  at_hand.left.CountUp();
+  at_hand.credits.CountUp();
   __builtin_prefetch(next);  // the next allocation of the class reads its link
   return object;
 }
@@ -350,7 +366,7 @@ inline bool ThreadCache::Push(Span* span, FreeObject* object) const {
 
 inline void* ThreadCache::TryAllocate(std::size_t size) {
   if (ABSL_PREDICT_FALSE(size > kMaxDirectSize)) return nullptr;
-  return Pop(at_hand_[classes_[(size + kMinAlignment - 1) / kMinAlignment]]);
+  return Pop(AtHandAt(at_hand_of_[(size + kMinAlignment - 1) / kMinAlignment]));
 }
 
 inline void* ThreadCache::Allocate(std::size_t size) {
@@ -365,12 +381,17 @@ inline void ThreadCache::Free(void* p) {
 }
 
 inline void ThreadCache::FreeObjectOf(Span* span, void* p) {
-  AtHand& at_hand = at_hand_[span->size_class];
-  if (ABSL_PREDICT_FALSE(at_hand.left.CountBelowZero())) return FreeFull(span, p);
+  if (ABSL_PREDICT_FALSE(direct_frees_ != 0)) return FreeDirectly(span, p);
+  AtHand& at_hand = AtHandAt(span->at_hand);
+  FreeTo(reinterpret_cast<FreeList*>(&at_hand), span, p);
+}
+
+inline void ThreadCache::FreeTo(FreeList* list, Span* span, void* p) {
+  if (ABSL_PREDICT_FALSE(list->credits.CountDown())) return FreeEvent(span, p);
   if (ABSL_PREDICT_FALSE(code_.IsTagged(p))) return FreeChecked(p);
   auto* object = static_cast<FreeObject*>(p);
-  code_.Link(object, at_hand.free);
-  at_hand.free = object;
+  code_.Link(object, list->free);
+  list->free = object;
 }
 
 inline void ThreadCache::FreeSized(void* p, std::size_t size) {

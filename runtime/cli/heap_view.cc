@@ -43,7 +43,7 @@ bool IsSound(const HeapLocation& location) {
          within(location.thread, sizeof(std::uint32_t)) && within(location.at_hand, location.at_hand_bytes * kSizeClassCount) &&
          location.at_hand_bytes >= sizeof(std::uint32_t) && location.at_hand_bytes <= kMaxCacheBytes &&
          location.at_hand_room <= location.at_hand_bytes - sizeof(std::uint16_t) &&
-         location.at_hand_left <= location.at_hand_bytes - sizeof(std::uint32_t) && location.step_bytes <= kMaxStepBytes &&
+         location.at_hand_credits <= location.at_hand_bytes - sizeof(std::uint32_t) && location.step_bytes <= kMaxStepBytes &&
          location.step_bytes != 0 && location.step_bytes % sizeof(Span) == 0 && location.first_step <= location.end_step &&
          location.end_step <= kMaxSteps;
 }
@@ -97,11 +97,11 @@ class HeapReader {
       for (unsigned i = 0; i < kSizeClassCount; ++i) {
         const std::byte* of_class = caches[id].at_hand.data() + i * location_.at_hand_bytes;
         std::uint16_t room;
-        std::uint32_t left;
+        std::uint32_t credits;
         std::memcpy(&room, of_class + location_.at_hand_room, sizeof(room));
-        std::memcpy(&left, of_class + location_.at_hand_left, sizeof(left));
+        std::memcpy(&credits, of_class + location_.at_hand_credits, sizeof(credits));
         // They may be of different moments; and a class without room has none.
-        if (left < room) stats.at_hand.value += std::size_t{room - left} * kSizeClasses[i].size;
+        if (credits <= room) stats.at_hand.value += std::size_t{room + 1 - credits} * kSizeClasses[i].size;
       }
       caches_.push_back(stats);
     }

@@ -6,6 +6,4 @@ void* CallAllocate(ThreadCache& cache, std::size_t size) { return cache.Allocate
 
 void CallFree(ThreadCache& cache, void* p) { cache.Free(p); }
 
-void* CallNothing(ThreadCache&, std::size_t) { return nullptr; }
-
 }  // namespace freehold::allocator

@@ -10,8 +10,6 @@ namespace freehold::allocator {
 
 void* CallAllocate(ThreadCache& cache, std::size_t size);
 void CallFree(ThreadCache& cache, void* p);
-// What calling them costs alone.
-void* CallNothing(ThreadCache& cache, std::size_t size);
 
 }  // namespace freehold::allocator
 

@@ -180,6 +180,33 @@ TEST_F(ThreadCacheTest, WhatPhasesNeedIsKeptAtHand) {
   EXPECT_LE(Spans(48), 1u);
 }
 
+// Objects of a closed class and of others, in turn: each goes where it belongs.
+TEST_F(ThreadCacheTest, ClosedAndOpenClassesAreFreedToInTurn) {
+  for (int round = 0; round < 4; ++round) {
+    std::vector<void*> closed;
+    std::vector<void*> open;
+    for (int i = 0; i < 20000; ++i) closed.push_back(cache_->Allocate(256));
+    for (int i = 0; i < 1000; ++i) open.push_back(cache_->Allocate(48));
+    for (std::size_t i = 0; i < closed.size(); ++i) {
+      cache_->Free(closed[i]);
+      if (i % 20 == 0) cache_->Free(open[i / 20]);
+      if (i % 1000 == 0) heap_->CheckInvariants();
+    }
+    EXPECT_LE(Spans(256), 1u);
+    EXPECT_LE(Spans(48), 1u);
+  }
+  // What another thread allocated goes to its owner.
+  std::vector<void*> others;
+  std::thread([&] {
+    AttachedThread other(*heap_);
+    for (int i = 0; i < 20000; ++i) others.push_back(other->Allocate(256));
+  }).join();
+  for (void* p : others) cache_->Free(p);
+  heap_->CheckInvariants();
+  heap_->Trim(cache_.get());
+  EXPECT_EQ(heap_->Stats().allocated.value, 0u);
+}
+
 TEST_F(ThreadCacheTest, RoomThatGrowsIsBounded) {
   for (int round = 0; round < 4; ++round) {
     for (SizeClass size_class = 0; size_class < kSizeClassCount; ++size_class) {

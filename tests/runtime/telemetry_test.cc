@@ -542,7 +542,7 @@ TEST_P(TelemetryTest, HeapsThatCannotBeRead) {
   expect("counts", overwritten, [](Location& heap) { heap.at_hand_bytes = 2; });
   expect("counts that are far from each other", overwritten, [](Location& heap) { heap.at_hand_bytes = 100'000; });
   expect("room", overwritten, [](Location& heap) { heap.at_hand_room = heap.at_hand_bytes; });
-  expect("left", overwritten, [](Location& heap) { heap.at_hand_left = heap.at_hand_bytes - 2; });
+  expect("credits", overwritten, [](Location& heap) { heap.at_hand_credits = heap.at_hand_bytes - 2; });
   expect("steps", overwritten, [](Location& heap) { heap.end_step = std::uint64_t{1} << 40; });
   expect("backwards", overwritten, [](Location& heap) { heap.first_step = heap.end_step + 1; });
   expect("no step", overwritten, [](Location& heap) { heap.step_bytes = 0; });
