@@ -43,6 +43,13 @@ struct FreeObject {
 };
 static_assert(sizeof(FreeObject) <= kMinAlignment);
 
+// Of a program; kernels give none above without being asked to.
+#if defined(__x86_64__)
+inline constexpr std::uint64_t kAddresses = std::uint64_t{1} << 47;
+#else
+inline constexpr std::uint64_t kAddresses = std::uint64_t{1} << 52;
+#endif
+
 inline std::uintptr_t AddressOf(const void* p) { return reinterpret_cast<std::uintptr_t>(p); }
 
 // Encodes the links and tags of a heap. A value: secret and end of a heap never change.
@@ -55,10 +62,16 @@ class LinkCode {
   FreeObject* end() const { return end_; }
   std::uint64_t Tag(const void* p) const { return AddressOf(p) ^ secret_; }
   bool IsTagged(const void* p) const { return static_cast<const FreeObject*>(p)->tag == Tag(p); }
-  // Mixes the tag of `p` into what should be the tag: nothing is left then. False if it was another word; so nobody makes
-  // an object of what is none.
-  bool TakeTag(FreeObject* p) const {
+  // The same, computed now and not once it is needed, which the compiler would mix into a link in two steps, one after
+  // the other behind the load of it: the next allocation waits for that.
+  std::uint64_t TagAhead(const void* p) const {
     std::uint64_t tag = Tag(p);
+    asm("" : "+r"(tag));
+    return tag;
+  }
+  // Mixes `tag`, of `p`, into what should be the tag: nothing is left then. False if it was another word; so nobody makes
+  // an object of what is none.
+  bool TakeTag(FreeObject* p, std::uint64_t tag) const {
 #if defined(FREEHOLD_WORKS_IN_MEMORY)
     // One instruction to take it away and to compare.
     bool other;
@@ -68,15 +81,9 @@ class LinkCode {
     return (p->tag ^= tag) == 0;
 #endif
   }
-  // The object that follows `p`. The next allocation waits for this: one step after the link is there. The exclusive
-  // or of both addresses is the distance between them, which for end() is huge.
-  FreeObject* Next(const FreeObject* p) const {
-    std::uint64_t tag = Tag(p);
-    asm("" : "+r"(tag));  // or the compiler would mix in address and secret one after the other, behind the link
-    return reinterpret_cast<FreeObject*>(tag ^ p->link);
-  }
-  // The exclusive or of the addresses of `p` and of what follows it: how far apart they are at most; huge for end().
-  std::uint64_t Distance(const FreeObject* p) const { return p->link ^ secret_; }
+  // The object that follows `p`, whose tag is `tag`; beyond kAddresses if `p` is end().
+  FreeObject* Next(const FreeObject* p, std::uint64_t tag) const { return reinterpret_cast<FreeObject*>(tag ^ p->link); }
+  FreeObject* Next(const FreeObject* p) const { return Next(p, TagAhead(p)); }
   // Makes `p` a free object that `next` follows.
   void Link(FreeObject* p, const FreeObject* next) const {
     const std::uint64_t tag = Tag(p);

@@ -312,7 +312,7 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   // So many frees from now on ask whether their class is closed, since an object of a closed one was freed of late. The
   // thread's.
   std::uint8_t direct_frees_ = 0;
-  const std::uint64_t reach_ = std::uint64_t{1} << 47;  // how far apart any two objects are at most; in memory: see Pop
+  const std::uint64_t addresses_ = kAddresses;  // in memory: one instruction less in Pop
   std::array<std::uint16_t, kDirectCount> at_hand_of_;  // AtHandOffset by size: (size + 15) / 16
   alignas(vm::kCacheLineSize) std::array<AtHand, kSizeClassCount> at_hand_;  // the thread's
   // Whose spans a free goes to directly: this cache if the class is closed; else null. The thread's.
@@ -345,13 +345,13 @@ class alignas(vm::kCacheLineSize) ThreadCache {
 
 inline void* ThreadCache::Pop(AtHand& at_hand) const {
   FreeObject* object = at_hand.free;
-  const std::uint64_t distance = code_.Distance(object);
-  if (ABSL_PREDICT_FALSE(distance >= reach_)) return nullptr;
-  if (ABSL_PREDICT_FALSE(!code_.TakeTag(object))) {
-    object->tag ^= code_.Tag(object);  // as it was: whoever tries again finds the same
+  const std::uint64_t tag = code_.TagAhead(object);
+  FreeObject* next = code_.Next(object, tag);
+  if (ABSL_PREDICT_FALSE(AddressOf(next) >= addresses_)) return nullptr;
+  if (ABSL_PREDICT_FALSE(!code_.TakeTag(object, tag))) {
+    object->tag ^= tag;  // as it was: whoever tries again finds the same
     return nullptr;
   }
-  FreeObject* next = reinterpret_cast<FreeObject*>(AddressOf(object) ^ distance);
   at_hand.free = next;
   at_hand.credits.CountUp();
   __builtin_prefetch(next);  // the next allocation of the class reads its link
