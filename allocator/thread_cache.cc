@@ -105,8 +105,8 @@ void ThreadCache::Open(SizeClass size_class) {
   const bool looks_at_frees = sampler_ != nullptr || heap_->samples_ != nullptr || heap_->HasSuspects();
   if (at_hand.room == 0 && !looks_at_frees) {
     const std::uint32_t size = kSizeClasses[size_class].size;
-    const std::uint32_t bytes = std::min({kFirstRoom * size, kMaxRoomBytes, kMaxAllRoomBytes - room_bytes_});
-    at_hand.room = static_cast<std::uint16_t>(bytes / size);
+    const std::uint32_t first = std::clamp(kFirstRoomBytes / size, kLeastRoom, kMostFirstRoom);
+    at_hand.room = static_cast<std::uint16_t>(std::min(first, (kMaxAllRoomBytes - room_bytes_) / size));
     room_bytes_ += at_hand.room * size;
     use_[size_class].taken = 0;
   }
@@ -141,7 +141,7 @@ bool ThreadCache::GrowRoom(SizeClass size_class) {
 void ThreadCache::FreeWithoutRoom(Span* span, FreeObject* object) {
   const SizeClass size_class = span->size_class;
   AtHand& at_hand = at_hand_[size_class];
-  if (GrowRoom(size_class)) return FreeObjectOf(span, object);
+  if (GrowRoom(size_class)) return FreeTo(reinterpret_cast<FreeList*>(&at_hand), span, object);
   const std::uint32_t keep = std::exchange(at_hand.full_before, true) ? 0 : at_hand.room / 2;
   if (keep == 0) {
     PutBack(size_class);
@@ -210,6 +210,8 @@ FreeObject* ThreadCache::PutRunBack(Span* span, FreeObject* object, std::uint32_
 }
 
 void ThreadCache::PutAllBack() {
+  FinishLateFrees();
+  direct_frees_ = 0;
   if (sampler_ != nullptr) return;
   for (unsigned i = 0; i < kSizeClassCount; ++i) {
     PutBack(static_cast<SizeClass>(i));
@@ -267,6 +269,10 @@ void* ThreadCache::AllocateSlow(std::size_t size) {
 void* ThreadCache::AllocateClassSlow(ClassRequest& request) {
   const SizeClass size_class = request.size_class;
   AtHand& at_hand = at_hand_[size_class];
+  if (direct_frees_ != 0) {
+    FinishLateFrees();
+    if (void* object = Pop(at_hand)) return object;
+  }
   if (ABSL_PREDICT_FALSE(at_hand.free != code_.end())) heap_->StopOnCorruption(at_hand.free);
   Open(size_class);
   for (unsigned attempt = 0;; ++attempt) {
@@ -411,6 +417,7 @@ void* ThreadCache::AllocateAligned(std::size_t alignment, std::size_t size) {
 }
 
 void* ThreadCache::AllocateLarge(const LargeObjects::Request& request) {
+  if (direct_frees_ != 0) FinishLateFrees();
   if (++slow_paths_ % kMaintenancePeriod == 0) Maintain();
   void* object = heap_->AllocateLarge(Home(), request);
   if (ABSL_PREDICT_FALSE(sampler_ != nullptr) && object != nullptr) CountLarge(spans_.At(AddressOf(object)));
@@ -631,18 +638,38 @@ void ThreadCache::HandleEventLocked(Span* span, std::uint32_t beyond) {
 
 // ---- other threads ----
 
+// In a large burst of frees the objects are in no cache, and the next free would wait with this one for their lines.
+void ThreadCache::FreeDirectly(Span* span, void* p) {
+  if (ABSL_PREDICT_FALSE(--direct_frees_ == 0)) {
+    FinishLateFrees();
+  } else if (ABSL_PREDICT_TRUE(span->owner.load(std::memory_order_relaxed) == this) &&
+             ABSL_PREDICT_TRUE(span->size_class <= kLastLateClass)) {
+    __builtin_prefetch(p, 1);
+    LateFree& late = late_frees_[direct_frees_ % kLateFrees];
+    std::swap(late.span, span);
+    std::swap(late.object, p);
+    if (ABSL_PREDICT_FALSE(span == nullptr)) return;
+  }
+  FreeArrived(span, p);
+}
+
 // To the span's own list or to what is at hand, without a branch: while some classes are closed and others are not, which
 // of them it is cannot be foreseen. Where all are open this would make allocations wait for the address of the list.
-void ThreadCache::FreeDirectly(Span* span, void* p) {
-  --direct_frees_;
-  AtHand& at_hand = AtHandAt(span->at_hand);
-  FreeList* list = reinterpret_cast<FreeList*>(&at_hand);
+inline void ThreadCache::FreeArrived(Span* span, void* p) {
+  FreeList* list = reinterpret_cast<FreeList*>(&AtHandAt(span->at_hand));
 #if defined(FREEHOLD_WORKS_IN_MEMORY)
   asm("cmpq %2, %1\n\tcmoveq %3, %0" : "+r"(list) : "m"(span->owner), "r"(direct_[span->size_class]), "r"(span) : "cc");
 #else
   if (span->owner.load(std::memory_order_relaxed) == direct_[span->size_class]) list = reinterpret_cast<FreeList*>(span);
 #endif
   FreeTo(list, span, p);
+}
+
+void ThreadCache::FinishLateFrees() {
+  for (LateFree& late : late_frees_) {
+    const LateFree one = std::exchange(late, {});
+    if (one.span != nullptr) FreeArrived(one.span, one.object);
+  }
 }
 
 void ThreadCache::FreeEvent(Span* span, void* p) {
@@ -897,6 +924,8 @@ void ThreadCache::ThawLocked() {
     at_hand.credits.Set(kClosed);
   }
   direct_.fill(this);
+  late_frees_ = {};
+  direct_frees_ = 0;
   room_bytes_ = 0;
   strays_ = code_.end();
   inbox_.store(code_.end(), std::memory_order_relaxed);

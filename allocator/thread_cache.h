@@ -126,6 +126,11 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   };
   static_assert(sizeof(AtHand) == 16 && offsetof(AtHand, free) == offsetof(FreeList, free) &&
                 offsetof(AtHand, credits) == offsetof(FreeList, credits));
+  // A free that waits for the object's line to come. To everybody but this thread the object is still allocated.
+  struct LateFree {
+    Span* span = nullptr;  // null: none
+    void* object = nullptr;
+  };
   // What slow paths note of a class at hand.
   struct Use {
     // What PutIdleBack saw the last time.
@@ -134,10 +139,16 @@ class alignas(vm::kCacheLineSize) ThreadCache {
     std::uint32_t taken = 0;  // from spans since the class was opened or full
     bool was_full = false;
   };
-  static constexpr std::uint32_t kFirstRoom = 32;
+  // Room to begin with: so many bytes, within these numbers of objects.
+  static constexpr std::uint32_t kFirstRoomBytes = 16 << 10;
+  static constexpr std::uint32_t kLeastRoom = 4;
+  static constexpr std::uint32_t kMostFirstRoom = 32;
   static constexpr std::uint32_t kMaxRoomBytes = 512 << 10;  // of a class
   static constexpr std::uint32_t kMaxAllRoomBytes = 8 << 20;  // of all that are open
   static constexpr std::uint8_t kDirectFrees = 128;
+  // Frees that wait for their lines, and the largest class of which they do: what they keep of memory.
+  static constexpr std::uint32_t kLateFrees = 16;
+  static constexpr SizeClass kLastLateClass = ClassOf(4096);
   static constexpr std::uint32_t kClosed = 3u << 30;  // as far from zero as can be
   static_assert(kMaxRoomBytes / kMinAlignment <= std::numeric_limits<std::uint16_t>::max());
 
@@ -262,7 +273,10 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   void FreeObjectOf(Span* span, void* p);
   // The same while objects of closed classes are freed.
   ABSL_ATTRIBUTE_NOINLINE void FreeDirectly(Span* span, void* p);
+  // Where the line of `p` has come, or is not waited for.
+  void FreeArrived(Span* span, void* p);
   void FreeTo(FreeList* list, Span* span, void* p);
+  void FinishLateFrees();
   // `p` is an object of `span`, which is counted as freed, and the credits of where it should go have ended.
   ABSL_ATTRIBUTE_NOINLINE void FreeEvent(Span* span, void* p);
   ABSL_ATTRIBUTE_NOINLINE void FreeSizedSlow(void* p, std::size_t size);
@@ -309,8 +323,8 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   ObjectHeap* const heap_;
   const std::uint32_t id_;
   Sampler* const sampler_;  // the thread's; null if there is no heap profile
-  // So many frees from now on ask whether their class is closed, since an object of a closed one was freed of late. The
-  // thread's.
+  // So many frees from now on ask whether their class is closed, since an object of a closed one was freed of late. While
+  // it is 0 no free is late. The thread's.
   std::uint8_t direct_frees_ = 0;
   const std::uint64_t addresses_ = kAddresses;  // in memory: one instruction less in Pop
   std::array<std::uint16_t, kDirectCount> at_hand_of_;  // AtHandOffset by size: (size + 15) / 16
@@ -321,6 +335,7 @@ class alignas(vm::kCacheLineSize) ThreadCache {
   // Changed under lock_, but for what is in the current span; the thread may read it without.
   std::array<Bin, kSizeClassCount> bins_;
   std::array<Use, kSizeClassCount> use_;    // the thread's
+  std::array<LateFree, kLateFrees> late_frees_;  // the thread's
   std::uint32_t room_bytes_ = 0;            // the thread's: of all classes that are open
   std::uint32_t slow_paths_ = 0;             // the thread's
   RemoteFrees remote_frees_;                 // the thread's

@@ -380,7 +380,7 @@ TEST(HeapProfileDeathTest, WriteAfterFreeIsFound) {
   for (void* p : objects) cache->Free(p);
   EXPECT_DEATH(
       {
-        for (void* p : objects) static_cast<std::uint64_t*>(p)[0] ^= std::uint64_t{1} << 45;
+        for (void* p : objects) static_cast<std::uint64_t*>(p)[0] ^= std::uint64_t{1} << 50;
         for (int i = 0; i < 2000; ++i) cache->Allocate(64);
       },
       "was written to after it was freed");

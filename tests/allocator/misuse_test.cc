@@ -40,19 +40,51 @@ TEST_F(MisuseDeathTest, DoubleFree) {
 }
 
 TEST_F(MisuseDeathTest, DoubleFreeWithOthersInBetween) {
-  void* p[100];
+  void* p[30];
   for (void*& object : p) object = cache_->Allocate(48);
   for (void* object : p) cache_->Free(object);
-  EXPECT_DEATH(cache_->Free(p[50]), "double free of a 48-byte object");
+  EXPECT_DEATH(cache_->Free(p[15]), "double free of a 48-byte object");
+}
+
+// Frees of a class that is only freed to are finished a few frees later.
+TEST_F(MisuseDeathTest, DoubleFreeInABurst) {
+  std::vector<void*> p;
+  for (int i = 0; i < 1000; ++i) p.push_back(cache_->Allocate(48));
+  for (int i = 0; i < 500; ++i) cache_->Free(p[i]);
+  for (const int i : {0, 100, 483, 484, 499}) {
+    const auto free_others_too = [&] {
+      cache_->Free(p[i]);
+      for (int k = 500; k < 516; ++k) cache_->Free(p[k]);
+    };
+    EXPECT_DEATH(free_others_too(), "double free of a 48-byte object") << i;
+    const auto trim = [&] {
+      cache_->Free(p[i]);
+      heap_->Trim(cache_.get());
+    };
+    EXPECT_DEATH(trim(), "double free of a 48-byte object") << i;
+    if (i >= 484) continue;  // to others these are still allocated
+    EXPECT_DEATH(OnOtherThread([&](ThreadCache& other) { other.Free(p[i]); }), "double free of a 48-byte object") << i;
+  }
 }
 
 TEST_F(MisuseDeathTest, DoubleFreeOfWhatIsAtHand) {
-  void* p[16];
-  for (void*& object : p) object = cache_->Allocate(5000);
-  for (void* object : p) cache_->Free(object);
-  for (const int i : {0, 5, 14, 15}) {  // in a span's list, and at hand
-    EXPECT_DEATH(cache_->Free(p[i]), "double free of a 5120-byte object");
-    EXPECT_DEATH(OnOtherThread([&](ThreadCache& other) { other.Free(p[i]); }), "double free of a 5120-byte object");
+  std::vector<void*> p;
+  for (int i = 0; i < 36; ++i) {
+    p.push_back(cache_->Allocate(5000));
+    cache_->Allocate(5000);  // its span stays
+  }
+  int freed = 0;
+  for (const int count : {3, 12}) {  // at hand, and in a span's list
+    while (freed < count) cache_->Free(p[freed++]);
+    for (const int i : {0, 1, count - 1}) {
+      const auto free_and_trim = [&] {
+        cache_->Free(p[i]);
+        heap_->Trim(cache_.get());
+      };
+      EXPECT_DEATH(free_and_trim(), "double free of a 5120-byte object") << i;
+      EXPECT_DEATH(OnOtherThread([&](ThreadCache& other) { other.Free(p[i]); }), "double free of a 5120-byte object")
+          << i;
+    }
   }
 }
 
