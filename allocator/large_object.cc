@@ -10,6 +10,7 @@ namespace freehold::allocator {
 namespace {
 
 constexpr std::uint32_t kUnitPages = kUnitSize >> vm::kPageShift;
+constexpr std::uint32_t kMinHugePages = LargeObjects::kMinHugeSize >> vm::kPageShift;
 constexpr std::uint32_t kMaxRunUnits = LargeObjects::kMaxRunSize / kUnitSize;
 // A run that grows takes so many times as many units as it has.
 constexpr std::uint32_t kGrowth = 4;
@@ -17,9 +18,7 @@ constexpr std::uint32_t kGrowth = 4;
 std::uint32_t PagesOf(std::size_t size) { return static_cast<std::uint32_t>(vm::PagesFor({size}).value); }
 std::uint32_t UnitsOf(std::uint32_t pages) { return (pages + kUnitPages - 1) / kUnitPages; }
 
-// Mappings begin at units, so what would be left of their last ones would be of no use, and keep what is free beside it
-// from being one with what is free behind.
-std::uint32_t WholeUnits(std::uint32_t pages) { return UnitsOf(pages) * kUnitPages; }
+constexpr std::uintptr_t RoundUp(std::uintptr_t n, std::size_t granule) { return (n + granule - 1) & ~(granule - 1); }
 
 vm::PageRange RangeOf(const Span* span, std::uint32_t first_page, std::uint32_t end_page) {
   const vm::PageNumber start = vm::PageNumber::Of(reinterpret_cast<void*>(span->start));
@@ -94,16 +93,20 @@ void* LargeObjects::AllocateRun(unsigned home, const Request& request) {
 
 void* LargeObjects::AllocateMapped(const Request& request) {
   const std::uint32_t pages = std::max<std::uint32_t>(PagesOf(request.size), 1);
-  const vm::Pages alignment{std::max(request.alignment, kUnitSize) >> vm::kPageShift};
-  const vm::MapOptions options = {.alignment = alignment,
-                                  .content = request.zeroed ? vm::Content::kZeroed : vm::Content::kAnything};
-  const Admission admission(limit_, vm::Pages{pages}.bytes());
+  const bool huge = request.will_grow && pages >= kMinHugePages;
+  const std::size_t granule = huge ? vm::kPagesPerHugePage : kUnitPages;
+  const auto whole = [granule](std::uint32_t n) { return static_cast<std::uint32_t>(RoundUp(n, granule)); };
+  vm::MapOptions options = {.alignment = {std::max(request.alignment, kUnitSize) >> vm::kPageShift},
+                            .content = request.zeroed ? vm::Content::kZeroed : vm::Content::kAnything,
+                            .huge_pages = huge ? vm::os::HugePages::kPrefer : vm::os::HugePages::kAvoid};
+  const Admission admission(limit_, vm::Pages{whole(pages)}.bytes());
   if (!admission.granted()) return nullptr;
   // Room to grow as far again: it is not touched, so it costs nothing but addresses.
-  std::uint32_t mapped_pages = WholeUnits(request.will_grow && request.size <= kMaxSize / 2 ? pages * 2 : pages);
+  std::uint32_t mapped_pages = whole(request.will_grow && request.size <= kMaxSize / 2 ? pages * 2 : pages);
   vm::Result<vm::PageRange> mapped = space_.Map({mapped_pages}, options);
   if (!mapped.ok() && request.will_grow) {
-    mapped_pages = WholeUnits(pages);
+    mapped_pages = whole(pages);
+    options.huge_pages = vm::os::HugePages::kAvoid;
     mapped = space_.Map({mapped_pages}, options);
   }
   if (!mapped.ok()) return nullptr;
@@ -121,7 +124,7 @@ void* LargeObjects::AllocateMapped(const Request& request) {
   count_.fetch_add(1, std::memory_order_relaxed);
   pages_.fetch_add(pages, std::memory_order_relaxed);
   mapped_pages_.fetch_add(mapped_pages, std::memory_order_relaxed);
-  slack_pages_.fetch_add(mapped_pages - WholeUnits(pages), std::memory_order_relaxed);
+  slack_pages_.fetch_add(SlackOf(span), std::memory_order_relaxed);
   return mapped->address();
 }
 
@@ -132,6 +135,7 @@ bool LargeObjects::Free(Span* span) {
   const std::uint32_t units = span->units;
   const std::uint32_t counted = span->counted_pages;
   const std::uint32_t mapped = span->mapped_pages;
+  const std::uint32_t slack = SlackOf(span);
   const std::uintptr_t start = span->start;
   const vm::PageRange range = RangeOf(span, 0, mapped);
   const SpanKind kind = span->kind.exchange(SpanKind::kNone, std::memory_order_relaxed);
@@ -145,7 +149,7 @@ bool LargeObjects::Free(Span* span) {
   }
   pages_.fetch_sub(used, std::memory_order_relaxed);
   mapped_pages_.fetch_sub(mapped, std::memory_order_relaxed);
-  slack_pages_.fetch_sub(mapped - WholeUnits(used), std::memory_order_relaxed);
+  slack_pages_.fetch_sub(slack, std::memory_order_relaxed);
   // If the address space cannot unmap for want of metadata, the memory goes back to the kernel all the same,
   // and the addresses are lost.
   if (!space_.Unmap(range).ok()) static_cast<void>(space_.Discard({&range, 1}));
@@ -193,13 +197,40 @@ std::uint32_t LargeObjects::AheadOf(std::uint32_t units, std::uint32_t pages) {
   return pages < PagesOf(kSmallRunSize) ? units : units - UnitsOf(pages);
 }
 
+// Once in an object's life, when little of it needs copying; what stays in plain pages then does so for good.
+bool LargeObjects::MovesToHugePages(const Span* span, std::uint32_t pages) const {
+  if (span->used_pages >= kMinHugePages || pages < kMinHugePages || HasHugePages(span->start)) return false;
+  if (!space_.kernel().features().huge_pages) return false;
+  // To have both for a moment is no reason to be refused, or to make room.
+  return Admission(limit_, vm::Pages{RoundUp(pages, vm::kPagesPerHugePage)}.bytes()).granted();
+}
+
+bool LargeObjects::HasHugePages(std::uintptr_t start) const {
+  return space_.ZoneAt(vm::PageNumber::Of(reinterpret_cast<void*>(start))) == vm::Zone::kDense;
+}
+
+// Mappings begin at units, so what would be left of their last ones would be of no use, and keep what is free beside it
+// from being one with what is free behind.
+std::uint32_t LargeObjects::WholePages(std::uintptr_t start, std::uint32_t pages) const {
+  const std::uintptr_t end = start + (std::uintptr_t{pages} << vm::kPageShift);
+  const std::uintptr_t whole = RoundUp(end, HasHugePages(start) ? vm::kHugePageSize : kUnitSize);
+  return static_cast<std::uint32_t>((whole - start) >> vm::kPageShift);
+}
+
+std::uint32_t LargeObjects::ResidentPages(const Span* span) const {
+  return std::min(span->mapped_pages, WholePages(span->start, span->used_pages));
+}
+
 bool LargeObjects::ResizeMapped(Span* span, std::uint32_t pages) {
+  if (MovesToHugePages(span, pages)) return false;
+  const std::uint32_t used = span->used_pages;
   const std::uint32_t mapped = span->mapped_pages;
-  const std::uint32_t slack = mapped - WholeUnits(span->used_pages);
-  const std::uint32_t needed = WholeUnits(pages);
-  const Admission admission(limit_, vm::Pages{pages > span->used_pages ? pages - span->used_pages : 0}.bytes());
+  const std::uint32_t slack = SlackOf(span);
+  const std::uint32_t needed = WholePages(span->start, pages);
+  const std::uint32_t resident = mapped - slack;
+  const Admission admission(needed > resident ? limit_ : nullptr, vm::Pages{needed - resident}.bytes());
   if (!admission.granted()) return false;
-  if (needed > mapped) {
+  if (pages > mapped) {
     const vm::PageRange more = RangeOf(span, mapped, needed);
     const vm::Result<vm::PageRange> grown =
         space_.Map(more.count(), {.placement = vm::Placement::kFixed,
@@ -207,14 +238,14 @@ bool LargeObjects::ResizeMapped(Span* span, std::uint32_t pages) {
                                   .content = vm::Content::kAnything});
     if (!grown.ok()) return false;
     span->mapped_pages = needed;
-  } else if (pages < span->used_pages && needed < mapped) {
+  } else if (pages < used && needed < mapped) {
     if (!space_.Unmap(RangeOf(span, needed, mapped)).ok()) return true;  // as it was, which is large enough
     span->mapped_pages = needed;
   }
-  mapped_pages_.fetch_add(std::uint64_t{span->mapped_pages} - mapped, std::memory_order_relaxed);
-  slack_pages_.fetch_add(std::uint64_t{span->mapped_pages} - needed - slack, std::memory_order_relaxed);
-  pages_.fetch_add(std::uint64_t{pages} - span->used_pages, std::memory_order_relaxed);
   span->used_pages = pages;
+  mapped_pages_.fetch_add(std::uint64_t{span->mapped_pages} - mapped, std::memory_order_relaxed);
+  slack_pages_.fetch_add(std::uint64_t{SlackOf(span)} - slack, std::memory_order_relaxed);
+  pages_.fetch_add(std::uint64_t{pages} - used, std::memory_order_relaxed);
   return true;
 }
 

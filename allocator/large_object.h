@@ -38,6 +38,8 @@ class LargeObjects {
   static constexpr std::uint64_t kAheadShare = 16;
   // From here on an object's memory is unmapped when it is freed; the address space keeps it for a while.
   static constexpr std::size_t kMaxRunSize = std::size_t{1} << 20;
+  // An object that grows to this size, or beyond it, has huge pages from then on.
+  static constexpr std::size_t kMinHugeSize = std::size_t{16} << 20;
 
   // `limit`: asked for mappings; may be null.
   LargeObjects(vm::AddressSpace& space, const HeapMetadata& metadata, PageHeap& page_heap,
@@ -65,7 +67,8 @@ class LargeObjects {
     return usable >= kMinRunSize && size > usable && MayTakeAhead(1) && Admission(limit_, {kUnitSize}).granted();
   }
 
-  // Makes the object `size` bytes large where it is, or leaves it as it is and returns false.
+  // Makes the object `size` bytes large where it is, or leaves it as it is and returns false: there is no room, or it
+  // should move to where it gets huge pages, which Allocate with will_grow does.
   bool Resize(Span* span, std::size_t size);
   // The same for a run that grows and has the units for it; false as well if `p` is none, whatever it is. `span`: the
   // record of p's unit. Writes nothing else: bytes() learns of it when the run takes units again.
@@ -100,6 +103,14 @@ class LargeObjects {
   void* AllocateMapped(const Request& request);
   bool ResizeRun(Span* span, std::uint32_t pages);
   bool ResizeMapped(Span* span, std::uint32_t pages);
+  bool MovesToHugePages(const Span* span, std::uint32_t pages) const;
+  // Whether the memory at `start` is advised for huge pages.
+  bool HasHugePages(std::uintptr_t start) const;
+  // `pages` from `start` on, rounded up to a whole unit, or to a whole huge page where there may be some.
+  std::uint32_t WholePages(std::uintptr_t start, std::uint32_t pages) const;
+  // Of a mapping: what may be resident, and the rest.
+  std::uint32_t ResidentPages(const Span* span) const;
+  std::uint32_t SlackOf(const Span* span) const { return span->mapped_pages - ResidentPages(span); }
   bool GrowRun(Span* span, std::uint32_t units);
   // Of a run of `units` with `pages` in use.
   static std::uint32_t AheadOf(std::uint32_t units, std::uint32_t pages);

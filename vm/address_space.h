@@ -367,6 +367,11 @@ class AddressSpace {
     const std::size_t region = (page - reservation_.first).value >> region_shift_;
     return PageRange::Of(reservation_.first + Pages{region << region_shift_}, {std::size_t{1} << region_shift_});
   }
+  // Where `page` lives, mapped or not; one load and two comparisons. REQUIRES: the reservation contains the page.
+  Zone ZoneAt(PageNumber page) const {
+    const std::size_t region = (page - reservation_.first).value >> region_shift_;
+    return region < zone_begin_[1] ? Zone::kPlain : region < zone_begin_[2] ? Zone::kDense : Zone::kMapping;
+  }
   os::Kernel& kernel() const { return *kernel_; }
   // Keeps backings that a lookup reported from being destroyed while a reader is inside. Tick polls it.
   sync::EpochDomain& epochs() { return epochs_; }

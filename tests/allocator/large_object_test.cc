@@ -3,6 +3,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <string>
 #include <vector>
 
 #include "gtest/gtest.h"
@@ -101,14 +105,121 @@ TEST_F(LargeObjectTest, GrowsInPlaceWhereNothingIsBehind) {
   Fill(p, MiB(2), 9);
   std::size_t size = MiB(2);
   while (size < MiB(512)) {
+    const bool becomes_huge = size < LargeObjects::kMinHugeSize && size + size / 4 >= LargeObjects::kMinHugeSize;
     size += size / 4;
-    ASSERT_EQ(cache_->Reallocate(p, size), p);
+    void* to = cache_->Reallocate(p, size);
+    ASSERT_EQ(to != p, becomes_huge) << size;
+    p = to;
     EXPECT_GE(heap_->UsableSize(p), size);
     static_cast<char*>(p)[size - 1] = 1;
   }
   EXPECT_TRUE(HasContent(p, MiB(2), 9));
   cache_->Free(p);
   EXPECT_EQ(heap_->Stats().large.value, 0u);
+}
+
+// ---- huge pages ----
+
+vm::Zone ZoneOf(TestHeap& heap, const void* p) {
+  return heap.space().ZoneAt(vm::PageNumber::Of(const_cast<void*>(p)));
+}
+
+TEST_F(LargeObjectTest, WhatGrowsLargeMovesToHugePagesOnce) {
+  constexpr std::size_t kHuge = LargeObjects::kMinHugeSize;
+  void* plain = cache_->Allocate(MiB(20));  // what was never grown may be sparse
+  EXPECT_EQ(ZoneOf(heap_, plain), vm::Zone::kPlain);
+  void* p = cache_->Allocate(MiB(3));
+  Fill(p, MiB(3), 5);
+  p = cache_->Reallocate(p, kHuge - vm::kPageSize);
+  EXPECT_EQ(ZoneOf(heap_, p), vm::Zone::kPlain);
+  p = cache_->Reallocate(p, kHuge);
+  EXPECT_EQ(ZoneOf(heap_, p), vm::Zone::kDense);
+  EXPECT_TRUE(IsAligned(p, vm::kHugePageSize));
+  EXPECT_TRUE(HasContent(p, MiB(3), 5));
+  Fill(p, kHuge, 6);
+  EXPECT_EQ(cache_->Reallocate(p, kHuge * 3 / 2), p);
+  // It shrinks where it is, and is large again.
+  EXPECT_EQ(cache_->Reallocate(p, MiB(4)), p);
+  EXPECT_EQ(heap_->UsableSize(p), MiB(4));
+  EXPECT_EQ(cache_->Reallocate(p, kHuge + 1), p);
+  EXPECT_TRUE(HasContent(p, MiB(4), 6));
+  // Freed, it serves no object that was not grown.
+  cache_->Free(p);
+  void* other = cache_->Allocate(kHuge);
+  EXPECT_EQ(ZoneOf(heap_, other), vm::Zone::kPlain);
+  cache_->Free(plain);
+  cache_->Free(other);
+  EXPECT_EQ(heap_->Stats().large.value, 0u);
+  heap_->CheckInvariants();
+}
+
+TEST_F(LargeObjectTest, WithoutHugePagesWhatGrowsStaysInPlainMemory) {
+  vm::os::FakeKernel kernel({.cpu_count = 1});
+  vm::os::Features features = kernel.features();
+  features.huge_pages = false;
+  kernel.SetFeatures(features);
+  TestHeap heap(kernel, {});
+  AttachedThread cache(*heap);
+  void* p = cache->Allocate(MiB(3));
+  Fill(p, MiB(3), 5);
+  p = cache->Reallocate(p, LargeObjects::kMinHugeSize * 2);
+  EXPECT_EQ(ZoneOf(heap, p), vm::Zone::kPlain);
+  EXPECT_TRUE(HasContent(p, MiB(3), 5));
+  cache->Free(p);
+}
+
+// The line `key` of each kernel VMA's entry in smaps that lies in `range`, added up, in bytes; and how many there are.
+struct Smaps {
+  std::size_t bytes = 0;
+  int vmas = 0;
+};
+Smaps SmapsOf(vm::PageRange range, const std::string& key) {
+  Smaps sum;
+  bool inside = false;
+  std::ifstream smaps("/proc/self/smaps");
+  for (std::string line; std::getline(smaps, line);) {
+    std::uintptr_t begin = 0;
+    std::uintptr_t end = 0;
+    if (std::sscanf(line.c_str(), "%lx-%lx ", &begin, &end) == 2) {
+      inside = range.Overlaps(vm::PageRange::FromBytes(reinterpret_cast<void*>(begin), {end - begin}));
+      sum.vmas += inside ? 1 : 0;
+    } else if (inside && line.starts_with(key + ":")) {
+      sum.bytes += std::strtoull(line.c_str() + key.size() + 1, nullptr, 10) << 10;
+    }
+  }
+  return sum;
+}
+
+TEST(HugeLargeObjectTest, TheKernelBacksWhatGrowsWithHugePages) {
+  std::ifstream setting("/sys/kernel/mm/transparent_hugepage/enabled");
+  std::string modes;
+  std::getline(setting, modes);
+  if (modes.empty() || modes.find("[never]") != std::string::npos) GTEST_SKIP() << "no transparent huge pages here";
+  TestHeap heap;
+  AttachedThread cache(*heap);
+  const auto grow = [&] {
+    void* p = cache->Allocate(MiB(2));
+    std::size_t touched = 0;
+    for (std::size_t size = MiB(2); size < MiB(64); size += size / 4) {
+      p = cache->Reallocate(p, size);
+      for (; touched < size; touched += vm::kPageSize) static_cast<char*>(p)[touched] = 1;
+    }
+    return p;
+  };
+  const vm::PageRange space = heap.space().reservation();
+  std::vector<void*> objects = {grow()};
+  const int vmas = SmapsOf(space, "Rss").vmas;
+  for (int i = 0; i < 7; ++i) objects.push_back(grow());
+  EXPECT_EQ(SmapsOf(space, "Rss").vmas, vmas) << "kernel VMAs do not multiply with objects";
+  // Most of it, where the machine had free memory in one piece.
+  const std::size_t resident = SmapsOf(space, "Rss").bytes;
+  const std::size_t huge = SmapsOf(space, "AnonHugePages").bytes;
+  EXPECT_GT(huge, resident / 2);
+  EXPECT_LE(resident, objects.size() * MiB(64) + MiB(64));
+  for (void* p : objects) cache->Free(p);
+  heap->Trim(cache.get());
+  static_cast<void>(heap.space().Purge(vm::PurgeScope::kAll));
+  EXPECT_LT(SmapsOf(space, "Rss").bytes, MiB(8));
 }
 
 TEST_F(LargeObjectTest, MovesOnceThenGrowsInPlaceBetweenNeighbours) {
@@ -245,6 +356,29 @@ TEST(LimitedLargeObjectTest, SmallObjectsGrowInClassesWhereALimitHasNoRoomForARu
   limit.Set(false);
   cache->Free(p);
   cache->Free(room);
+}
+
+// A huge page makes more resident than was asked for, which the limit must allow.
+TEST(LimitedLargeObjectTest, WhatGrowsStaysInPlainMemoryWhereALimitHasNoRoomForBoth) {
+  class Some final : public MemoryLimit {
+   public:
+    void Set() { is_set_.store(true); }
+    bool Admit(vm::Bytes bytes) override { return bytes.value < LargeObjects::kMinHugeSize; }
+    void Settle(vm::Bytes) override {}
+    void Relieve() override {}
+    bool MakeRoom(vm::Bytes, unsigned) override { return false; }
+  };
+  vm::os::FakeKernel kernel({.cpu_count = 1});
+  Some limit;
+  TestHeap heap(kernel, {.limit = &limit});
+  AttachedThread cache(*heap);
+  void* p = cache->Allocate(MiB(12));
+  Fill(p, MiB(12), 1);
+  limit.Set();
+  ASSERT_EQ(cache->Reallocate(p, LargeObjects::kMinHugeSize), p) << "grows by less than what is too much";
+  EXPECT_EQ(ZoneOf(heap, p), vm::Zone::kPlain);
+  EXPECT_TRUE(HasContent(p, MiB(12), 1));
+  cache->Free(p);
 }
 
 // What is ahead is not worth making room for either.
