@@ -379,7 +379,7 @@ void* ThreadCache::PopCarved(Span* span, ClassRequest& request) {
   const SizeClassInfo& info = InfoOf(span);
   const std::uint32_t first = span->carved.Get();
   // The more objects of a span are in use, the more are made at a time.
-  const std::uint32_t wanted = std::clamp(first, info.carve, kMaxCarves * info.carve);
+  const std::uint32_t wanted = std::clamp(first, std::max(info.carve / kCarves, 1u), kCarves * info.carve);
   const std::uint32_t end = std::min(first + wanted, info.capacity);
   // In ascending order, which the hardware prefetches, up to the page's end.
   FreeObject* object = ObjectAt(span, first);

@@ -154,8 +154,8 @@ class alignas(vm::kCacheLineSize) ThreadCache {
 
   static constexpr std::size_t kDirectCount = kMaxDirectSize / kMinAlignment + 1;
   static constexpr std::size_t kStash = 4;
-  // Most objects that are made at a time, in SizeClassInfo::carve.
-  static constexpr std::uint32_t kMaxCarves = 4;
+  // Objects that are made at a time: from SizeClassInfo::carve divided by this up to as many times it.
+  static constexpr std::uint32_t kCarves = 4;
   // What is prefetched while objects are made: the page that is cut up next.
   static constexpr std::size_t kCarvePrefetch = 4096;
   // Slow paths between looks at the clock and at forgotten batches.
