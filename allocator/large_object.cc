@@ -197,11 +197,11 @@ std::uint32_t LargeObjects::AheadOf(std::uint32_t units, std::uint32_t pages) {
   return pages < PagesOf(kSmallRunSize) ? units : units - UnitsOf(pages);
 }
 
-// Once in an object's life, when little of it needs copying; what stays in plain pages then does so for good.
-bool LargeObjects::MovesToHugePages(const Span* span, std::uint32_t pages) const {
+bool LargeObjects::BelongsInHugePages(const Span* span, std::size_t size) const {
+  if (span->kind.load(std::memory_order_relaxed) != SpanKind::kMapped || size > kMaxSize) return false;
+  const std::uint32_t pages = PagesOf(size);
   if (span->used_pages >= kMinHugePages || pages < kMinHugePages || HasHugePages(span->start)) return false;
   if (!space_.kernel().features().huge_pages) return false;
-  // To have both for a moment is no reason to be refused, or to make room.
   return Admission(limit_, vm::Pages{RoundUp(pages, vm::kPagesPerHugePage)}.bytes()).granted();
 }
 
@@ -222,7 +222,6 @@ std::uint32_t LargeObjects::ResidentPages(const Span* span) const {
 }
 
 bool LargeObjects::ResizeMapped(Span* span, std::uint32_t pages) {
-  if (MovesToHugePages(span, pages)) return false;
   const std::uint32_t used = span->used_pages;
   const std::uint32_t mapped = span->mapped_pages;
   const std::uint32_t slack = SlackOf(span);

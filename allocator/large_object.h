@@ -67,9 +67,11 @@ class LargeObjects {
     return usable >= kMinRunSize && size > usable && MayTakeAhead(1) && Admission(limit_, {kUnitSize}).granted();
   }
 
-  // Makes the object `size` bytes large where it is, or leaves it as it is and returns false: there is no room, or it
-  // should move to where it gets huge pages, which Allocate with will_grow does.
+  // Makes the object `size` bytes large where it is, or leaves it as it is and returns false.
   bool Resize(Span* span, std::size_t size);
+  // Whether a mapping that grows to `size` bytes should move to huge pages, which Allocate with will_grow gives it, and a
+  // limit has room for both. Once in an object's life, when little of it needs copying. Where that fails it grows as ever.
+  bool BelongsInHugePages(const Span* span, std::size_t size) const;
   // The same for a run that grows and has the units for it; false as well if `p` is none, whatever it is. `span`: the
   // record of p's unit. Writes nothing else: bytes() learns of it when the run takes units again.
   static bool GrowAhead(Span* span, const void* p, std::size_t size) {
@@ -103,7 +105,6 @@ class LargeObjects {
   void* AllocateMapped(const Request& request);
   bool ResizeRun(Span* span, std::uint32_t pages);
   bool ResizeMapped(Span* span, std::uint32_t pages);
-  bool MovesToHugePages(const Span* span, std::uint32_t pages) const;
   // Whether the memory at `start` is advised for huge pages.
   bool HasHugePages(std::uintptr_t start) const;
   // `pages` from `start` on, rounded up to a whole unit, or to a whole huge page where there may be some.

@@ -432,13 +432,19 @@ void* ThreadCache::Reallocate(void* p, std::size_t size) {
   const bool is_large = IsLarge(span);
   const std::size_t usable = heap_->UsableSizeOf(span, p);
   const bool grows = size > usable;
-  if (is_large && (grows || size > LeastSizeOf(span))) {
+  void* to = nullptr;
+  if (is_large && grows && heap_->large_.BelongsInHugePages(span, size)) {
+    to = heap_->large_.Allocate(Home(), {.size = size, .will_grow = true});  // without making room for it
+    if (ABSL_PREDICT_FALSE(sampler_ != nullptr) && to != nullptr) CountLarge(spans_.At(AddressOf(to)));
+  }
+  if (to != nullptr) {
+    // It moves.
+  } else if (is_large && (grows || size > LeastSizeOf(span))) {
     if (ResizeLarge(span, size)) return p;
   } else if (!grows && size > usable / 2) {
     return p;
   }
-  void* to = nullptr;
-  if (grows && heap_->GrowsAsRun(usable, size)) {
+  if (to == nullptr && grows && heap_->GrowsAsRun(usable, size)) {
     to = AllocateLarge({.size = size, .will_grow = true});
     if (to == nullptr && size > kMaxClassSize) return nullptr;
   }
